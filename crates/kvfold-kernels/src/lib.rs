@@ -1,0 +1,3 @@
+//! How each op is computed, forward and backward side by side.
+
+pub mod dmc;

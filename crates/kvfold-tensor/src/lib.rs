@@ -1,0 +1,1 @@
+//! What an array is: dtype, shape, aligned buffers; safetensors in and out.
