@@ -1,3 +1,31 @@
 //! How each op is computed, forward and backward side by side.
+//!
+//! [`ops`] is the seam between kvfold and the machine: above it, nobody touches a number. The CPU backend ([`cpu`]) has
+//! two kernel sets: the scalar reference, generic over f32 and f64, which is the definition that gradients and fast
+//! kernels are checked against; and f32 with the vectors the machine has. One kernel, one file, its backward beside it:
+//!
+//! | file | op |
+//! |---|---|
+//! | `simd.rs` | instruction sets, the matrix product's register tile, a vectorisable exponential |
+//! | `norm.rs`, `rope.rs`, `loss.rs` | RMS norm, rotary embedding, cross-entropy and KL |
+//! | `gate.rs` | decisions and importances, their relaxation, the hinge |
+//! | `pool.rs` | running weighted means |
+//! | `attention/` | attention over exact keys and pooled states |
+//! | `noise.rs` | counter-based noise |
 
+mod attention;
+pub mod cpu;
 pub mod dmc;
+mod gate;
+pub mod kernel_set;
+mod loss;
+pub mod noise;
+mod norm;
+pub mod ops;
+mod pool;
+pub mod real;
+mod rope;
+pub mod simd;
+
+pub use cpu::{Array, Cpu, FastCpu, Reference};
+pub use ops::{Grad, Ops};

@@ -1,0 +1,323 @@
+//! [`Grad`] on the CPU.
+
+use super::forward::counted;
+use super::heads::{JobLayout, split_jobs, view};
+use super::{Array, Cpu, PARALLEL};
+use crate::attention::{AttentionJobGrad, KeyGrad};
+use crate::gate;
+use crate::kernel_set::KernelSet;
+use crate::ops::{
+    AdamW, AttentionGrad, AttentionSaved, Borrowed, Decided, Gate, Grad, Heads, Hinge, Keys, KlDirection, Moments,
+    NO_TARGET, PoolInput, PoolOutput, PoolShape, Pooled, Span, Spans, Visible,
+};
+use crate::pool::{self, PoolJob, PoolJobGrad};
+use crate::real::{self, Real};
+use crate::{loss, norm};
+use rayon::prelude::*;
+
+/// Rows whose norm-weight gradients are summed by one task.
+const NORM_ROWS: usize = 256;
+
+impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
+    fn linear_grad_x(&self, w: &Array<F>, d: &Array<F>) -> Array<F> {
+        self.product_grad_x(w, d)
+    }
+
+    fn linear_grad_w(&self, x: &Array<F>, d: &Array<F>) -> Array<F> {
+        self.product_grad_w(x, d)
+    }
+
+    fn embed_grad(&self, ids: &[u32], table: &Array<F>, d: &Array<F>) -> Array<F> {
+        let (_, cols) = table.matrix();
+        let mut grad = self.zeros(table.shape());
+        let to = grad.data_mut();
+        for (&id, d) in ids.iter().zip(d.data().chunks_exact(cols)) {
+            pool::accumulate(&mut to[id as usize * cols..][..cols], F::one(), F::one(), d);
+        }
+        grad
+    }
+
+    fn rms_norm_grad(&self, x: &Array<F>, w: &Array<F>, eps: f64, d: &Array<F>) -> (Array<F>, Array<F>) {
+        let (_, cols) = x.matrix();
+        let block = NORM_ROWS * cols;
+        let mut dx = self.buffer(x.data().len());
+        let parts: Vec<Vec<F>> = dx
+            .par_chunks_mut(block)
+            .zip(x.data().par_chunks(block).zip(d.data().par_chunks(block)))
+            .map(|(dx, (x, d))| {
+                let mut dw = vec![F::zero(); cols];
+                self.set.run(|| norm::backward((x, w.data(), F::of(eps)), d, dx, &mut dw));
+                dw
+            })
+            .collect();
+        let mut dw = vec![F::zero(); cols];
+        parts.iter().for_each(|part| pool::accumulate(&mut dw, F::one(), F::one(), part));
+        (self.array(x.shape(), dx), self.array(w.shape(), dw))
+    }
+
+    fn rope_grad(&self, table: &Array<F>, spans: &Spans, d: &Array<F>) -> Array<F> {
+        self.rotated(d, table, spans, -F::one())
+    }
+
+    fn swiglu_grad(&self, gate: &Array<F>, up: &Array<F>, d: &Array<F>) -> (Array<F>, Array<F>) {
+        let d_gate = self.map([gate, up, d], |[g, u, d]| {
+            let s = real::sigmoid(K::exp, g);
+            d * u * s * (F::one() + g * (F::one() - s))
+        });
+        let d_up = self.map([gate, d], |[g, d]| d * g * real::sigmoid(K::exp, g));
+        (d_gate, d_up)
+    }
+
+    fn scale(&self, d: &Array<F>, factor: f64) -> Array<F> {
+        let factor = F::of(factor);
+        self.map([d], |[d]| d * factor)
+    }
+
+    fn ln_grad(&self, x: &Array<F>, d: &Array<F>) -> Array<F> {
+        self.map([x, d], |[x, d]| d / x)
+    }
+
+    fn cross_entropy_grad(&self, logits: &Array<F>, targets: &[u32], d: &Array<F>) -> Array<F> {
+        let (rows, cols) = logits.matrix();
+        let factor = d.data()[0] / F::of(counted(targets) as f64);
+        self.by_rows([rows, cols], |first, block| {
+            for (row, to) in block.chunks_exact_mut(cols).enumerate() {
+                let logits = &logits.data()[(first + row) * cols..][..cols];
+                match targets[first + row] {
+                    NO_TARGET => to.fill(F::zero()),
+                    target => loss::cross_entropy_grad::<F, K>(logits, target as usize, factor, to),
+                }
+            }
+        })
+    }
+
+    fn kl_grad(&self, student: &Array<F>, teacher: &Array<F>, direction: KlDirection, d: &Array<F>) -> Array<F> {
+        let (rows, cols) = student.matrix();
+        let factor = d.data()[0] / F::of(rows as f64);
+        self.by_rows([rows, cols], |first, block| {
+            for (row, to) in block.chunks_exact_mut(cols).enumerate() {
+                let at = (first + row) * cols;
+                let (student, teacher) = (&student.data()[at..][..cols], &teacher.data()[at..][..cols]);
+                loss::kl_grad::<F, K>((student, teacher), direction, factor, to);
+            }
+        })
+    }
+
+    fn borrowed_gate_grad(
+        &self,
+        (q, k): (&Array<F>, &Array<F>),
+        heads: Heads,
+        by: Borrowed,
+        d: &Gate<Array<F>>,
+    ) -> (Array<F>, Array<F>) {
+        let ((rows, q_cols), (_, k_cols)) = (q.matrix(), k.matrix());
+        let (mut dq, mut dk) = (self.zeros(q.shape()), self.zeros(k.shape()));
+        let (to_q, to_k) = (dq.data_mut(), dk.data_mut());
+        for row in 0..rows {
+            let d_row = |x: &'_ Array<F>| x.data()[row * heads.kv..][..heads.kv].to_vec();
+            gate::borrowed_row_grad(
+                &q.data()[row * q_cols..][..q_cols],
+                heads,
+                by,
+                (&d_row(&d.logit), &d_row(&d.omega)),
+                (&mut to_q[row * q_cols..][..q_cols], &mut to_k[row * k_cols..][..k_cols]),
+            );
+        }
+        (dq, dk)
+    }
+
+    fn head_gate_grad(&self, r: &Array<F>, scale: f64, d: &Gate<Array<F>>) -> Array<F> {
+        let (rows, cols) = r.matrix();
+        let kv = cols / 2;
+        self.by_rows([rows, cols], |first, block| {
+            for (row, to) in block.chunks_exact_mut(cols).enumerate() {
+                let at = first + row;
+                let d = (&d.logit.data()[at * kv..][..kv], &d.omega.data()[at * kv..][..kv]);
+                gate::head_row_grad(&r.data()[at * cols..][..cols], F::of(scale), d, to);
+            }
+        })
+    }
+
+    fn decide_soft_grad(&self, relaxed: &Array<F>, spans: &Spans, d: &Decided<Array<F>>) -> Array<F> {
+        let (_, kv) = relaxed.matrix();
+        let mut grad = self.buffer(relaxed.data().len());
+        for &Span { start, len, .. } in spans {
+            let at = start * kv..(start + len) * kv;
+            let d = (&d.alpha.data()[at.clone()], &d.close.data()[at.clone()]);
+            let l = &relaxed.data()[at.clone()];
+            self.set.run(|| gate::decide_soft_grad::<F, K>(l, kv, d, &mut grad[at.clone()]));
+        }
+        self.array(relaxed.shape(), grad)
+    }
+
+    fn fold_rate_grad(&self, relaxed: &Array<F>, spans: &Spans, delay: usize, d: &Array<F>) -> Array<F> {
+        let (_, kv) = relaxed.matrix();
+        let mut grad = self.zeros(relaxed.shape());
+        let to = grad.data_mut();
+        for (span, d) in spans.iter().zip(d.data().chunks_exact(kv)) {
+            gate::fold_rate_grad::<F, K>(relaxed.data(), (span, delay), d, to);
+        }
+        grad
+    }
+
+    fn hinge_grad(&self, rates: &[Array<F>], spans: &Spans, hinge: Hinge, d: &Array<F>) -> Vec<Array<F>> {
+        let slices: Vec<&[F]> = rates.iter().map(Array::data).collect();
+        let grads = gate::hinge_grad(&slices, spans, hinge, d.data()[0]);
+        grads.into_iter().zip(rates).map(|(grad, rate)| self.array(rate.shape(), grad)).collect()
+    }
+
+    fn pool_grad(
+        &self,
+        input: &PoolInput<Array<F>>,
+        spans: &Spans,
+        shape: PoolShape,
+        d: &PoolOutput<Array<F>>,
+    ) -> PoolInput<Array<F>> {
+        let Heads { kv, dim, .. } = shape.heads;
+        let rows = spans.rows();
+        let jobs = self.pool_jobs(input, spans, shape);
+        // The output gradients in the same layout: pairs beside masses (twice, for want of a third column).
+        let d_input = PoolInput { k: d.k.clone(), v: d.v.clone(), alpha: d.mass.clone(), omega: d.mass.clone() };
+        let d_jobs = self.pool_jobs(&d_input, spans, shape);
+        let (mut x, mut alpha, mut omega) =
+            (self.zeros(&[rows * kv * 2 * dim]), self.zeros(&[rows * kv]), self.zeros(&[rows * kv]));
+        let xs = split_jobs(x.data_mut(), spans, kv, 2 * dim);
+        let alphas = split_jobs(alpha.data_mut(), spans, kv, 1);
+        let omegas = split_jobs(omega.data_mut(), spans, kv, 1);
+        let to = xs.into_iter().zip(alphas).zip(omegas).map(|((x, alpha), omega)| PoolJobGrad { x, alpha, omega });
+        let work: Vec<_> = jobs.iter().zip(&d_jobs).zip(to).collect();
+        work.into_par_iter().for_each(|(((x, alpha, omega), (d_mean, d_mass, _)), mut to)| {
+            let job = PoolJob { x, alpha, omega, window: shape.window };
+            self.set.run(|| pool::backward(&job, (d_mean, d_mass), &mut to));
+        });
+        let (k, v) = self.split_pairs(x.data(), spans, shape.heads);
+        let column = |jobs: &Array<F>| self.to_rows(jobs.data(), spans, JobLayout { kv, parts: 1, width: 1 });
+        PoolInput { k, v, alpha: column(&alpha), omega: column(&omega) }
+    }
+
+    fn attention_saving(
+        &self,
+        q: &Array<F>,
+        visible: &Visible<Array<F>>,
+        spans: &Spans,
+        heads: Heads,
+    ) -> AttentionSaved<Array<F>> {
+        let (out, lse) = self.attend(q, visible, spans, heads);
+        let layout = JobLayout { kv: heads.kv, parts: heads.group(), width: 1 };
+        let lse = self.to_rows(&lse, spans, layout);
+        AttentionSaved { out: self.to_rows(&out, spans, JobLayout { width: heads.dim, ..layout }), lse }
+    }
+
+    fn attention_grad(
+        &self,
+        (q, visible): (&Array<F>, &Visible<Array<F>>),
+        saved: &AttentionSaved<Array<F>>,
+        spans: &Spans,
+        heads: Heads,
+        d: &Array<F>,
+    ) -> AttentionGrad<Array<F>> {
+        let (kv, dim, group, rows) = (heads.kv, heads.dim, heads.group(), spans.rows());
+        let jobs = Self::attention_jobs(q, visible, spans, heads);
+        let mut dq = self.zeros(&[rows * group * kv * dim]);
+        let mut exact = KeyBuffers::new(self, visible.exact.is_some(), rows * kv, dim);
+        let mut pooled = KeyBuffers::new(self, visible.pooled.is_some(), rows * kv, dim);
+        let to_q = split_jobs(dq.data_mut(), spans, kv, group * dim);
+        let (to_exact, to_pooled) = (exact.split(spans, kv, dim), pooled.split(spans, kv, dim));
+        let places = spans.iter().flat_map(|span| (0..kv).map(move |g| (span, g)));
+        let work: Vec<_> = jobs.iter().zip(places).zip(to_q).zip(to_exact.into_iter().zip(to_pooled)).collect();
+        work.into_par_iter().for_each(|(((job, (span, g)), q), (exact, pooled))| {
+            let rows_of = |x: &Array<F>, width: usize| {
+                let view = view(x, span, g, group * width);
+                let parts = (0..group).flat_map(|h| (0..span.len).map(move |t| (h, t)));
+                parts.flat_map(|(h, t)| view.row(t, h * width, width)).copied().collect::<Vec<F>>()
+            };
+            let (out, lse) = (rows_of(&saved.out, dim), rows_of(&saved.lse, 1));
+            let d = view(d, span, g, group * dim);
+            let mut grad = AttentionJobGrad { d, out: &out, lse: &lse, q, exact, pooled };
+            self.set.attention_grad(job, &mut grad);
+        });
+        let q = self.to_rows(dq.data(), spans, JobLayout { kv, parts: group, width: dim });
+        AttentionGrad {
+            q,
+            exact: visible.exact.as_ref().map(|keys| exact.keys(self, spans, (kv, dim), keys.mass.is_some())),
+            pooled: visible.pooled.as_ref().map(|states| Pooled {
+                keys: pooled.keys(self, spans, (kv, dim), states.keys.mass.is_some()),
+                close: self.to_rows(pooled.close.data(), spans, JobLayout { kv, parts: 1, width: 1 }),
+            }),
+        }
+    }
+
+    fn zeros_like(&self, x: &Array<F>) -> Array<F> {
+        self.zeros(x.shape())
+    }
+
+    fn sum_squares(&self, x: &Array<F>) -> f64 {
+        let parts: Vec<f64> =
+            x.data().par_chunks(PARALLEL).map(|x| self.set.run(|| real::sum_squares(x)).f64()).collect();
+        parts.iter().sum()
+    }
+
+    fn adamw(&self, param: &mut Array<F>, grad: &Array<F>, moments: &mut Moments<Array<F>>, by: AdamW) {
+        let (m, v) = (moments.m.data_mut(), moments.v.data_mut());
+        let correct = |beta: f64| F::of(1.0 / (1.0 - beta.powf(by.step as f64)));
+        let (m_correct, v_correct) = (correct(by.beta1), correct(by.beta2));
+        let (beta1, beta2, eps) = (F::of(by.beta1), F::of(by.beta2), F::of(by.eps));
+        let (lr, keep, grad_scale) = (F::of(by.lr), F::of(1.0 - by.lr * by.weight_decay), F::of(by.grad_scale));
+        let moments = m.par_chunks_mut(PARALLEL).zip(v.par_chunks_mut(PARALLEL));
+        let params = param.data_mut().par_chunks_mut(PARALLEL).zip(grad.data().par_chunks(PARALLEL));
+        params.zip(moments).for_each(|((p, g), (m, v))| {
+            self.set.run(|| {
+                for i in 0..p.len() {
+                    let g = g[i] * grad_scale;
+                    m[i] = beta1 * m[i] + (F::one() - beta1) * g;
+                    v[i] = beta2 * v[i] + (F::one() - beta2) * g * g;
+                    p[i] = p[i] * keep - lr * (m[i] * m_correct) / ((v[i] * v_correct).sqrt() + eps);
+                }
+            });
+        });
+    }
+
+    fn zero_rows(&self, x: &mut Array<F>, rows: &[usize]) {
+        let (_, cols) = x.matrix();
+        let data = x.data_mut();
+        rows.iter().for_each(|row| data[row * cols..][..cols].fill(F::zero()));
+    }
+}
+
+/// Gradients of keys, job-major; empty where there are no such keys.
+struct KeyBuffers<F: Real> {
+    k: Array<F>,
+    v: Array<F>,
+    mass: Array<F>,
+    close: Array<F>,
+}
+
+impl<F: Real> KeyBuffers<F> {
+    fn new<K: KernelSet<F>>(cpu: &Cpu<F, K>, used: bool, heads: usize, dim: usize) -> Self {
+        let zeros = |width: usize| cpu.zeros(&[if used { heads * width } else { 0 }]);
+        Self { k: zeros(dim), v: zeros(dim), mass: zeros(1), close: zeros(1) }
+    }
+
+    fn split(&mut self, spans: &Spans, kv: usize, dim: usize) -> Vec<KeyGrad<'_, F>> {
+        if self.k.data().is_empty() {
+            let empty = || KeyGrad { k: &mut [], v: &mut [], mass: &mut [], close: &mut [] };
+            return (0..spans.len() * kv).map(|_| empty()).collect();
+        }
+        let (k, v) = (split_jobs(self.k.data_mut(), spans, kv, dim), split_jobs(self.v.data_mut(), spans, kv, dim));
+        let mass = split_jobs(self.mass.data_mut(), spans, kv, 1);
+        let close = split_jobs(self.close.data_mut(), spans, kv, 1);
+        let both = k.into_iter().zip(v).zip(mass.into_iter().zip(close));
+        both.map(|((k, v), (mass, close))| KeyGrad { k, v, mass, close }).collect()
+    }
+
+    fn keys<K: KernelSet<F>>(
+        &self,
+        cpu: &Cpu<F, K>,
+        spans: &Spans,
+        (kv, dim): (usize, usize),
+        mass: bool,
+    ) -> Keys<Array<F>> {
+        let rows = |x: &Array<F>, width| cpu.to_rows(x.data(), spans, JobLayout { kv, parts: 1, width });
+        Keys { k: rows(&self.k, dim), v: rows(&self.v, dim), mass: mass.then(|| rows(&self.mass, 1)) }
+    }
+}

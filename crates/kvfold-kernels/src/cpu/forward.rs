@@ -1,0 +1,299 @@
+//! [`Ops`] on the CPU.
+
+use super::heads::{JobLayout, key_view, split_jobs, view};
+use super::{Array, Cpu};
+use crate::attention::AttentionJob;
+use crate::gate;
+use crate::kernel_set::KernelSet;
+use crate::ops::{
+    Borrowed, Decided, Gate, Heads, Hinge, KlDirection, NO_TARGET, Ops, PoolInput, PoolOutput, PoolShape, Span, Spans,
+    Visible,
+};
+use crate::pool::{self, PoolJob};
+use crate::real::{self, Real};
+use crate::{loss, norm, rope};
+use rayon::prelude::*;
+
+impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
+    type Tensor = Array<F>;
+
+    fn tensor(&self, shape: &[usize], data: &[f32]) -> Array<F> {
+        self.array(shape, data.iter().map(|&x| F::of(f64::from(x))).collect())
+    }
+
+    fn to_host(&self, x: &Array<F>) -> Vec<f32> {
+        x.data().iter().map(|x| x.f64() as f32).collect()
+    }
+
+    fn shape(&self, x: &Array<F>) -> Vec<usize> {
+        x.shape().to_vec()
+    }
+
+    fn linear(&self, x: &Array<F>, w: &Array<F>) -> Array<F> {
+        self.product(x, w)
+    }
+
+    fn embed(&self, ids: &[u32], table: &Array<F>) -> Array<F> {
+        let (_, cols) = table.matrix();
+        self.by_rows([ids.len(), cols], |first, block| {
+            for (row, &id) in block.chunks_exact_mut(cols).zip(&ids[first..]) {
+                row.copy_from_slice(&table.data()[id as usize * cols..][..cols]);
+            }
+        })
+    }
+
+    fn rms_norm(&self, x: &Array<F>, w: &Array<F>, eps: f64) -> Array<F> {
+        let (rows, cols) = x.matrix();
+        self.by_rows([rows, cols], |first, y| {
+            norm::forward(&x.data()[first * cols..][..y.len()], w.data(), F::of(eps), y);
+        })
+    }
+
+    fn rope_table(&self, inv_freq: &[f64], positions: usize) -> Array<F> {
+        self.array(&[positions, inv_freq.len() * 2], rope::table(inv_freq, positions))
+    }
+
+    fn rope(&self, x: &Array<F>, table: &Array<F>, spans: &Spans) -> Array<F> {
+        self.rotated(x, table, spans, F::one())
+    }
+
+    fn scale_last_channel(&self, x: &Array<F>, dim: usize, factor: f64) -> Array<F> {
+        let (rows, cols) = x.matrix();
+        self.by_rows([rows, cols], |first, y| {
+            y.copy_from_slice(&x.data()[first * cols..][..y.len()]);
+            y.chunks_exact_mut(dim).for_each(|head| head[dim - 1] *= F::of(factor));
+        })
+    }
+
+    fn swiglu(&self, gate: &Array<F>, up: &Array<F>) -> Array<F> {
+        self.map([gate, up], |[g, u]| g * real::sigmoid(K::exp, g) * u)
+    }
+
+    fn add(&self, x: &Array<F>, y: &Array<F>, factor: f64) -> Array<F> {
+        let factor = F::of(factor);
+        self.map([x, y], |[x, y]| x + factor * y)
+    }
+
+    fn ln(&self, x: &Array<F>) -> Array<F> {
+        self.map([x], |[x]| x.ln())
+    }
+
+    fn cross_entropy(&self, logits: &Array<F>, targets: &[u32]) -> Array<F> {
+        let losses = self.loss_rows(logits, |row, logits| match targets[row] {
+            NO_TARGET => F::zero(),
+            target => loss::cross_entropy::<F, K>(logits, target as usize),
+        });
+        self.array(&[1], vec![F::of(losses / counted(targets) as f64)])
+    }
+
+    fn kl(&self, student: &Array<F>, teacher: &Array<F>, direction: KlDirection) -> Array<F> {
+        let (rows, cols) = teacher.matrix();
+        let losses = self.loss_rows(student, |row, student| {
+            loss::kl::<F, K>(student, &teacher.data()[row * cols..][..cols], direction)
+        });
+        self.array(&[1], vec![F::of(losses / rows as f64)])
+    }
+
+    fn borrowed_gate(&self, q: &Array<F>, k: &Array<F>, heads: Heads, by: Borrowed) -> Gate<Array<F>> {
+        let ((rows, q_cols), (_, k_cols)) = (q.matrix(), k.matrix());
+        self.gate(rows, heads.kv, |row, logit, omega| {
+            let (q, k) = (&q.data()[row * q_cols..][..q_cols], &k.data()[row * k_cols..][..k_cols]);
+            gate::borrowed_row((q, k), heads, by, logit, omega);
+        })
+    }
+
+    fn head_gate(&self, r: &Array<F>, scale: f64, offset: f64) -> Gate<Array<F>> {
+        let (rows, cols) = r.matrix();
+        self.gate(rows, cols / 2, |row, logit, omega| {
+            gate::head_row(&r.data()[row * cols..][..cols], F::of(scale), F::of(offset), logit, omega);
+        })
+    }
+
+    fn share_columns(&self, x: &Array<F>) -> Array<F> {
+        let (rows, cols) = x.matrix();
+        self.by_rows([rows, cols], |first, y| {
+            for (row, y) in y.chunks_exact_mut(cols).enumerate() {
+                let x = &x.data()[(first + row) * cols..][..cols];
+                y.fill(x.iter().copied().sum::<F>() / F::of(cols as f64));
+            }
+        })
+    }
+
+    fn relax(&self, logit: &Array<F>, noise: &Array<F>, temperature: f64) -> Array<F> {
+        let t = F::of(temperature);
+        self.map([logit, noise], |[a, g]| (a + g) / t)
+    }
+
+    fn decide_soft(&self, relaxed: &Array<F>, spans: &Spans) -> Decided<Array<F>> {
+        self.decide(relaxed, spans, gate::decide_soft::<F, K>)
+    }
+
+    fn decide_hard(&self, logit: &Array<F>, spans: &Spans) -> Decided<Array<F>> {
+        self.decide(logit, spans, gate::decide_hard)
+    }
+
+    fn fold_rate(&self, relaxed: &Array<F>, spans: &Spans, delay: usize) -> Array<F> {
+        let (_, kv) = relaxed.matrix();
+        let mut rates = vec![F::zero(); spans.len() * kv];
+        for (span, rate) in spans.iter().zip(rates.chunks_exact_mut(kv)) {
+            gate::fold_rate(relaxed.data(), kv, span, delay, rate);
+        }
+        self.array(&[spans.len(), kv], rates)
+    }
+
+    fn hinge(&self, rates: &[Array<F>], spans: &Spans, hinge: Hinge) -> Array<F> {
+        let rates: Vec<&[F]> = rates.iter().map(Array::data).collect();
+        self.array(&[1], vec![gate::hinge(&rates, spans, hinge)])
+    }
+
+    fn pool(&self, input: &PoolInput<Array<F>>, spans: &Spans, shape: PoolShape) -> PoolOutput<Array<F>> {
+        let Heads { kv, dim, .. } = shape.heads;
+        let rows = spans.rows();
+        let (mut mean, mut mass) = (self.buffer(rows * kv * 2 * dim), self.buffer(rows * kv));
+        let jobs = self.pool_jobs(input, spans, shape);
+        let outs = split_jobs(&mut mean, spans, kv, 2 * dim).into_iter().zip(split_jobs(&mut mass, spans, kv, 1));
+        outs.collect::<Vec<_>>().into_par_iter().zip(&jobs).for_each(|((mean, mass), (x, alpha, omega))| {
+            let job = PoolJob { x, alpha, omega, window: shape.window };
+            self.set.run(|| pool::forward(&job, mean, mass));
+        });
+        let (k, v) = self.split_pairs(&mean, spans, shape.heads);
+        let mass = self.to_rows(&mass, spans, JobLayout { kv, parts: 1, width: 1 });
+        PoolOutput { k, v, mass }
+    }
+
+    fn attention(&self, q: &Array<F>, visible: &Visible<Array<F>>, spans: &Spans, heads: Heads) -> Array<F> {
+        let (out, _) = self.attend(q, visible, spans, heads);
+        self.to_rows(&out, spans, JobLayout { kv: heads.kv, parts: heads.group(), width: heads.dim })
+    }
+}
+
+/// Rows that have a target.
+pub(super) fn counted(targets: &[u32]) -> usize {
+    targets.iter().filter(|&&t| t != NO_TARGET).count().max(1)
+}
+
+/// A head's pairs (key beside value), alphas and omegas, copied out of token order.
+pub(super) type PoolSlices<F> = (Vec<F>, Vec<F>, Vec<F>);
+
+impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
+    pub(super) fn rotated(&self, x: &Array<F>, table: &Array<F>, spans: &Spans, sign: F) -> Array<F> {
+        let (rows, cols) = x.matrix();
+        let (positions, dim) = table.matrix();
+        let mut position = Vec::with_capacity(rows);
+        for span in spans {
+            assert!(span.position + span.len <= positions, "{span:?} reaches beyond {positions} rotary positions");
+            position.extend(span.position..span.position + span.len);
+        }
+        self.by_rows([rows, cols], |first, y| {
+            for (row, y) in y.chunks_exact_mut(cols).enumerate() {
+                let angles = &table.data()[position[first + row] * dim..][..dim];
+                rope::rotate_row(&x.data()[(first + row) * cols..][..cols], angles, sign, y);
+            }
+        })
+    }
+
+    /// Sum of a loss over rows, added up in row order.
+    fn loss_rows(&self, logits: &Array<F>, loss: impl Fn(usize, &[F]) -> F + Sync) -> f64 {
+        let (rows, cols) = logits.matrix();
+        let losses = self.by_rows([rows, 1], |first, block| {
+            for (row, to) in block.iter_mut().enumerate() {
+                *to = loss(first + row, &logits.data()[(first + row) * cols..][..cols]);
+            }
+        });
+        losses.data().iter().map(|x| x.f64()).sum()
+    }
+
+    fn gate(&self, rows: usize, kv: usize, fill: impl Fn(usize, &mut [F], &mut [F])) -> Gate<Array<F>> {
+        let (mut logit, mut omega) = (self.buffer(rows * kv), self.buffer(rows * kv));
+        for (row, (logit, omega)) in logit.chunks_exact_mut(kv).zip(omega.chunks_exact_mut(kv)).enumerate() {
+            fill(row, logit, omega);
+        }
+        Gate { logit: self.array(&[rows, kv], logit), omega: self.array(&[rows, kv], omega) }
+    }
+
+    fn decide(&self, l: &Array<F>, spans: &Spans, f: impl Fn(&[F], usize, &mut [F], &mut [F])) -> Decided<Array<F>> {
+        let (rows, kv) = l.matrix();
+        let (mut alpha, mut close) = (self.buffer(rows * kv), self.buffer(rows * kv));
+        for &Span { start, len, .. } in spans {
+            let at = start * kv..(start + len) * kv;
+            self.set.run(|| f(&l.data()[at.clone()], kv, &mut alpha[at.clone()], &mut close[at.clone()]));
+        }
+        Decided { alpha: self.array(&[rows, kv], alpha), close: self.array(&[rows, kv], close) }
+    }
+
+    /// Per head: pairs `[T, 2D]`, alphas, omegas.
+    pub(super) fn pool_jobs(&self, input: &PoolInput<Array<F>>, spans: &Spans, shape: PoolShape) -> Vec<PoolSlices<F>> {
+        let Heads { kv, dim, .. } = shape.heads;
+        let pairs: Vec<_> = spans.iter().flat_map(|span| (0..kv).map(move |g| (span, g))).collect();
+        pairs
+            .into_par_iter()
+            .map(|(span, g)| {
+                let (k, v) = (view(&input.k, span, g, dim), view(&input.v, span, g, dim));
+                let mut x = Vec::with_capacity(span.len * 2 * dim);
+                for t in 0..span.len {
+                    x.extend_from_slice(k.row(t, 0, dim));
+                    x.extend_from_slice(v.row(t, 0, dim));
+                }
+                let (alpha, omega) = (view(&input.alpha, span, g, 1), view(&input.omega, span, g, 1));
+                let column = |of: crate::attention::View<'_, F>| (0..span.len).map(|t| of.at(t)).collect();
+                (x, column(alpha), column(omega))
+            })
+            .collect()
+    }
+
+    /// Job-major pairs `[T, 2D]` as keys and values `[N, G*D]`.
+    pub(super) fn split_pairs(&self, pairs: &[F], spans: &Spans, heads: Heads) -> (Array<F>, Array<F>) {
+        let Heads { kv, dim, .. } = heads;
+        let both = self.to_rows(pairs, spans, JobLayout { kv, parts: 1, width: 2 * dim });
+        let half = |side: usize| {
+            self.by_rows([spans.rows(), kv * dim], |first, block| {
+                let from = both.data()[first * kv * 2 * dim..].chunks_exact(2 * dim);
+                for (to, pair) in block.chunks_exact_mut(dim).zip(from) {
+                    to.copy_from_slice(&pair[side * dim..][..dim]);
+                }
+            })
+        };
+        (half(0), half(1))
+    }
+
+    /// Attention jobs in order.
+    pub(super) fn attention_jobs<'a>(
+        q: &'a Array<F>,
+        visible: &'a Visible<Array<F>>,
+        spans: &'a Spans,
+        heads: Heads,
+    ) -> Vec<AttentionJob<'a, F>> {
+        let Heads { kv, dim, .. } = heads;
+        let job = |span: &'a Span, g: usize| AttentionJob {
+            len: span.len,
+            dim,
+            group: heads.group(),
+            q: view(q, span, g, heads.group() * dim),
+            exact: visible.exact.as_ref().map(|keys| key_view(keys, span, g, dim)),
+            pooled: visible
+                .pooled
+                .as_ref()
+                .map(|pooled| (key_view(&pooled.keys, span, g, dim), view(&pooled.close, span, g, 1))),
+            delay: visible.delay,
+        };
+        spans.iter().flat_map(|span| (0..kv).map(move |g| job(span, g))).collect()
+    }
+
+    /// Output and log-sum-exp, job-major.
+    pub(super) fn attend(
+        &self,
+        q: &Array<F>,
+        visible: &Visible<Array<F>>,
+        spans: &Spans,
+        heads: Heads,
+    ) -> (Vec<F>, Vec<F>) {
+        let (rows, group) = (spans.rows(), heads.group());
+        let (mut out, mut lse) = (self.buffer(rows * heads.query * heads.dim), self.buffer(rows * heads.query));
+        let jobs = Self::attention_jobs(q, visible, spans, heads);
+        let outs = split_jobs(&mut out, spans, heads.kv, group * heads.dim);
+        let lses = split_jobs(&mut lse, spans, heads.kv, group);
+        let work: Vec<_> = jobs.iter().zip(outs.into_iter().zip(lses)).collect();
+        work.into_par_iter().for_each(|(job, (out, lse))| self.set.attention(job, out, lse));
+        (out, lse)
+    }
+}

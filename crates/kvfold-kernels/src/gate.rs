@@ -1,0 +1,192 @@
+//! Decisions and importances: where they come from, how they are relaxed, what they cost (spec 1.2, 2.1, 2.5, 2.6).
+
+use crate::kernel_set::KernelSet;
+use crate::ops::{Borrowed, Heads, Hinge, MIN_IMPORTANCE, Over, Scope, Span, Spans};
+use crate::real::{Real, sigmoid, softplus};
+
+/// One row of the borrowed gate: `a = scale * k[D-1] - offset`, `omega = sigmoid(mean_g q[D-1] + offset) + eps`.
+pub(crate) fn borrowed_row<F: Real>(
+    (q, k): (&[F], &[F]),
+    heads: Heads,
+    by: Borrowed,
+    logit: &mut [F],
+    omega: &mut [F],
+) {
+    let Heads { kv, dim, .. } = heads;
+    for g in 0..kv {
+        logit[g] = k[(g + 1) * dim - 1] * F::of(by.scale) - F::of(by.offset);
+        omega[g] = sigmoid(F::exp, importance_logit(q, heads, by, g)) + F::of(MIN_IMPORTANCE);
+    }
+}
+
+fn importance_logit<F: Real>(q: &[F], heads: Heads, by: Borrowed, g: usize) -> F {
+    let group = heads.group();
+    let channels = (0..group).map(|h| q[(g * group + h + 1) * heads.dim - 1]);
+    channels.sum::<F>() / F::of(group as f64) + F::of(by.offset)
+}
+
+/// Gradients of one row of the borrowed gate, into rows of zeros.
+pub(crate) fn borrowed_row_grad<F: Real>(
+    q: &[F],
+    heads: Heads,
+    by: Borrowed,
+    (d_logit, d_omega): (&[F], &[F]),
+    (dq, dk): (&mut [F], &mut [F]),
+) {
+    let (group, dim) = (heads.group(), heads.dim);
+    for g in 0..heads.kv {
+        dk[(g + 1) * dim - 1] = d_logit[g] * F::of(by.scale);
+        let s = sigmoid(F::exp, importance_logit(q, heads, by, g));
+        let du = d_omega[g] * s * (F::one() - s) / F::of(group as f64);
+        (0..group).for_each(|h| dq[(g * group + h + 1) * dim - 1] = du);
+    }
+}
+
+/// One row of the head's gate: `a = scale * r - offset`, `omega = eps + (2 - 2 eps) * sigmoid(scale * r')`.
+pub(crate) fn head_row<F: Real>(r: &[F], scale: F, offset: F, logit: &mut [F], omega: &mut [F]) {
+    let kv = logit.len();
+    for g in 0..kv {
+        logit[g] = scale * r[g] - offset;
+        omega[g] = F::of(MIN_IMPORTANCE) + importance_span::<F>() * sigmoid(F::exp, scale * r[kv + g]);
+    }
+}
+
+/// Gradient of one row of the head's outputs.
+pub(crate) fn head_row_grad<F: Real>(r: &[F], scale: F, (d_logit, d_omega): (&[F], &[F]), dr: &mut [F]) {
+    let kv = d_logit.len();
+    for g in 0..kv {
+        dr[g] = scale * d_logit[g];
+        let s = sigmoid(F::exp, scale * r[kv + g]);
+        dr[kv + g] = scale * importance_span::<F>() * s * (F::one() - s) * d_omega[g];
+    }
+}
+
+/// Width of the head's importances: from eps to 2 - eps, 1 in the middle.
+fn importance_span<F: Real>() -> F {
+    F::of(2.0 - 2.0 * MIN_IMPORTANCE)
+}
+
+/// Soft decisions of one sequence, `[T,G]` each. The first token appends; `close` is shifted by one.
+pub(crate) fn decide_soft<F: Real, K: KernelSet<F>>(relaxed: &[F], kv: usize, alpha: &mut [F], close: &mut [F]) {
+    alpha[..kv].fill(F::zero());
+    for (alpha, &l) in alpha.iter_mut().zip(relaxed).skip(kv) {
+        *alpha = sigmoid(K::exp, l);
+    }
+    let last = close.len() - kv;
+    for (close, &l) in close.iter_mut().zip(&relaxed[kv..]) {
+        *close = -softplus(l);
+    }
+    close[last..].fill(F::zero());
+}
+
+/// Gradient of the relaxed logits of one sequence: `d_alpha * alpha (1 - alpha) - d_close[previous] * alpha`.
+pub(crate) fn decide_soft_grad<F: Real, K: KernelSet<F>>(
+    relaxed: &[F],
+    kv: usize,
+    (d_alpha, d_close): (&[F], &[F]),
+    d: &mut [F],
+) {
+    d[..kv].fill(F::zero());
+    for i in kv..relaxed.len() {
+        let alpha = sigmoid(K::exp, relaxed[i]);
+        d[i] = d_alpha[i] * alpha * (F::one() - alpha) - d_close[i - kv] * alpha;
+    }
+}
+
+/// Hard decisions of one sequence: fold where the logit is above 0; ties append.
+pub(crate) fn decide_hard<F: Real>(logit: &[F], kv: usize, alpha: &mut [F], close: &mut [F]) {
+    let folds = |l: F| l > F::zero();
+    for (i, (alpha, &l)) in alpha.iter_mut().zip(logit).enumerate() {
+        *alpha = if i >= kv && folds(l) { F::one() } else { F::zero() };
+    }
+    for (i, close) in close.iter_mut().enumerate() {
+        let next_folds = logit.get(i + kv).is_some_and(|&l| folds(l));
+        *close = if next_folds { F::neg_infinity() } else { F::zero() };
+    }
+}
+
+/// Rows of a span whose decisions have been carried out when it ends: tokens 1 to T-W-1.
+pub(crate) fn carried_out(span: &Span, delay: usize) -> std::ops::Range<usize> {
+    let end = span.len.saturating_sub(delay);
+    span.start + 1..span.start + end.max(1)
+}
+
+/// Folds per token seen of one sequence and every KV head.
+pub(crate) fn fold_rate<F: Real>(relaxed: &[F], kv: usize, span: &Span, delay: usize, rate: &mut [F]) {
+    for (g, rate) in rate.iter_mut().enumerate() {
+        let folds = carried_out(span, delay).filter(|t| relaxed[t * kv + g] > F::zero()).count();
+        *rate = F::of(folds as f64 / span.len as f64);
+    }
+}
+
+/// The straight-through gradient of [`fold_rate`], into zeros.
+pub(crate) fn fold_rate_grad<F: Real, K: KernelSet<F>>(
+    relaxed: &[F],
+    (span, delay): (&Span, usize),
+    d_rate: &[F],
+    d: &mut [F],
+) {
+    let kv = d_rate.len();
+    for t in carried_out(span, delay) {
+        for g in 0..kv {
+            let alpha = sigmoid(K::exp, relaxed[t * kv + g]);
+            d[t * kv + g] = d_rate[g] / F::of(span.len as f64) * alpha * (F::one() - alpha);
+        }
+    }
+}
+
+/// The units of a hinge: which entries of the layers' `[S,G]` rates share a constraint, with their weights.
+///
+/// Calls `visit` per unit with (layer, index into the layer's rates, weight); weights of a unit add up to 1.
+fn hinge_units(layers: usize, kv: usize, spans: &Spans, hinge: Hinge, mut visit: impl FnMut(&[(usize, usize, f64)])) {
+    let lengths: Vec<usize> = spans.iter().map(|s| s.len).collect();
+    let token_units: Vec<Vec<(usize, f64)>> = match hinge.over {
+        Over::Sequence => (0..lengths.len()).map(|s| vec![(s, 1.0)]).collect(),
+        Over::Batch => {
+            let total: usize = lengths.iter().sum();
+            vec![lengths.iter().enumerate().map(|(s, &len)| (s, len as f64 / total as f64)).collect()]
+        }
+    };
+    let all = || (0..layers).flat_map(|l| (0..kv).map(move |g| (l, g)));
+    let head_units: Vec<Vec<(usize, usize)>> = match hinge.scope {
+        Scope::Global => vec![all().collect()],
+        Scope::Layer => (0..layers).map(|l| (0..kv).map(|g| (l, g)).collect()).collect(),
+        Scope::Head => all().map(|head| vec![head]).collect(),
+    };
+    for tokens in &token_units {
+        for heads in &head_units {
+            let unit: Vec<_> = tokens
+                .iter()
+                .flat_map(|&(s, w)| heads.iter().map(move |&(l, g)| (l, s * kv + g, w / heads.len() as f64)))
+                .collect();
+            visit(&unit);
+        }
+    }
+}
+
+/// Mean over units of `max(0, target - rate)`.
+pub(crate) fn hinge<F: Real>(rates: &[&[F]], spans: &Spans, hinge: Hinge) -> F {
+    let (mut total, mut units) = (0.0, 0);
+    hinge_units(rates.len(), rates[0].len() / spans.len(), spans, hinge, |unit| {
+        let rate: f64 = unit.iter().map(|&(l, at, w)| w * rates[l][at].f64()).sum();
+        total += (hinge.target - rate).max(0.0);
+        units += 1;
+    });
+    F::of(total / f64::from(units))
+}
+
+/// Gradient of [`hinge`], scaled by `d`; exactly zero for units that reached the target.
+pub(crate) fn hinge_grad<F: Real>(rates: &[&[F]], spans: &Spans, hinge: Hinge, d: F) -> Vec<Vec<F>> {
+    let mut grads: Vec<Vec<F>> = rates.iter().map(|r| vec![F::zero(); r.len()]).collect();
+    let mut units = 0;
+    hinge_units(rates.len(), rates[0].len() / spans.len(), spans, hinge, |unit| {
+        let rate: f64 = unit.iter().map(|&(l, at, w)| w * rates[l][at].f64()).sum();
+        if rate < hinge.target {
+            unit.iter().for_each(|&(l, at, w)| grads[l][at] -= F::of(w));
+        }
+        units += 1;
+    });
+    let share = d / F::of(f64::from(units));
+    grads.iter_mut().flatten().for_each(|g| *g *= share);
+    grads
+}

@@ -1,0 +1,82 @@
+//! A kernel set: how the CPU backend computes what is worth computing in more than one way.
+//!
+//! [`Scalar`] is the reference, generic over the float; its every method is the definition. [`Fast`] is f32 with the
+//! machine's vectors. Tests run both through the same backend and compare.
+
+use crate::attention::{self, AttentionJob, AttentionJobGrad};
+use crate::real::Real;
+use crate::simd::{self, Gemm, Level};
+
+/// The choices of a CPU backend.
+pub trait KernelSet<F: Real>: Copy + Send + Sync + 'static {
+    /// Runs an elementwise kernel compiled for this set's instruction set.
+    fn run<R>(self, f: impl FnOnce() -> R) -> R;
+
+    /// The exponential that elementwise kernels use.
+    fn exp(x: F) -> F;
+
+    /// A matrix product on one thread.
+    fn gemm(self, g: Gemm<'_, F>, c: &mut [F]);
+
+    /// Attention of one KV head's queries in one sequence.
+    fn attention(self, job: &AttentionJob<'_, F>, out: &mut [F], lse: &mut [F]);
+
+    /// The adjoint of [`KernelSet::attention`].
+    fn attention_grad(self, job: &AttentionJob<'_, F>, grad: &mut AttentionJobGrad<'_, F>);
+}
+
+/// The reference: plain loops, library exponentials.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Scalar;
+
+impl<F: Real> KernelSet<F> for Scalar {
+    #[inline(always)]
+    fn run<R>(self, f: impl FnOnce() -> R) -> R {
+        f()
+    }
+
+    #[inline(always)]
+    fn exp(x: F) -> F {
+        x.exp()
+    }
+
+    fn gemm(self, g: Gemm<'_, F>, c: &mut [F]) {
+        simd::gemm_scalar(g, c);
+    }
+
+    fn attention(self, job: &AttentionJob<'_, F>, out: &mut [F], lse: &mut [F]) {
+        attention::reference(job, out, lse);
+    }
+
+    fn attention_grad(self, job: &AttentionJob<'_, F>, grad: &mut AttentionJobGrad<'_, F>) {
+        attention::reference_grad(job, grad);
+    }
+}
+
+/// f32 with the vectors of an instruction set.
+#[derive(Clone, Copy, Debug)]
+pub struct Fast(pub Level);
+
+impl KernelSet<f32> for Fast {
+    #[inline(always)]
+    fn run<R>(self, f: impl FnOnce() -> R) -> R {
+        self.0.run(f)
+    }
+
+    #[inline(always)]
+    fn exp(x: f32) -> f32 {
+        simd::exp_fast(x)
+    }
+
+    fn gemm(self, g: Gemm<'_, f32>, c: &mut [f32]) {
+        simd::gemm(self.0, g, c);
+    }
+
+    fn attention(self, job: &AttentionJob<'_, f32>, out: &mut [f32], lse: &mut [f32]) {
+        attention::blocked::forward(self, job, out, lse);
+    }
+
+    fn attention_grad(self, job: &AttentionJob<'_, f32>, grad: &mut AttentionJobGrad<'_, f32>) {
+        attention::blocked::backward(self, job, grad);
+    }
+}

@@ -1,0 +1,469 @@
+//! The seam: the only place numbers are touched.
+//!
+//! [`Ops`] is the forward half, enough to run a model. [`Grad`] adds the adjoint of every op and the optimiser step,
+//! enough to train one. [`CacheOps`] adds attention over a paged cache, enough to serve one. A backend implements all
+//! three; the tape of `kvfold-autograd` implements `Ops` by wrapping a backend and recording which adjoints to call.
+//!
+//! Tensors are token-major: a batch of sequences is one block of N rows, described by [`Spans`], so ragged batches need
+//! no padding. Letters: N rows (tokens of all sequences), T tokens of a sequence, H query heads, G KV heads, D head
+//! dim, C model dim, V vocabulary, S sequences.
+//!
+//! Shapes are checked when weights are loaded and batches are built; an op given shapes that do not fit is a bug in
+//! kvfold and panics with both shapes.
+
+use crate::dmc::Decision;
+
+/// One sequence's rows in a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// First row.
+    pub start: usize,
+    /// Number of rows.
+    pub len: usize,
+    /// Position of the first row in its sequence; above 0 when earlier tokens are already in a cache.
+    pub position: usize,
+}
+
+/// How the N rows of a batch divide into sequences.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Spans {
+    spans: Vec<Span>,
+    rows: usize,
+}
+
+impl Spans {
+    /// Whole sequences of these lengths, each starting at position 0.
+    pub fn of_lengths(lengths: &[usize]) -> Self {
+        Self::of_chunks(lengths.iter().map(|&len| (len, 0)))
+    }
+
+    /// Chunks given as (length, position of the first token).
+    pub fn of_chunks(chunks: impl IntoIterator<Item = (usize, usize)>) -> Self {
+        let mut rows = 0;
+        let spans = chunks
+            .into_iter()
+            .map(|(len, position)| {
+                let start = rows;
+                rows += len;
+                Span { start, len, position }
+            })
+            .collect();
+        Self { spans, rows }
+    }
+
+    /// The spans in row order.
+    pub fn iter(&self) -> std::slice::Iter<'_, Span> {
+        self.spans.iter()
+    }
+
+    /// Number of sequences.
+    pub fn len(&self) -> usize {
+        self.spans.len()
+    }
+
+    /// True when there is no sequence.
+    pub fn is_empty(&self) -> bool {
+        self.spans.is_empty()
+    }
+
+    /// Number of rows of all sequences.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+}
+
+impl<'a> IntoIterator for &'a Spans {
+    type Item = &'a Span;
+    type IntoIter = std::slice::Iter<'a, Span>;
+    fn into_iter(self) -> Self::IntoIter {
+        self.iter()
+    }
+}
+
+/// How a row of queries, keys or values divides into heads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heads {
+    /// Query heads H.
+    pub query: usize,
+    /// KV heads G; H is a multiple of it.
+    pub kv: usize,
+    /// Head dim D.
+    pub dim: usize,
+}
+
+impl Heads {
+    /// Query heads that share a KV head.
+    pub fn group(&self) -> usize {
+        self.query / self.kv
+    }
+}
+
+/// Keys and values of one attention range with their key biases.
+#[derive(Clone, Debug)]
+pub struct Keys<T> {
+    /// Rotated keys `[N, G*D]`.
+    pub k: T,
+    /// Values `[N, G*D]`.
+    pub v: T,
+    /// Added to every score of the key, `[N, G]`: the log of its mass.
+    pub mass: Option<T>,
+}
+
+/// Pooled states: what queries more than `delay` tokens away see instead of the exact keys.
+#[derive(Clone, Debug)]
+pub struct Pooled<T> {
+    /// The states as keys and values.
+    pub keys: Keys<T>,
+    /// Log of the chance that the state was not folded on, `[N, G]`; spared for the newest state a query sees.
+    pub close: T,
+}
+
+/// What the queries of a batch attend to (spec 2.5, with a delay W).
+///
+/// Query i sees exact key j for `i-W < j <= i`, and pooled state j for `j <= i-W`, the state at `j = i-W` spared from
+/// `close`. Without pooled states the exact keys cover everything (plain causal attention). With W = 0 there are no
+/// exact keys: each query sees its own pooled state, as in the paper.
+#[derive(Clone, Debug)]
+pub struct Visible<T> {
+    /// Exact keys of the newest tokens; `None` only when the delay is 0.
+    pub exact: Option<Keys<T>>,
+    /// Pooled states of the older ones; `None` for plain attention.
+    pub pooled: Option<Pooled<T>>,
+    /// W, tokens that stay exact; not used without pooled states.
+    pub delay: usize,
+}
+
+/// A batch's keys and values before rotation, with what decides how they pool.
+#[derive(Clone, Debug)]
+pub struct PoolInput<T> {
+    /// Keys before rotation `[N, G*D]`.
+    pub k: T,
+    /// Values `[N, G*D]`.
+    pub v: T,
+    /// Share of the previous state that stays in this one, `[N, G]`, 0 at sequence starts.
+    pub alpha: T,
+    /// Importance, `[N, G]`, above 0.
+    pub omega: T,
+}
+
+/// How [`Ops::pool`] averages.
+#[derive(Clone, Copy, Debug)]
+pub struct PoolShape {
+    /// KV heads and head dim.
+    pub heads: Heads,
+    /// Newest tokens that enter a state at most; `None` for all of the segment.
+    pub window: Option<usize>,
+}
+
+/// The running weighted means.
+#[derive(Clone, Debug)]
+pub struct PoolOutput<T> {
+    /// Mean keys before rotation `[N, G*D]`.
+    pub k: T,
+    /// Mean values `[N, G*D]`.
+    pub v: T,
+    /// Mass, the sum of weights, `[N, G]`.
+    pub mass: T,
+}
+
+/// Logit and importance of every token.
+#[derive(Clone, Debug)]
+pub struct Gate<T> {
+    /// Decision logit a, `[N, G]`: above 0 folds.
+    pub logit: T,
+    /// Importance omega, `[N, G]`.
+    pub omega: T,
+}
+
+/// A relaxed or hard decision, ready for pooling and attention.
+#[derive(Clone, Debug)]
+pub struct Decided<T> {
+    /// Share of the previous state kept, `[N, G]`; 0 at sequence starts.
+    pub alpha: T,
+    /// For key j, log(1 - alpha of token j+1), `[N, G]`; 0 for the last token of a sequence.
+    pub close: T,
+}
+
+/// Which distribution the expectation of a KL divergence is taken over.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KlDirection {
+    /// KL(teacher || student): the student covers what the teacher finds likely.
+    #[default]
+    Forward,
+    /// KL(student || teacher): the student avoids what the teacher finds unlikely.
+    Reverse,
+}
+
+/// Over which heads the fold rate must reach the target together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scope {
+    /// All heads of all layers together (the paper): the model chooses where to compress.
+    #[default]
+    Global,
+    /// Each layer by itself.
+    Layer,
+    /// Each KV head by itself.
+    Head,
+}
+
+/// Over which tokens the fold rate must reach the target together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Over {
+    /// Each sequence by itself (the released code).
+    #[default]
+    Sequence,
+    /// The whole batch (the paper's formula).
+    Batch,
+}
+
+/// The one-sided loss that asks for compression (spec 2.6).
+#[derive(Clone, Copy, Debug)]
+pub struct Hinge {
+    /// Folds per token seen that are asked for: `1 - 1/CR`.
+    pub target: f64,
+    /// Heads that share one constraint.
+    pub scope: Scope,
+    /// Tokens that share one constraint.
+    pub over: Over,
+}
+
+/// A target that [`Ops::cross_entropy`] passes over.
+pub const NO_TARGET: u32 = u32::MAX;
+
+/// Smallest importance, bf16's epsilon as in the reference: keeps masses away from 0.
+pub const MIN_IMPORTANCE: f64 = 0.0078125;
+
+/// The forward half of a backend.
+pub trait Ops {
+    /// An array of this backend; cheap to clone.
+    type Tensor: Clone;
+
+    /// An array from host numbers, row-major.
+    fn tensor(&self, shape: &[usize], data: &[f32]) -> Self::Tensor;
+
+    /// The numbers of an array, row-major.
+    fn to_host(&self, x: &Self::Tensor) -> Vec<f32>;
+
+    /// The shape of an array.
+    fn shape(&self, x: &Self::Tensor) -> Vec<usize>;
+
+    /// `x [N,K] . w [M,K]^T -> [N,M]`. Each output is one sum over K in ascending order, whatever N is.
+    fn linear(&self, x: &Self::Tensor, w: &Self::Tensor) -> Self::Tensor;
+
+    /// Rows `ids` of `table [V,C]` -> `[N,C]`.
+    fn embed(&self, ids: &[u32], table: &Self::Tensor) -> Self::Tensor;
+
+    /// `x / sqrt(mean(x^2) + eps) * w`, per row of `x [N,C]`.
+    fn rms_norm(&self, x: &Self::Tensor, w: &Self::Tensor, eps: f64) -> Self::Tensor;
+
+    /// Cosines and sines of `positions x D/2` angles, the table that [`Ops::rope`] reads: `[P, D]`, cosines first.
+    fn rope_table(&self, inv_freq: &[f64], positions: usize) -> Self::Tensor;
+
+    /// Rotates every head of `x [N, heads*D]` by its position (half-rotation layout: channel d pairs with d + D/2).
+    fn rope(&self, x: &Self::Tensor, table: &Self::Tensor, spans: &Spans) -> Self::Tensor;
+
+    /// Multiplies the last channel of every head of `x [N, heads*D]` by `factor`.
+    fn scale_last_channel(&self, x: &Self::Tensor, dim: usize, factor: f64) -> Self::Tensor;
+
+    /// `gate * sigmoid(gate) * up`.
+    fn swiglu(&self, gate: &Self::Tensor, up: &Self::Tensor) -> Self::Tensor;
+
+    /// `x + factor * y`.
+    fn add(&self, x: &Self::Tensor, y: &Self::Tensor, factor: f64) -> Self::Tensor;
+
+    /// Natural logarithm.
+    fn ln(&self, x: &Self::Tensor) -> Self::Tensor;
+
+    /// Mean of `-log softmax(logits)[target]` over the rows with a target, `[1]`; [`NO_TARGET`] skips a row.
+    fn cross_entropy(&self, logits: &Self::Tensor, targets: &[u32]) -> Self::Tensor;
+
+    /// Mean KL divergence per row between the softmaxes of two `[N,V]` logits, `[1]`; the teacher is a constant.
+    fn kl(&self, student: &Self::Tensor, teacher: &Self::Tensor, direction: KlDirection) -> Self::Tensor;
+
+    /// Logit and importance from the last channels of keys and queries before rotation (spec 1.2).
+    fn borrowed_gate(&self, q: &Self::Tensor, k: &Self::Tensor, heads: Heads, decision: Borrowed)
+    -> Gate<Self::Tensor>;
+
+    /// Logit and importance from the head's outputs `[N, 2G]`: `scale * r - offset`, and an importance that is 1 at
+    /// `r = 0`, so that a zero-initialised head weighs all tokens alike.
+    fn head_gate(&self, r: &Self::Tensor, scale: f64, offset: f64) -> Gate<Self::Tensor>;
+
+    /// Mean over the columns of `[N,G]`, in every column.
+    fn share_columns(&self, x: &Self::Tensor) -> Self::Tensor;
+
+    /// `(logit + noise) / temperature`.
+    fn relax(&self, logit: &Self::Tensor, noise: &Self::Tensor, temperature: f64) -> Self::Tensor;
+
+    /// Soft decisions from relaxed logits `[N,G]` (spec 2.1, 2.5).
+    fn decide_soft(&self, relaxed: &Self::Tensor, spans: &Spans) -> Decided<Self::Tensor>;
+
+    /// Hard decisions from logits `[N,G]`: fold where the logit is above 0; closed keys get minus infinity.
+    fn decide_hard(&self, logit: &Self::Tensor, spans: &Spans) -> Decided<Self::Tensor>;
+
+    /// Folds per token seen, `[S,G]`, counting hard decisions (`logit > 0`) of tokens 1 to T-W-1: those carried out
+    /// when the sequence ends. Slots held are `T * (1 - rate)`. Gradients pass straight through to the soft decision.
+    fn fold_rate(&self, relaxed: &Self::Tensor, spans: &Spans, delay: usize) -> Self::Tensor;
+
+    /// The hinge over the layers' fold rates, each `[S,G]`: mean over units of `max(0, target - rate)`, `[1]`.
+    fn hinge(&self, rates: &[Self::Tensor], spans: &Spans, hinge: Hinge) -> Self::Tensor;
+
+    /// Running weighted means (spec 2.2, 2.3).
+    fn pool(&self, input: &PoolInput<Self::Tensor>, spans: &Spans, shape: PoolShape) -> PoolOutput<Self::Tensor>;
+
+    /// Causal attention of `q [N, H*D]`, rotated, over what is visible -> `[N, H*D]`.
+    fn attention(&self, q: &Self::Tensor, visible: &Visible<Self::Tensor>, spans: &Spans, heads: Heads)
+    -> Self::Tensor;
+}
+
+/// The numbers of [`Decision::Borrowed`].
+#[derive(Clone, Copy, Debug)]
+pub struct Borrowed {
+    /// Factor on the key channel.
+    pub scale: f64,
+    /// Subtracted from the logit, added to the importance logit.
+    pub offset: f64,
+}
+
+impl Decision {
+    /// Whether queries and keys lose their last channel.
+    pub fn borrows_channel(&self) -> bool {
+        matches!(self, Decision::Borrowed { .. })
+    }
+}
+
+/// What [`Grad::attention_grad`] returns.
+#[derive(Clone, Debug)]
+pub struct AttentionGrad<T> {
+    /// Gradient of the queries.
+    pub q: T,
+    /// Gradients of the exact keys, where there were any.
+    pub exact: Option<Keys<T>>,
+    /// Gradients of the pooled states, where there were any.
+    pub pooled: Option<Pooled<T>>,
+}
+
+/// What [`Grad::attention_saving`] keeps for the backward pass.
+#[derive(Clone, Debug)]
+pub struct AttentionSaved<T> {
+    /// The output `[N, H*D]`.
+    pub out: T,
+    /// Log of the sum of exponentials of each query's scores, `[N,H]`.
+    pub lse: T,
+}
+
+/// AdamW's numbers for one parameter and step (decoupled weight decay).
+#[derive(Clone, Copy, Debug)]
+pub struct AdamW {
+    /// Learning rate.
+    pub lr: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Weight decay per unit of learning rate.
+    pub weight_decay: f64,
+    /// Step count, from 1.
+    pub step: u64,
+    /// Factor on the gradient (clipping).
+    pub grad_scale: f64,
+}
+
+/// A parameter's moments.
+#[derive(Clone, Debug)]
+pub struct Moments<T> {
+    /// Mean of gradients.
+    pub m: T,
+    /// Mean of squared gradients.
+    pub v: T,
+}
+
+/// The adjoint of every op of [`Ops`], and the optimiser. `d` is the gradient of the op's output.
+pub trait Grad: Ops {
+    /// Gradient of `x` in [`Ops::linear`].
+    fn linear_grad_x(&self, w: &Self::Tensor, d: &Self::Tensor) -> Self::Tensor;
+    /// Gradient of `w` in [`Ops::linear`].
+    fn linear_grad_w(&self, x: &Self::Tensor, d: &Self::Tensor) -> Self::Tensor;
+    /// Gradient of the table in [`Ops::embed`].
+    fn embed_grad(&self, ids: &[u32], table: &Self::Tensor, d: &Self::Tensor) -> Self::Tensor;
+    /// Gradients of `x` and `w` in [`Ops::rms_norm`].
+    fn rms_norm_grad(
+        &self,
+        x: &Self::Tensor,
+        w: &Self::Tensor,
+        eps: f64,
+        d: &Self::Tensor,
+    ) -> (Self::Tensor, Self::Tensor);
+    /// Gradient of [`Ops::rope`]: the rotation backwards.
+    fn rope_grad(&self, table: &Self::Tensor, spans: &Spans, d: &Self::Tensor) -> Self::Tensor;
+    /// Gradients of `gate` and `up` in [`Ops::swiglu`].
+    fn swiglu_grad(&self, gate: &Self::Tensor, up: &Self::Tensor, d: &Self::Tensor) -> (Self::Tensor, Self::Tensor);
+    /// `factor * d`.
+    fn scale(&self, d: &Self::Tensor, factor: f64) -> Self::Tensor;
+    /// Gradient of [`Ops::ln`].
+    fn ln_grad(&self, x: &Self::Tensor, d: &Self::Tensor) -> Self::Tensor;
+    /// Gradient of the logits in [`Ops::cross_entropy`].
+    fn cross_entropy_grad(&self, logits: &Self::Tensor, targets: &[u32], d: &Self::Tensor) -> Self::Tensor;
+    /// Gradient of the student's logits in [`Ops::kl`].
+    fn kl_grad(
+        &self,
+        student: &Self::Tensor,
+        teacher: &Self::Tensor,
+        direction: KlDirection,
+        d: &Self::Tensor,
+    ) -> Self::Tensor;
+    /// Gradients of `q` and `k` in [`Ops::borrowed_gate`].
+    fn borrowed_gate_grad(
+        &self,
+        inputs: (&Self::Tensor, &Self::Tensor),
+        heads: Heads,
+        decision: Borrowed,
+        d: &Gate<Self::Tensor>,
+    ) -> (Self::Tensor, Self::Tensor);
+    /// Gradient of `r` in [`Ops::head_gate`].
+    fn head_gate_grad(&self, r: &Self::Tensor, scale: f64, d: &Gate<Self::Tensor>) -> Self::Tensor;
+    /// Gradient of the relaxed logits in [`Ops::decide_soft`].
+    fn decide_soft_grad(&self, relaxed: &Self::Tensor, spans: &Spans, d: &Decided<Self::Tensor>) -> Self::Tensor;
+    /// Gradient of the relaxed logits in [`Ops::fold_rate`], straight through.
+    fn fold_rate_grad(&self, relaxed: &Self::Tensor, spans: &Spans, delay: usize, d: &Self::Tensor) -> Self::Tensor;
+    /// Gradients of the rates in [`Ops::hinge`].
+    fn hinge_grad(&self, rates: &[Self::Tensor], spans: &Spans, hinge: Hinge, d: &Self::Tensor) -> Vec<Self::Tensor>;
+    /// Gradients of the inputs of [`Ops::pool`].
+    fn pool_grad(
+        &self,
+        input: &PoolInput<Self::Tensor>,
+        spans: &Spans,
+        shape: PoolShape,
+        d: &PoolOutput<Self::Tensor>,
+    ) -> PoolInput<Self::Tensor>;
+    /// [`Ops::attention`], keeping what its adjoint needs.
+    fn attention_saving(
+        &self,
+        q: &Self::Tensor,
+        visible: &Visible<Self::Tensor>,
+        spans: &Spans,
+        heads: Heads,
+    ) -> AttentionSaved<Self::Tensor>;
+    /// Gradients of the inputs of [`Ops::attention`].
+    fn attention_grad(
+        &self,
+        inputs: (&Self::Tensor, &Visible<Self::Tensor>),
+        saved: &AttentionSaved<Self::Tensor>,
+        spans: &Spans,
+        heads: Heads,
+        d: &Self::Tensor,
+    ) -> AttentionGrad<Self::Tensor>;
+
+    /// An array of zeros shaped like `x`.
+    fn zeros_like(&self, x: &Self::Tensor) -> Self::Tensor;
+    /// Sum of squares, for gradient norms.
+    fn sum_squares(&self, x: &Self::Tensor) -> f64;
+    /// One AdamW step in place.
+    fn adamw(&self, param: &mut Self::Tensor, grad: &Self::Tensor, moments: &mut Moments<Self::Tensor>, adamw: AdamW);
+    /// Sets row r of a `[R,C]` array to 0 for every r in `rows`, in place.
+    fn zero_rows(&self, x: &mut Self::Tensor, rows: &[usize]);
+}

@@ -1,0 +1,130 @@
+//! The numbers kernels compute with: `f32` in production, `f64` to check gradients against differences.
+
+use num_traits::{Float, NumAssign};
+
+/// A float that kernels are generic over.
+pub trait Real: Float + NumAssign + Default + std::iter::Sum + std::fmt::Debug + Send + Sync + 'static {
+    /// From a literal or a setting.
+    fn of(x: f64) -> Self;
+    /// To a statistic.
+    fn f64(self) -> f64;
+}
+
+impl Real for f32 {
+    #[inline(always)]
+    fn of(x: f64) -> Self {
+        x as f32
+    }
+    #[inline(always)]
+    fn f64(self) -> f64 {
+        f64::from(self)
+    }
+}
+
+impl Real for f64 {
+    #[inline(always)]
+    fn of(x: f64) -> Self {
+        x
+    }
+    #[inline(always)]
+    fn f64(self) -> f64 {
+        self
+    }
+}
+
+/// Lanes of the sums below: one AVX-512 register of f32.
+const LANES: usize = 16;
+
+/// Sum in a fixed order: 16 interleaved partial sums, then pairwise. The same for every instruction set.
+#[inline(always)]
+pub fn sum<F: Real>(xs: impl ExactSizeIterator<Item = F>) -> F {
+    let mut lanes = [F::zero(); LANES];
+    for (i, x) in xs.enumerate() {
+        lanes[i % LANES] += x;
+    }
+    fold_lanes(lanes)
+}
+
+/// Sum of squares, in the order of [`sum`].
+#[inline(always)]
+pub fn sum_squares<F: Real>(xs: &[F]) -> F {
+    dot(xs, xs)
+}
+
+/// Dot product, in the order of [`sum`].
+#[inline(always)]
+pub fn dot<F: Real>(xs: &[F], ys: &[F]) -> F {
+    let mut lanes = [F::zero(); LANES];
+    let (xc, yc) = (xs.chunks_exact(LANES), ys.chunks_exact(LANES));
+    let (xr, yr) = (xc.remainder(), yc.remainder());
+    for (x, y) in xc.zip(yc) {
+        for l in 0..LANES {
+            lanes[l] += x[l] * y[l];
+        }
+    }
+    for (l, (&x, &y)) in xr.iter().zip(yr).enumerate() {
+        lanes[l] += x * y;
+    }
+    fold_lanes(lanes)
+}
+
+/// Sum of a slice, in the order of [`sum`].
+#[inline(always)]
+pub fn total<F: Real>(xs: &[F]) -> F {
+    let mut lanes = [F::zero(); LANES];
+    let xc = xs.chunks_exact(LANES);
+    let xr = xc.remainder();
+    for x in xc {
+        for l in 0..LANES {
+            lanes[l] += x[l];
+        }
+    }
+    for (l, &x) in xr.iter().enumerate() {
+        lanes[l] += x;
+    }
+    fold_lanes(lanes)
+}
+
+/// Largest element; minus infinity when there is none.
+#[inline(always)]
+pub fn max<F: Real>(xs: &[F]) -> F {
+    let mut lanes = [F::neg_infinity(); LANES];
+    let xc = xs.chunks_exact(LANES);
+    let xr = xc.remainder();
+    for x in xc {
+        for l in 0..LANES {
+            lanes[l] = if x[l] > lanes[l] { x[l] } else { lanes[l] };
+        }
+    }
+    for (l, &x) in xr.iter().enumerate() {
+        lanes[l] = if x > lanes[l] { x } else { lanes[l] };
+    }
+    lanes.into_iter().fold(F::neg_infinity(), |a, b| if b > a { b } else { a })
+}
+
+#[inline(always)]
+fn fold_lanes<F: Real>(mut lanes: [F; LANES]) -> F {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for l in 0..width {
+            let other = lanes[l + width];
+            lanes[l] += other;
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// Logistic function, without overflow for any input. `exp` is the kernel set's own.
+#[inline(always)]
+pub fn sigmoid<F: Real>(exp: impl Fn(F) -> F, x: F) -> F {
+    let e = exp(-x.abs());
+    let p = F::one() / (F::one() + e);
+    if x >= F::zero() { p } else { F::one() - p }
+}
+
+/// `log(1 + exp(x))`, without overflow for any input.
+#[inline(always)]
+pub fn softplus<F: Real>(x: F) -> F {
+    x.max(F::zero()) + (-x.abs()).exp().ln_1p()
+}
