@@ -1,0 +1,276 @@
+//! [`Ops`] on a tape: each op runs on the backend and names its adjoint.
+
+use crate::tape::{Tape, Var};
+use kvfold_kernels::Grad;
+use kvfold_kernels::ops::{
+    AttentionSaved, Borrowed, Decided, Gate, Heads, Hinge, Keys, KlDirection, Ops, PoolInput, PoolOutput, PoolShape,
+    Pooled, Spans, Visible,
+};
+
+/// The backend's tensors behind a set of keys.
+fn keys_value<T: Clone>(keys: &Keys<Var<T>>) -> Keys<T> {
+    Keys { k: keys.k.value.clone(), v: keys.v.value.clone(), mass: keys.mass.as_ref().map(|m| m.value.clone()) }
+}
+
+fn visible_value<T: Clone>(visible: &Visible<Var<T>>) -> Visible<T> {
+    Visible {
+        exact: visible.exact.as_ref().map(keys_value),
+        pooled: visible.pooled.as_ref().map(|p| Pooled { keys: keys_value(&p.keys), close: p.close.value.clone() }),
+        delay: visible.delay,
+    }
+}
+
+impl<O: Grad + Clone + 'static> Ops for Tape<O>
+where
+    O::Tensor: 'static,
+{
+    type Tensor = Var<O::Tensor>;
+
+    fn tensor(&self, shape: &[usize], data: &[f32]) -> Self::Tensor {
+        Var::constant(self.ops.tensor(shape, data))
+    }
+
+    fn to_host(&self, x: &Self::Tensor) -> Vec<f32> {
+        self.ops.to_host(&x.value)
+    }
+
+    fn shape(&self, x: &Self::Tensor) -> Vec<usize> {
+        self.ops.shape(&x.value)
+    }
+
+    fn linear(&self, x: &Self::Tensor, w: &Self::Tensor) -> Self::Tensor {
+        let y = self.ops.linear(&x.value, &w.value);
+        let (xs, ws) = (x.clone(), w.clone());
+        self.one(&[x, w], y, move |ops, d, grads| {
+            grads.give(ops, xs.id, || ops.linear_grad_x(&ws.value, d));
+            grads.give(ops, ws.id, || ops.linear_grad_w(&xs.value, d));
+        })
+    }
+
+    fn embed(&self, ids: &[u32], table: &Self::Tensor) -> Self::Tensor {
+        let y = self.ops.embed(ids, &table.value);
+        let (ids, saved) = (ids.to_vec(), table.clone());
+        self.one(&[table], y, move |ops, d, grads| {
+            grads.give(ops, saved.id, || ops.embed_grad(&ids, &saved.value, d));
+        })
+    }
+
+    fn rms_norm(&self, x: &Self::Tensor, w: &Self::Tensor, eps: f64) -> Self::Tensor {
+        let y = self.ops.rms_norm(&x.value, &w.value, eps);
+        let (xs, ws) = (x.clone(), w.clone());
+        self.one(&[x, w], y, move |ops, d, grads| {
+            let (dx, dw) = ops.rms_norm_grad(&xs.value, &ws.value, eps, d);
+            grads.give(ops, xs.id, || dx);
+            grads.give(ops, ws.id, || dw);
+        })
+    }
+
+    fn rope_table(&self, inv_freq: &[f64], positions: usize) -> Self::Tensor {
+        Var::constant(self.ops.rope_table(inv_freq, positions))
+    }
+
+    fn rope(&self, x: &Self::Tensor, table: &Self::Tensor, spans: &Spans) -> Self::Tensor {
+        let y = self.ops.rope(&x.value, &table.value, spans);
+        let (id, table, spans) = (x.id, table.value.clone(), spans.clone());
+        self.one(&[x], y, move |ops, d, grads| grads.give(ops, id, || ops.rope_grad(&table, &spans, d)))
+    }
+
+    fn scale_last_channel(&self, x: &Self::Tensor, dim: usize, factor: f64) -> Self::Tensor {
+        let y = self.ops.scale_last_channel(&x.value, dim, factor);
+        let id = x.id;
+        self.one(&[x], y, move |ops, d, grads| grads.give(ops, id, || ops.scale_last_channel(d, dim, factor)))
+    }
+
+    fn swiglu(&self, gate: &Self::Tensor, up: &Self::Tensor) -> Self::Tensor {
+        let y = self.ops.swiglu(&gate.value, &up.value);
+        let (g, u) = (gate.clone(), up.clone());
+        self.one(&[gate, up], y, move |ops, d, grads| {
+            let (dg, du) = ops.swiglu_grad(&g.value, &u.value, d);
+            grads.give(ops, g.id, || dg);
+            grads.give(ops, u.id, || du);
+        })
+    }
+
+    fn add(&self, x: &Self::Tensor, y: &Self::Tensor, factor: f64) -> Self::Tensor {
+        let sum = self.ops.add(&x.value, &y.value, factor);
+        let (x_id, y_id) = (x.id, y.id);
+        self.one(&[x, y], sum, move |ops, d, grads| {
+            grads.give(ops, x_id, || d.clone());
+            grads.give(ops, y_id, || if factor == 1.0 { d.clone() } else { ops.scale(d, factor) });
+        })
+    }
+
+    fn ln(&self, x: &Self::Tensor) -> Self::Tensor {
+        let y = self.ops.ln(&x.value);
+        let saved = x.clone();
+        self.one(&[x], y, move |ops, d, grads| grads.give(ops, saved.id, || ops.ln_grad(&saved.value, d)))
+    }
+
+    fn cross_entropy(&self, logits: &Self::Tensor, targets: &[u32]) -> Self::Tensor {
+        let loss = self.ops.cross_entropy(&logits.value, targets);
+        let (saved, targets) = (logits.clone(), targets.to_vec());
+        self.one(&[logits], loss, move |ops, d, grads| {
+            grads.give(ops, saved.id, || ops.cross_entropy_grad(&saved.value, &targets, d));
+        })
+    }
+
+    fn kl(&self, student: &Self::Tensor, teacher: &Self::Tensor, direction: KlDirection) -> Self::Tensor {
+        let loss = self.ops.kl(&student.value, &teacher.value, direction);
+        let (saved, teacher) = (student.clone(), teacher.value.clone());
+        self.one(&[student], loss, move |ops, d, grads| {
+            grads.give(ops, saved.id, || ops.kl_grad(&saved.value, &teacher, direction, d));
+        })
+    }
+
+    fn borrowed_gate(&self, q: &Self::Tensor, k: &Self::Tensor, heads: Heads, by: Borrowed) -> Gate<Self::Tensor> {
+        let gate = self.ops.borrowed_gate(&q.value, &k.value, heads, by);
+        let (qs, ks) = (q.clone(), k.clone());
+        self.gate(&[q, k], gate, move |ops, d, grads| {
+            let (dq, dk) = ops.borrowed_gate_grad((&qs.value, &ks.value), heads, by, &d);
+            grads.give(ops, qs.id, || dq);
+            grads.give(ops, ks.id, || dk);
+        })
+    }
+
+    fn head_gate(&self, r: &Self::Tensor, scale: f64, offset: f64) -> Gate<Self::Tensor> {
+        let gate = self.ops.head_gate(&r.value, scale, offset);
+        let saved = r.clone();
+        self.gate(&[r], gate, move |ops, d, grads| {
+            grads.give(ops, saved.id, || ops.head_gate_grad(&saved.value, scale, &d));
+        })
+    }
+
+    fn share_columns(&self, x: &Self::Tensor) -> Self::Tensor {
+        let y = self.ops.share_columns(&x.value);
+        let id = x.id;
+        self.one(&[x], y, move |ops, d, grads| grads.give(ops, id, || ops.share_columns(d)))
+    }
+
+    fn relax(&self, logit: &Self::Tensor, noise: &Self::Tensor, temperature: f64) -> Self::Tensor {
+        let y = self.ops.relax(&logit.value, &noise.value, temperature);
+        let id = logit.id;
+        self.one(&[logit], y, move |ops, d, grads| grads.give(ops, id, || ops.scale(d, 1.0 / temperature)))
+    }
+
+    fn decide_soft(&self, relaxed: &Self::Tensor, spans: &Spans) -> Decided<Self::Tensor> {
+        let Decided { alpha, close } = self.ops.decide_soft(&relaxed.value, spans);
+        let [alpha, close] = self.outputs(&[relaxed], [alpha, close]);
+        if alpha.id.is_some() {
+            let (saved, spans, a, c) = (relaxed.clone(), spans.clone(), alpha.clone(), close.clone());
+            self.record(move |ops, grads| {
+                let (d_alpha, d_close) = (grads.take(a.id), grads.take(c.id));
+                if d_alpha.is_some() || d_close.is_some() {
+                    let or_zeros = |d: Option<_>| d.unwrap_or_else(|| ops.zeros_like(&saved.value));
+                    let d = Decided { alpha: or_zeros(d_alpha), close: or_zeros(d_close) };
+                    grads.give(ops, saved.id, || ops.decide_soft_grad(&saved.value, &spans, &d));
+                }
+            });
+        }
+        Decided { alpha, close }
+    }
+
+    fn decide_hard(&self, logit: &Self::Tensor, spans: &Spans) -> Decided<Self::Tensor> {
+        let Decided { alpha, close } = self.ops.decide_hard(&logit.value, spans);
+        Decided { alpha: Var::constant(alpha), close: Var::constant(close) }
+    }
+
+    fn fold_rate(&self, relaxed: &Self::Tensor, spans: &Spans, delay: usize) -> Self::Tensor {
+        let rate = self.ops.fold_rate(&relaxed.value, spans, delay);
+        let (saved, spans) = (relaxed.clone(), spans.clone());
+        self.one(&[relaxed], rate, move |ops, d, grads| {
+            grads.give(ops, saved.id, || ops.fold_rate_grad(&saved.value, &spans, delay, d));
+        })
+    }
+
+    fn hinge(&self, rates: &[Self::Tensor], spans: &Spans, hinge: Hinge) -> Self::Tensor {
+        let values: Vec<_> = rates.iter().map(|rate| rate.value.clone()).collect();
+        let loss = self.ops.hinge(&values, spans, hinge);
+        let (ids, spans): (Vec<_>, _) = (rates.iter().map(|rate| rate.id).collect(), spans.clone());
+        self.one(&rates.iter().collect::<Vec<_>>(), loss, move |ops, d, grads| {
+            for (id, grad) in ids.into_iter().zip(ops.hinge_grad(&values, &spans, hinge, d)) {
+                grads.give(ops, id, || grad);
+            }
+        })
+    }
+
+    fn pool(&self, input: &PoolInput<Self::Tensor>, spans: &Spans, shape: PoolShape) -> PoolOutput<Self::Tensor> {
+        let PoolInput { k, v, alpha, omega } = input;
+        let (ks, vs) = (k.value.clone(), v.value.clone());
+        let saved = PoolInput { k: ks, v: vs, alpha: alpha.value.clone(), omega: omega.value.clone() };
+        let out = self.ops.pool(&saved, spans, shape);
+        let [k_out, v_out, mass] = self.outputs(&[k, v, alpha, omega], [out.k, out.v, out.mass]);
+        if k_out.id.is_some() {
+            let (inputs, outs) = ([k, v, alpha, omega].map(|x| x.id), [&k_out, &v_out, &mass].map(Var::clone));
+            let spans = spans.clone();
+            self.record(move |ops, grads| {
+                let [k, v, mass] = outs.map(|out| grads.take(out.id).unwrap_or_else(|| ops.zeros_like(&out.value)));
+                let d = ops.pool_grad(&saved, &spans, shape, &PoolOutput { k, v, mass });
+                for (id, grad) in inputs.into_iter().zip([d.k, d.v, d.alpha, d.omega]) {
+                    grads.give(ops, id, || grad);
+                }
+            });
+        }
+        PoolOutput { k: k_out, v: v_out, mass }
+    }
+
+    fn attention(
+        &self,
+        q: &Self::Tensor,
+        visible: &Visible<Self::Tensor>,
+        spans: &Spans,
+        heads: Heads,
+    ) -> Self::Tensor {
+        let (values, spans) = (visible_value(visible), spans.clone());
+        let saved = self.ops.attention_saving(&q.value, &values, &spans, heads);
+        let mut inputs = vec![q];
+        let all_keys = visible.exact.iter().chain(visible.pooled.as_ref().map(|p| &p.keys));
+        inputs.extend(all_keys.flat_map(|keys| [&keys.k, &keys.v].into_iter().chain(&keys.mass)));
+        inputs.extend(visible.pooled.as_ref().map(|p| &p.close));
+        let (qs, ids) = (q.clone(), visible.clone());
+        let AttentionSaved { out, lse } = saved;
+        let kept = out.clone();
+        self.one(&inputs, out, move |ops, d, grads| {
+            let saved = AttentionSaved { out: kept, lse };
+            let back = ops.attention_grad((&qs.value, &values), &saved, &spans, heads, d);
+            grads.give(ops, qs.id, || back.q);
+            let mut give_keys = |ids: &Keys<Var<O::Tensor>>, d: Keys<O::Tensor>| {
+                grads.give(ops, ids.k.id, || d.k);
+                grads.give(ops, ids.v.id, || d.v);
+                if let (Some(id), Some(d)) = (&ids.mass, d.mass) {
+                    grads.give(ops, id.id, || d);
+                }
+            };
+            if let (Some(ids), Some(d)) = (&ids.exact, back.exact) {
+                give_keys(ids, d);
+            }
+            if let (Some(ids), Some(d)) = (&ids.pooled, back.pooled) {
+                give_keys(&ids.keys, d.keys);
+                grads.give(ops, ids.close.id, || d.close);
+            }
+        })
+    }
+}
+
+impl<O: Grad + Clone + 'static> Tape<O>
+where
+    O::Tensor: 'static,
+{
+    /// Records an op whose outputs are a logit and an importance.
+    fn gate(
+        &self,
+        inputs: &[&Var<O::Tensor>],
+        gate: Gate<O::Tensor>,
+        back: impl FnOnce(&O, Gate<O::Tensor>, &mut crate::Grads<O::Tensor>) + 'static,
+    ) -> Gate<Var<O::Tensor>> {
+        let [logit, omega] = self.outputs(inputs, [gate.logit, gate.omega]);
+        if logit.id.is_some() {
+            let (l, w) = (logit.clone(), omega.clone());
+            self.record(move |ops, grads| {
+                let mut take = |out: Var<O::Tensor>| grads.take(out.id).unwrap_or_else(|| ops.zeros_like(&out.value));
+                let d = Gate { logit: take(l), omega: take(w) };
+                back(ops, d, grads);
+            });
+        }
+        Gate { logit, omega }
+    }
+}
