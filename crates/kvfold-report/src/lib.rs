@@ -14,6 +14,7 @@
 //! | [`verdict`] | what the model kept and what it lost, in sentences |
 //! | [`heatmap`] | compression ratios, layer by KV head, as a coloured map |
 //! | [`terminal`] | the whole receipt for a person at a terminal |
+//! | [`curve`] | the training curve: JSON, and a sparkline |
 //! | [`format`](mod@format) | the only place that decides how a number is written |
 //!
 //! Two rules hold everywhere. The logical ratio (tokens seen over slots held)
@@ -21,6 +22,7 @@
 //! the first alone flatters. And a number that could not be computed is shown as
 //! such; it is never left out.
 
+pub mod curve;
 pub mod format;
 pub mod heatmap;
 pub mod quantiles;
@@ -34,6 +36,7 @@ mod non_finite;
 mod sample;
 mod text;
 
+pub use curve::{Curve, Point};
 pub use heatmap::heat_map;
 pub use quantiles::Quantiles;
 pub use receipt::Receipt;
