@@ -15,6 +15,7 @@
 //! | [`heatmap`] | compression ratios, layer by KV head, as a coloured map |
 //! | [`terminal`] | the whole receipt for a person at a terminal |
 //! | [`curve`] | the training curve: JSON, and a sparkline |
+//! | [`card`] | the `README.md` of a retrofitted model |
 //! | [`format`](mod@format) | the only place that decides how a number is written |
 //!
 //! Two rules hold everywhere. The logical ratio (tokens seen over slots held)
@@ -22,6 +23,7 @@
 //! the first alone flatters. And a number that could not be computed is shown as
 //! such; it is never left out.
 
+pub mod card;
 pub mod curve;
 pub mod format;
 pub mod heatmap;
@@ -36,6 +38,7 @@ mod non_finite;
 mod sample;
 mod text;
 
+pub use card::Card;
 pub use curve::{Curve, Point};
 pub use heatmap::heat_map;
 pub use quantiles::Quantiles;
