@@ -31,9 +31,9 @@ const SHADES: [char; 5] = ['·', '░', '▒', '▓', '█'];
 
 /// The same in the 256-colour palette, after viridis: dark violet to yellow, in
 /// rising luminance, so that it survives a print in grey and colour blindness.
-const RAMP: [u8; 9] = [53, 60, 24, 30, 36, 71, 113, 148, 220];
+const RAMP: [u8; 9] = [53, 54, 25, 31, 36, 71, 113, 148, 220];
 /// The first of [`RAMP`] that is bright enough for black text.
-const BRIGHT: usize = 4;
+const BRIGHT: usize = 3;
 const BLACK: u8 = 16;
 const WHITE: u8 = 231;
 
@@ -366,7 +366,37 @@ mod tests {
             color: true,
             width: 80,
         };
-        insta::assert_snapshot!(heat_map(&[vec![1.0, 8.0]], &style).escape_debug(), @r"\u{1b}[2m     h0    h1\u{1b}[0m\n\u{1b}[2mL0 \u{1b}[0m\u{1b}[38;5;231;48;5;53m  1.0 \u{1b}[0m\u{1b}[38;5;16;48;5;220m  8.0 \u{1b}[0m\n\u{1b}[2mtokens per slot: \u{1b}[0m1.0x \u{1b}[38;5;231;48;5;53m  \u{1b}[0m\u{1b}[38;5;231;48;5;60m  \u{1b}[0m\u{1b}[38;5;231;48;5;24m  \u{1b}[0m\u{1b}[38;5;231;48;5;30m  \u{1b}[0m\u{1b}[38;5;16;48;5;36m  \u{1b}[0m\u{1b}[38;5;16;48;5;71m  \u{1b}[0m\u{1b}[38;5;16;48;5;113m  \u{1b}[0m\u{1b}[38;5;16;48;5;148m  \u{1b}[0m\u{1b}[38;5;16;48;5;220m  \u{1b}[0m 8.0x\n");
+        insta::assert_snapshot!(heat_map(&[vec![1.0, 8.0]], &style).escape_debug(), @r"\u{1b}[2m     h0    h1\u{1b}[0m\n\u{1b}[2mL0 \u{1b}[0m\u{1b}[38;5;231;48;5;53m  1.0 \u{1b}[0m\u{1b}[38;5;16;48;5;220m  8.0 \u{1b}[0m\n\u{1b}[2mtokens per slot: \u{1b}[0m1.0x \u{1b}[38;5;231;48;5;53m  \u{1b}[0m\u{1b}[38;5;231;48;5;54m  \u{1b}[0m\u{1b}[38;5;231;48;5;25m  \u{1b}[0m\u{1b}[38;5;16;48;5;31m  \u{1b}[0m\u{1b}[38;5;16;48;5;36m  \u{1b}[0m\u{1b}[38;5;16;48;5;71m  \u{1b}[0m\u{1b}[38;5;16;48;5;113m  \u{1b}[0m\u{1b}[38;5;16;48;5;148m  \u{1b}[0m\u{1b}[38;5;16;48;5;220m  \u{1b}[0m 8.0x\n");
+    }
+
+    #[test]
+    fn the_ramp_rises_in_luminance_and_its_numbers_can_be_read() {
+        let channel = |level: u8| {
+            let value = if level == 0 {
+                0.0
+            } else {
+                55.0 + 40.0 * f64::from(level)
+            } / 255.0;
+            if value <= 0.04045 {
+                value / 12.92
+            } else {
+                ((value + 0.055) / 1.055f64).powf(2.4)
+            }
+        };
+        // Colours 16 to 231 are a cube of 6 x 6 x 6.
+        let luminance = |color: u8| {
+            let (r, g, b) = ((color - 16) / 36, (color - 16) / 6 % 6, (color - 16) % 6);
+            0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b)
+        };
+        for pair in RAMP.windows(2) {
+            assert!(luminance(pair[0]) < luminance(pair[1]), "{pair:?}");
+        }
+        for (step, &background) in RAMP.iter().enumerate() {
+            let text = if step < BRIGHT { WHITE } else { BLACK };
+            let (a, b) = (luminance(text), luminance(background));
+            let contrast = (a.max(b) + 0.05) / (a.min(b) + 0.05);
+            assert!(contrast >= 4.5, "{background}: {contrast}");
+        }
     }
 
     #[test]
