@@ -11,6 +11,7 @@
 //! | `gate.rs` | decisions and importances, their relaxation, the hinge |
 //! | `pool.rs` | running weighted means |
 //! | `attention/` | attention over exact keys and pooled states |
+//! | `paged/` | attention over a paged cache, appending or folding |
 //! | `noise.rs` | counter-based noise |
 
 mod attention;
@@ -22,10 +23,11 @@ mod loss;
 pub mod noise;
 mod norm;
 pub mod ops;
+pub mod paged;
 mod pool;
 pub mod real;
 mod rope;
 pub mod simd;
 
 pub use cpu::{Array, Cpu, FastCpu, Reference};
-pub use ops::{Grad, Ops};
+pub use ops::{CacheOps, Grad, Ops};

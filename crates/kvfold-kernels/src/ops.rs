@@ -12,6 +12,7 @@
 //! kvfold and panics with both shapes.
 
 use crate::dmc::Decision;
+use crate::paged::{Block, HeadTable, Rule};
 
 /// One sequence's rows in a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -466,4 +467,51 @@ pub trait Grad: Ops {
     fn adamw(&self, param: &mut Self::Tensor, grad: &Self::Tensor, moments: &mut Moments<Self::Tensor>, adamw: AdamW);
     /// Sets row r of a `[R,C]` array to 0 for every r in `rows`, in place.
     fn zero_rows(&self, x: &mut Self::Tensor, rows: &[usize]);
+}
+
+/// New tokens of a batch for one layer, and the caches they go to.
+#[derive(Debug)]
+pub struct CachedAttention<'a, O: CacheOps> {
+    /// Rotated queries `[N, H*D]`.
+    pub q: &'a O::Tensor,
+    /// Keys before rotation `[N, G*D]`.
+    pub k: &'a O::Tensor,
+    /// Values `[N, G*D]`.
+    pub v: &'a O::Tensor,
+    /// Decisions, for rules that fold.
+    pub gate: Option<&'a Gate<O::Tensor>>,
+    /// The rotary table.
+    pub angles: &'a O::Tensor,
+    /// The batch's sequences.
+    pub spans: &'a Spans,
+    /// Head counts and dim.
+    pub heads: Heads,
+    /// What becomes of a token.
+    pub rule: Rule,
+    /// Memory of pages, of [`Rule::page_len`] elements each.
+    pub pages: &'a O::Arena,
+    /// Memory of open states, of [`Rule::state_len`] elements each.
+    pub states: &'a O::Arena,
+    /// Per sequence, its G heads of this layer, with pages enough for the worst case.
+    pub tables: Vec<&'a mut [HeadTable]>,
+}
+
+/// Attention over a paged cache.
+pub trait CacheOps: Ops {
+    /// Memory in blocks of one size.
+    type Arena;
+
+    /// An arena for blocks of `block_len` elements.
+    fn arena(&self, block_len: usize) -> Self::Arena;
+
+    /// Makes at least `wanted` more blocks and returns their handles.
+    fn grow(&self, arena: &mut Self::Arena, wanted: usize) -> Vec<Block>;
+
+    /// Bytes of a block.
+    fn block_bytes(&self, arena: &Self::Arena) -> usize;
+
+    /// Takes the batch's tokens into their caches, each seeing what its cache holds at its time -> `[N, H*D]`.
+    fn cached_attention(&self, step: CachedAttention<'_, Self>) -> Self::Tensor
+    where
+        Self: Sized;
 }

@@ -109,10 +109,7 @@ impl Card {
              sign of why.\n",
             name = clean_line(&self.name),
             asked = format::ratio(self.recipe.ratio_asked),
-            run = fenced(
-                "sh",
-                "kvfold generate --model . --prompt \"Once upon a time\""
-            ),
+            run = fenced("sh", "kvfold generate --model . --prompt \"Once upon a time\""),
             architecture = clean_line(&self.architecture),
         );
     }
@@ -120,10 +117,7 @@ impl Card {
     fn settings(&self, out: &mut String) {
         let recipe = &self.recipe;
         let measured = |ratio: fn(&Memory) -> f64| {
-            self.memory.as_ref().map_or_else(
-                || "not measured".to_owned(),
-                |m| format::ratio_and_removed(ratio(m)),
-            )
+            self.memory.as_ref().map_or_else(|| "not measured".to_owned(), |m| format::ratio_and_removed(ratio(m)))
         };
         let decision = match recipe.decision {
             Decision::Head => "`head`: a linear layer of its own in every layer",
@@ -138,20 +132,11 @@ impl Card {
             out,
             ["setting", "value"],
             &[
-                [
-                    "ratio asked for",
-                    &format::ratio_and_removed(recipe.ratio_asked),
-                ],
-                [
-                    "logical ratio at the end of training",
-                    &format::ratio_and_removed(recipe.ratio_trained),
-                ],
+                ["ratio asked for", &format::ratio_and_removed(recipe.ratio_asked)],
+                ["logical ratio at the end of training", &format::ratio_and_removed(recipe.ratio_trained)],
                 ["logical ratio measured", &measured(|m| m.logical_ratio)],
                 ["physical ratio measured", &measured(|m| m.physical_ratio)],
-                [
-                    "sequence length",
-                    &format!("{} tokens", format::exact(recipe.context_tokens)),
-                ],
+                ["sequence length", &format!("{} tokens", format::exact(recipe.context_tokens))],
                 ["delay", &delay],
                 ["decision", decision],
                 ["loss", &recipe.loss],
@@ -166,9 +151,7 @@ impl Card {
     fn measurements(&self, out: &mut String) {
         out.push_str("\n## Measured\n\n");
         if self.memory.is_none() && self.quality.is_none() {
-            out.push_str(
-                "Nothing has been measured yet. `kvfold eval ppl --model . --text FILE` does it.\n",
-            );
+            out.push_str("Nothing has been measured yet. `kvfold eval ppl --model . --text FILE` does it.\n");
             return;
         }
         if let Some(m) = &self.memory {
@@ -194,24 +177,11 @@ impl Card {
                 ["perplexity, original", &format::plain(q.perplexity.dense)],
                 [
                     "perplexity, compressed",
-                    &format!(
-                        "{} ({})",
-                        format::plain(q.perplexity.compressed),
-                        format::change(q.perplexity.rise())
-                    ),
+                    &format!("{} ({})", format::plain(q.perplexity.compressed), format::change(q.perplexity.rise())),
                 ],
-                [
-                    "KL divergence, mean",
-                    &format!("{} nats per token", format::nats(q.kl.mean)),
-                ],
-                [
-                    "KL divergence, P95",
-                    &format!("{} nats per token", format::nats(q.kl.p95)),
-                ],
-                [
-                    "KL divergence, P99",
-                    &format!("{} nats per token", format::nats(q.kl.p99)),
-                ],
+                ["KL divergence, mean", &format!("{} nats per token", format::nats(q.kl.mean))],
+                ["KL divergence, P95", &format!("{} nats per token", format::nats(q.kl.p95))],
+                ["KL divergence, P99", &format!("{} nats per token", format::nats(q.kl.p99))],
                 ["same most likely token", &format::percent(q.top1_agreement)],
             ],
         );
@@ -243,11 +213,8 @@ impl Card {
 /// `owner/name` in the characters that the hub allows.
 fn is_hub_id(name: &str) -> bool {
     let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    let part = |part: &str| {
-        part.chars().all(allowed) && part.starts_with(|c: char| c.is_ascii_alphanumeric())
-    };
-    name.split_once('/')
-        .is_some_and(|(owner, name)| part(owner) && part(name))
+    let part = |part: &str| part.chars().all(allowed) && part.starts_with(|c: char| c.is_ascii_alphanumeric());
+    name.split_once('/').is_some_and(|(owner, name)| part(owner) && part(name))
 }
 
 /// A YAML string. Every JSON string is one.
@@ -272,11 +239,7 @@ fn fenced(language: &str, code: &str) -> String {
 fn table<const N: usize>(out: &mut String, header: [&str; 2], rows: &[[&str; 2]; N]) {
     let _ = writeln!(out, "| {} | {} |\n|---|---|", header[0], header[1]);
     for [name, value] in rows {
-        let _ = writeln!(
-            out,
-            "| {name} | {} |",
-            clean_line(value).replace('|', "\\|")
-        );
+        let _ = writeln!(out, "| {name} | {} |", clean_line(value).replace('|', "\\|"));
     }
 }
 
@@ -305,8 +268,7 @@ mod tests {
             },
             memory: None,
             quality: None,
-            command: "kvfold retrofit --model stories260k --out stories260k-4x --ratio 4 --seed 7"
-                .to_owned(),
+            command: "kvfold retrofit --model stories260k --out stories260k-4x --ratio 4 --seed 7".to_owned(),
             kvfold_version: "0.1.0".to_owned(),
         }
     }
@@ -396,15 +358,8 @@ mod tests {
 
     #[test]
     fn a_card_without_licence_or_numbers_says_so() {
-        let card = Card {
-            license: None,
-            ..made_up()
-        }
-        .render();
-        assert!(
-            !card.contains("base_model:"),
-            "no hub id, no front matter entry"
-        );
+        let card = Card { license: None, ..made_up() }.render();
+        assert!(!card.contains("base_model:"), "no hub id, no front matter entry");
         assert!(!card.contains("\nlicense:"));
         assert!(card.contains("It was not stated where this model was made"));
         assert!(card.contains("Nothing has been measured yet."));
@@ -415,16 +370,7 @@ mod tests {
     #[test]
     fn only_hub_ids_become_the_base_model() {
         assert!(is_hub_id("meta-llama/Llama-2-7b-hf"));
-        for name in [
-            "stories260k",
-            "/models/llama",
-            "a/b/c",
-            "../up",
-            "a/b c",
-            "a/",
-            "/b",
-            "./x",
-        ] {
+        for name in ["stories260k", "/models/llama", "a/b/c", "../up", "a/b c", "a/", "/b", "./x"] {
             assert!(!is_hub_id(name), "{name}");
         }
     }

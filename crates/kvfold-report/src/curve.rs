@@ -68,11 +68,7 @@ pub struct Point {
 impl Curve {
     /// An empty curve of a run with these settings.
     pub fn new(settings: Value) -> Curve {
-        Curve {
-            schema: Schema::V1,
-            settings,
-            points: Vec::new(),
-        }
+        Curve { schema: Schema::V1, settings, points: Vec::new() }
     }
 
     /// The document as JSON, one point a line, with a final line feed.
@@ -82,11 +78,8 @@ impl Curve {
         };
         let schema = part(serde_json::to_string(&self.schema));
         let settings = part(serde_json::to_string_pretty(&self.settings)).replace('\n', "\n  ");
-        let points: Vec<String> = self
-            .points
-            .iter()
-            .map(|point| format!("\n    {}", part(serde_json::to_string(point))))
-            .collect();
+        let points: Vec<String> =
+            self.points.iter().map(|point| format!("\n    {}", part(serde_json::to_string(point)))).collect();
         let end = if points.is_empty() { "" } else { "\n  " };
         format!(
             "{{\n  \"schema\": {schema},\n  \"settings\": {settings},\n  \"points\": [{}{end}]\n}}\n",
@@ -105,9 +98,7 @@ impl Curve {
         let (Some(first), Some(last)) = (self.points.first(), self.points.last()) else {
             return String::new();
         };
-        let draw = |value: fn(&Point) -> f64| {
-            sparkline(&self.points.iter().map(value).collect::<Vec<_>>(), width)
-        };
+        let draw = |value: fn(&Point) -> f64| sparkline(&self.points.iter().map(value).collect::<Vec<_>>(), width);
         format!(
             "task loss {} {} {}   ratio {} {} {}",
             format::nats(first.task_loss),
@@ -213,16 +204,9 @@ mod tests {
 
     #[test]
     fn another_format_is_refused_by_name() {
-        let json = made_up(1)
-            .to_json()
-            .replace("kvfold.curve/1", "kvfold.curve/9");
-        let error = Curve::from_json(&json)
-            .expect_err("unknown format")
-            .to_string();
-        assert!(
-            error.contains("kvfold.curve/9") && error.contains("kvfold.curve/1"),
-            "{error}"
-        );
+        let json = made_up(1).to_json().replace("kvfold.curve/1", "kvfold.curve/9");
+        let error = Curve::from_json(&json).expect_err("unknown format").to_string();
+        assert!(error.contains("kvfold.curve/9") && error.contains("kvfold.curve/1"), "{error}");
     }
 
     #[test]

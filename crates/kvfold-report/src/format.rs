@@ -65,11 +65,7 @@ pub fn percent(fraction: f64) -> String {
         return not_finite(fraction);
     }
     let edge = fraction.abs().min((1.0 - fraction).abs());
-    if edge > 0.0 && edge < 0.001 {
-        format!("{:.2} %", fraction * 100.0)
-    } else {
-        format!("{:.1} %", fraction * 100.0)
-    }
+    if edge > 0.0 && edge < 0.001 { format!("{:.2} %", fraction * 100.0) } else { format!("{:.1} %", fraction * 100.0) }
 }
 
 /// A relative change with its sign: `0.041` is `+4.1 %`.
@@ -79,20 +75,12 @@ pub fn change(fraction: f64) -> String {
     }
     // Adding zero turns -0.0 into 0.0.
     let tenths = (fraction * 1000.0).round() / 10.0 + 0.0;
-    if tenths == 0.0 {
-        "0.0 %".to_owned()
-    } else {
-        format!("{tenths:+.1} %")
-    }
+    if tenths == 0.0 { "0.0 %".to_owned() } else { format!("{tenths:+.1} %") }
 }
 
 /// A compression ratio the paper's way: `4.05x` keeps one part in 4.05.
 pub fn ratio(ratio: f64) -> String {
-    if ratio.is_finite() {
-        format!("{ratio:.2}x")
-    } else {
-        not_finite(ratio)
-    }
+    if ratio.is_finite() { format!("{ratio:.2}x") } else { not_finite(ratio) }
 }
 
 /// A compression ratio in at most three characters, for a map: `4.1`, `12`.
@@ -182,11 +170,7 @@ fn significant(value: f64) -> String {
 }
 
 fn not_finite(value: f64) -> String {
-    if value.is_nan() {
-        "n/a".to_owned()
-    } else {
-        format!("{value}")
-    }
+    if value.is_nan() { "n/a".to_owned() } else { format!("{value}") }
 }
 
 #[cfg(test)]

@@ -120,12 +120,7 @@ impl Layout {
             let panels = (width + GAP) / (panel + GAP);
             // The fewest panels that are short enough, and all of one height.
             let panels = panels.min(layers.div_ceil(MAX_ROWS));
-            let layout = Layout {
-                cell,
-                label,
-                heads,
-                rows: layers.div_ceil(panels),
-            };
+            let layout = Layout { cell, label, heads, rows: layers.div_ceil(panels) };
             if layout.rows <= MAX_ROWS {
                 return layout;
             }
@@ -133,12 +128,7 @@ impl Layout {
                 shortest = Some(layout);
             }
         }
-        shortest.unwrap_or(Layout {
-            cell: Cell::Narrow,
-            label,
-            heads: width - label,
-            rows: layers,
-        })
+        shortest.unwrap_or(Layout { cell: Cell::Narrow, label, heads: width - label, rows: layers })
     }
 
     fn panel(&self) -> usize {
@@ -173,14 +163,8 @@ struct Scale {
 
 impl Scale {
     fn over(heads: &[Vec<f64>]) -> Scale {
-        let finite = heads
-            .iter()
-            .flatten()
-            .copied()
-            .filter(|ratio| ratio.is_finite());
-        Scale {
-            top: finite.fold(2.0, f64::max),
-        }
+        let finite = heads.iter().flatten().copied().filter(|ratio| ratio.is_finite());
+        Scale { top: finite.fold(2.0, f64::max) }
     }
 
     /// Which of `steps` shades; nothing for a ratio that is no number.
@@ -214,9 +198,7 @@ fn draw(ratio: Option<f64>, cell: Cell, scale: Scale, style: &Style) -> String {
             None => body,
         }
     } else {
-        let shade = scale
-            .step(ratio, SHADES.len())
-            .map_or('?', |step| SHADES[step]);
+        let shade = scale.step(ratio, SHADES.len()).map_or('?', |step| SHADES[step]);
         match cell {
             Cell::Number => format!("{shade}{number:>4} "),
             _ => shade.to_string().repeat(cell.columns()),
@@ -237,12 +219,7 @@ fn legend(scale: Scale, style: &Style) -> String {
         let entries: Vec<String> = SHADES
             .iter()
             .enumerate()
-            .map(|(step, shade)| {
-                format!(
-                    "{shade} {}x",
-                    format::short_ratio(scale.ratio(step, SHADES.len()))
-                )
-            })
+            .map(|(step, shade)| format!("{shade} {}x", format::short_ratio(scale.ratio(step, SHADES.len()))))
             .collect();
         line.push_str(&entries.join("  "));
     }
@@ -256,13 +233,7 @@ mod tests {
 
     /// Ratios that rise with the layer and differ between heads.
     fn made_up(layers: usize, heads: usize) -> Vec<Vec<f64>> {
-        (0..layers)
-            .map(|l| {
-                (0..heads)
-                    .map(|h| 1.0 + 7.0 * ((l * 5 + h * 3) % 11) as f64 / 10.0)
-                    .collect()
-            })
-            .collect()
+        (0..layers).map(|l| (0..heads).map(|h| 1.0 + 7.0 * ((l * 5 + h * 3) % 11) as f64 / 10.0).collect()).collect()
     }
 
     fn widest_line(map: &str) -> usize {
@@ -348,11 +319,7 @@ mod tests {
     #[test]
     fn thirty_two_by_thirty_two_shrinks_to_shades() {
         let map = heat_map(&made_up(32, 32), &Style::PLAIN);
-        let first: String = map
-            .lines()
-            .take(3)
-            .map(|line| format!("{line}\n"))
-            .collect();
+        let first: String = map.lines().take(3).map(|line| format!("{line}\n")).collect();
         insta::assert_snapshot!(first, @"
             h0      h4      h8      h12     h16     h20     h24     h28
         L0  ··▒▒▓▓██░░▓▓▓▓██▒▒▓▓██··▒▒▓▓██░░▓▓▓▓██▒▒▓▓██··▒▒▓▓██░░▓▓▓▓██▒▒▓▓
@@ -362,26 +329,15 @@ mod tests {
 
     #[test]
     fn colour_has_one_cell_per_head_and_a_ramp() {
-        let style = Style {
-            color: true,
-            width: 80,
-        };
+        let style = Style { color: true, width: 80 };
         insta::assert_snapshot!(heat_map(&[vec![1.0, 8.0]], &style).escape_debug(), @r"\u{1b}[2m     h0    h1\u{1b}[0m\n\u{1b}[2mL0 \u{1b}[0m\u{1b}[38;5;231;48;5;53m  1.0 \u{1b}[0m\u{1b}[38;5;16;48;5;220m  8.0 \u{1b}[0m\n\u{1b}[2mtokens per slot: \u{1b}[0m1.0x \u{1b}[38;5;231;48;5;53m  \u{1b}[0m\u{1b}[38;5;231;48;5;54m  \u{1b}[0m\u{1b}[38;5;231;48;5;25m  \u{1b}[0m\u{1b}[38;5;16;48;5;31m  \u{1b}[0m\u{1b}[38;5;16;48;5;36m  \u{1b}[0m\u{1b}[38;5;16;48;5;71m  \u{1b}[0m\u{1b}[38;5;16;48;5;113m  \u{1b}[0m\u{1b}[38;5;16;48;5;148m  \u{1b}[0m\u{1b}[38;5;16;48;5;220m  \u{1b}[0m 8.0x\n");
     }
 
     #[test]
     fn the_ramp_rises_in_luminance_and_its_numbers_can_be_read() {
         let channel = |level: u8| {
-            let value = if level == 0 {
-                0.0
-            } else {
-                55.0 + 40.0 * f64::from(level)
-            } / 255.0;
-            if value <= 0.04045 {
-                value / 12.92
-            } else {
-                ((value + 0.055) / 1.055f64).powf(2.4)
-            }
+            let value = if level == 0 { 0.0 } else { 55.0 + 40.0 * f64::from(level) } / 255.0;
+            if value <= 0.04045 { value / 12.92 } else { ((value + 0.055) / 1.055f64).powf(2.4) }
         };
         // Colours 16 to 231 are a cube of 6 x 6 x 6.
         let luminance = |color: u8| {
@@ -401,31 +357,11 @@ mod tests {
 
     #[test]
     fn any_model_stays_within_any_width() {
-        for (layers, heads) in [
-            (1, 1),
-            (5, 4),
-            (30, 3),
-            (32, 32),
-            (80, 8),
-            (126, 8),
-            (40, 128),
-        ] {
+        for (layers, heads) in [(1, 1), (5, 4), (30, 3), (32, 32), (80, 8), (126, 8), (40, 128)] {
             for width in [64, 80, 120] {
-                let map = heat_map(
-                    &made_up(layers, heads),
-                    &Style {
-                        color: false,
-                        width,
-                    },
-                );
-                assert!(
-                    widest_line(&map) <= width,
-                    "{layers} x {heads} in {width}:\n{map}"
-                );
-                assert!(
-                    map.lines().all(|line| line.trim_end() == line),
-                    "trailing spaces"
-                );
+                let map = heat_map(&made_up(layers, heads), &Style { color: false, width });
+                assert!(widest_line(&map) <= width, "{layers} x {heads} in {width}:\n{map}");
+                assert!(map.lines().all(|line| line.trim_end() == line), "trailing spaces");
             }
         }
     }

@@ -41,11 +41,7 @@ impl Quantiles {
         }
         samples.sort_unstable_by(f64::total_cmp);
         let rank = |percent: usize| (samples.len() * percent).div_ceil(100) - 1;
-        Some(Quantiles {
-            mean,
-            p95: samples[rank(95)],
-            p99: samples[rank(99)],
-        })
+        Some(Quantiles { mean, p95: samples[rank(95)], p99: samples[rank(99)] })
     }
 }
 
@@ -56,14 +52,7 @@ mod tests {
     #[test]
     fn one_to_a_hundred_in_any_order() {
         let q = Quantiles::of((1..=100).rev().map(f64::from)).expect("samples");
-        assert_eq!(
-            q,
-            Quantiles {
-                mean: 50.5,
-                p95: 95.0,
-                p99: 99.0
-            }
-        );
+        assert_eq!(q, Quantiles { mean: 50.5, p95: 95.0, p99: 99.0 });
     }
 
     #[test]
@@ -72,14 +61,7 @@ mod tests {
         let q = Quantiles::of((1..=21).map(f64::from)).expect("samples");
         assert_eq!((q.p95, q.p99), (20.0, 21.0));
         let q = Quantiles::of([7.0]).expect("samples");
-        assert_eq!(
-            q,
-            Quantiles {
-                mean: 7.0,
-                p95: 7.0,
-                p99: 7.0
-            }
-        );
+        assert_eq!(q, Quantiles { mean: 7.0, p95: 7.0, p99: 7.0 });
     }
 
     #[test]

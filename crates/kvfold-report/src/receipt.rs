@@ -237,8 +237,8 @@ pub struct Story {
 impl Receipt {
     /// The document as JSON, for people to read too, with a final line feed.
     pub fn to_json(&self) -> String {
-        let mut json = serde_json::to_string_pretty(self)
-            .expect("a receipt has string keys only, so it is always valid JSON");
+        let mut json =
+            serde_json::to_string_pretty(self).expect("a receipt has string keys only, so it is always valid JSON");
         json.push('\n');
         json
     }
@@ -280,10 +280,7 @@ impl Memory {
         let mut found = Vec::new();
         let total = self.kv_bytes_detail.total();
         if total != self.kv_bytes {
-            found.push(format!(
-                "kv_bytes is {}, but its parts sum to {total}",
-                self.kv_bytes
-            ));
+            found.push(format!("kv_bytes is {}, but its parts sum to {total}", self.kv_bytes));
         }
         let physical = self.dense_kv_bytes as f64 / self.kv_bytes as f64;
         if !close(self.physical_ratio, physical) {
@@ -417,33 +414,20 @@ mod tests {
             "/tokens_per_second/compressed",
             "/heads/0/0",
         ] {
-            assert!(
-                json.pointer(path).is_some_and(Value::is_number),
-                "no number at {path}"
-            );
+            assert!(json.pointer(path).is_some_and(Value::is_number), "no number at {path}");
         }
         assert_eq!(json["heads"].as_array().map(Vec::len), Some(3), "layers");
-        assert_eq!(
-            json["heads"][0].as_array().map(Vec::len),
-            Some(2),
-            "KV heads"
-        );
+        assert_eq!(json["heads"][0].as_array().map(Vec::len), Some(2), "KV heads");
     }
 
     #[test]
     fn round_trips_with_and_without_its_options() {
         let mut receipt = sample::receipt();
-        assert_eq!(
-            Receipt::from_json(&receipt.to_json()).expect("own JSON"),
-            receipt
-        );
+        assert_eq!(Receipt::from_json(&receipt.to_json()).expect("own JSON"), receipt);
         receipt.training = None;
         receipt.story = None;
         receipt.tokens_per_second.ceiling = None;
-        assert_eq!(
-            Receipt::from_json(&receipt.to_json()).expect("own JSON"),
-            receipt
-        );
+        assert_eq!(Receipt::from_json(&receipt.to_json()).expect("own JSON"), receipt);
     }
 
     #[test]
@@ -457,16 +441,9 @@ mod tests {
 
     #[test]
     fn another_format_is_refused_by_name() {
-        let json = sample::receipt()
-            .to_json()
-            .replace("kvfold.receipt/1", "kvfold.receipt/2");
-        let error = Receipt::from_json(&json)
-            .expect_err("unknown format")
-            .to_string();
-        assert!(
-            error.contains("kvfold.receipt/2") && error.contains("kvfold.receipt/1"),
-            "{error}"
-        );
+        let json = sample::receipt().to_json().replace("kvfold.receipt/1", "kvfold.receipt/2");
+        let error = Receipt::from_json(&json).expect_err("unknown format").to_string();
+        assert!(error.contains("kvfold.receipt/2") && error.contains("kvfold.receipt/1"), "{error}");
     }
 
     #[test]

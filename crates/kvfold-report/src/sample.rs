@@ -3,19 +3,13 @@
 
 use crate::quantiles::Quantiles;
 use crate::receipt::{
-    Decision, KvBytes, Machine, Memory, Perplexity, Quality, Receipt, Schema, Speed, Story,
-    Training,
+    Decision, KvBytes, Machine, Memory, Perplexity, Quality, Receipt, Schema, Speed, Story, Training,
 };
 
 pub(crate) fn receipt() -> Receipt {
     let heads = vec![vec![4.0, 8.0], vec![16.0, 10.0], vec![1.0625, 12.0]];
     let held: f64 = heads.iter().flatten().map(|ratio| 1.0 / ratio).sum();
-    let kv_bytes_detail = KvBytes {
-        pages: 40_960,
-        open_state: 3_072,
-        ring: 0,
-        tables: 1_024,
-    };
+    let kv_bytes_detail = KvBytes { pages: 40_960, open_state: 3_072, ring: 0, tables: 1_024 };
     Receipt {
         schema: Schema::V1,
         kvfold_version: "0.1.0".to_owned(),
@@ -42,29 +36,12 @@ pub(crate) fn receipt() -> Receipt {
         },
         quality: Quality {
             evaluated_tokens: 16_352,
-            perplexity: Perplexity {
-                dense: 3.69,
-                compressed: 3.84,
-            },
-            kl: Quantiles {
-                mean: 0.0412,
-                p95: 0.183,
-                p99: 0.612,
-            },
+            perplexity: Perplexity { dense: 3.69, compressed: 3.84 },
+            kl: Quantiles { mean: 0.0412, p95: 0.183, p99: 0.612 },
             top1_agreement: 0.926,
         },
-        tokens_per_second: Speed {
-            dense: 4_210.0,
-            compressed: 4_630.0,
-            batch: 1,
-            ceiling: Some(1.1),
-        },
-        training: Some(Training {
-            steps: 150,
-            tokens: 1_228_800,
-            seconds: 96.0,
-            tokens_per_second: 12_800.0,
-        }),
+        tokens_per_second: Speed { dense: 4_210.0, compressed: 4_630.0, batch: 1, ceiling: Some(1.1) },
+        training: Some(Training { steps: 150, tokens: 1_228_800, seconds: 96.0, tokens_per_second: 12_800.0 }),
         story: Some(Story {
             prompt: "Once upon a time".to_owned(),
             dense: "Once upon a time, there was a little girl named Lily. She loved to play \

@@ -14,10 +14,7 @@ pub struct Style {
 
 impl Style {
     /// No colour, 80 columns: right for a file, a pipe or a test.
-    pub const PLAIN: Style = Style {
-        color: false,
-        width: 80,
-    };
+    pub const PLAIN: Style = Style { color: false, width: 80 };
 
     /// The width, kept to what still makes a readable page: at least 64 columns
     /// and at most 120, for longer lines are hard to follow.
@@ -41,11 +38,7 @@ impl Style {
     }
 
     fn wrapped(&self, code: &str, text: &str) -> String {
-        if self.color {
-            format!("\x1b[{code}m{text}\x1b[0m")
-        } else {
-            text.to_owned()
-        }
+        if self.color { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
     }
 }
 

@@ -18,19 +18,13 @@ const SIDE_BY_SIDE: usize = 100;
 
 /// Renders a receipt within `style.width`, kept to 64 to 120 columns.
 pub fn render(receipt: &Receipt, style: &Style) -> String {
-    let mut page = Page {
-        out: String::new(),
-        style: *style,
-    };
+    let mut page = Page { out: String::new(), style: *style };
     page.header(receipt);
     page.memory(receipt);
     page.quality(receipt);
     page.speed(receipt);
     page.training(receipt);
-    page.title(
-        "Where it folds",
-        "tokens seen per slot held, layer by KV head",
-    );
+    page.title("Where it folds", "tokens seen per slot held, layer by KV head");
     page.out.push_str(&heat_map(&receipt.memory.heads, style));
     if let Some(story) = &receipt.story {
         page.story(story);
@@ -48,14 +42,10 @@ struct Page {
 impl Page {
     fn header(&mut self, receipt: &Receipt) {
         let model = clean_line(&receipt.model);
-        self.out
-            .push_str(&self.style.bold(&format!("kvfold receipt: {model}")));
+        self.out.push_str(&self.style.bold(&format!("kvfold receipt: {model}")));
         self.out.push('\n');
         let machine = &receipt.machine;
-        self.row(
-            "measured",
-            &format!("{} by kvfold {}", receipt.date, receipt.kvfold_version),
-        );
+        self.row("measured", &format!("{} by kvfold {}", receipt.date, receipt.kvfold_version));
         self.row(
             "on",
             &format!(
@@ -72,32 +62,16 @@ impl Page {
 
     fn memory(&mut self, receipt: &Receipt) {
         let m = &receipt.memory;
-        self.title(
-            "Memory",
-            &format!("one sequence of {} tokens", format::exact(m.context_tokens)),
-        );
+        self.title("Memory", &format!("one sequence of {} tokens", format::exact(m.context_tokens)));
         self.row("logical ratio", &format::ratio_and_removed(m.logical_ratio));
-        self.row(
-            "physical ratio",
-            &format::ratio_and_removed(m.physical_ratio),
-        );
+        self.row("physical ratio", &format::ratio_and_removed(m.physical_ratio));
         self.row("full cache", &format::bytes(m.dense_kv_bytes));
-        self.row(
-            "compressed cache",
-            &format!(
-                "{} = {}",
-                format::bytes(m.kv_bytes),
-                parts(&m.kv_bytes_detail)
-            ),
-        );
+        self.row("compressed cache", &format!("{} = {}", format::bytes(m.kv_bytes), parts(&m.kv_bytes_detail)));
     }
 
     fn quality(&mut self, receipt: &Receipt) {
         let q = &receipt.quality;
-        self.title(
-            "Quality",
-            &format!("{} held-out positions", format::exact(q.evaluated_tokens)),
-        );
+        self.title("Quality", &format!("{} held-out positions", format::exact(q.evaluated_tokens)));
         self.row(
             "perplexity",
             &format!(
@@ -121,24 +95,12 @@ impl Page {
 
     fn speed(&mut self, receipt: &Receipt) {
         let s = receipt.tokens_per_second;
-        let batch = if s.batch == 1 {
-            String::new()
-        } else {
-            format!(", batch {}", s.batch)
-        };
+        let batch = if s.batch == 1 { String::new() } else { format!(", batch {}", s.batch) };
         self.title("Speed", &format!("decoding{batch}"));
         self.row("full cache", &format::rate(s.dense));
-        let ceiling = s.ceiling.map_or_else(String::new, |ceiling| {
-            format!(", byte ceiling {}", format::ratio(ceiling))
-        });
-        self.row(
-            "compressed cache",
-            &format!(
-                "{} ({}{ceiling})",
-                format::rate(s.compressed),
-                format::ratio(s.gain())
-            ),
-        );
+        let ceiling =
+            s.ceiling.map_or_else(String::new, |ceiling| format!(", byte ceiling {}", format::ratio(ceiling)));
+        self.row("compressed cache", &format!("{} ({}{ceiling})", format::rate(s.compressed), format::ratio(s.gain())));
     }
 
     fn training(&mut self, receipt: &Receipt) {
@@ -170,8 +132,7 @@ impl Page {
                 if i > 0 {
                     self.out.push('\n');
                 }
-                self.out
-                    .push_str(&format!("  {}\n", self.style.bold(headings[i])));
+                self.out.push_str(&format!("  {}\n", self.style.bold(headings[i])));
                 self.paragraph(text, width);
             }
             return;
@@ -180,8 +141,7 @@ impl Page {
         let left = wrap(&dense, column);
         let right = wrap(&compressed, column);
         let heading = format!("{} │ {}", pad(headings[0], column), headings[1]);
-        self.out
-            .push_str(&format!("  {}\n", self.style.bold(&heading)));
+        self.out.push_str(&format!("  {}\n", self.style.bold(&heading)));
         for i in 0..left.len().max(right.len()) {
             let side = |lines: &[String]| lines.get(i).cloned().unwrap_or_default();
             let line = format!("  {} │ {}", pad(&side(&left), column), side(&right));
@@ -204,11 +164,7 @@ impl Page {
     fn row(&mut self, name: &str, value: &str) {
         let room = self.style.page() - VALUES;
         for (i, line) in wrap(&clean_line(value), room).iter().enumerate() {
-            let name = if i == 0 {
-                format!("  {name}")
-            } else {
-                String::new()
-            };
+            let name = if i == 0 { format!("  {name}") } else { String::new() };
             self.out.push_str(&pad(&name, VALUES));
             self.out.push_str(line);
             self.out.push('\n');
@@ -249,18 +205,11 @@ fn parts(detail: &KvBytes) -> String {
 
 /// How far the two texts are the same.
 fn agreement(dense: &str, compressed: &str) -> String {
-    let same = dense
-        .chars()
-        .zip(compressed.chars())
-        .take_while(|(a, b)| a == b)
-        .count();
+    let same = dense.chars().zip(compressed.chars()).take_while(|(a, b)| a == b).count();
     if dense == compressed {
         "Both caches wrote the same text.".to_owned()
     } else {
-        format!(
-            "The same for {same} of {} characters, then each its own way.",
-            chars(dense)
-        )
+        format!("The same for {same} of {} characters, then each its own way.", chars(dense))
     }
 }
 
@@ -334,10 +283,7 @@ mod tests {
 
     #[test]
     fn wide_pages_hold_both_texts_side_by_side() {
-        let style = Style {
-            color: false,
-            width: 120,
-        };
+        let style = Style { color: false, width: 120 };
         let page = render(&sample::receipt(), &style);
         let (_, rest) = page.split_once("The same story twice").expect("a story");
         let (story, _) = rest.split_once("Verdict").expect("a verdict");
@@ -356,13 +302,7 @@ mod tests {
     #[test]
     fn every_line_fits_and_none_ends_in_a_space() {
         for width in [64, 80, 99, 100, 120, 200] {
-            let page = render(
-                &sample::receipt(),
-                &Style {
-                    color: false,
-                    width,
-                },
-            );
+            let page = render(&sample::receipt(), &Style { color: false, width });
             for line in page.lines() {
                 assert!(chars(line) <= width.min(120), "{width}: {line}");
                 assert_eq!(line, line.trim_end(), "{width}");
@@ -384,13 +324,7 @@ mod tests {
     #[test]
     fn colour_changes_nothing_but_the_map_and_escapes() {
         let plain = render(&sample::receipt(), &Style::PLAIN);
-        let coloured = render(
-            &sample::receipt(),
-            &Style {
-                color: true,
-                width: 80,
-            },
-        );
+        let coloured = render(&sample::receipt(), &Style { color: true, width: 80 });
         let stripped = strip(&coloured);
         let head = |page: &str| page.split("Where it folds").next().map(str::to_owned);
         assert_eq!(head(&stripped), head(&plain));

@@ -69,10 +69,7 @@ mod tests {
 
     #[test]
     fn wraps_at_spaces_and_keeps_paragraphs() {
-        assert_eq!(
-            wrap("one two  three\n\nfour", 8),
-            ["one two", "three", "", "four"]
-        );
+        assert_eq!(wrap("one two  three\n\nfour", 8), ["one two", "three", "", "four"]);
         assert_eq!(wrap("", 8), [""; 0]);
     }
 

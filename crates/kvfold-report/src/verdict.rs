@@ -91,8 +91,7 @@ impl Verdict {
     /// Judges a receipt.
     pub fn of(receipt: &Receipt) -> Verdict {
         let quality = &receipt.quality;
-        let grade =
-            Grade::of_loss(quality.perplexity.rise()).max(Grade::of_loss(quality.kl.mean.exp_m1()));
+        let grade = Grade::of_loss(quality.perplexity.rise()).max(Grade::of_loss(quality.kl.mean.exp_m1()));
         let mut sentences = vec![grade.headline().to_owned()];
         sentences.push(perplexity(receipt));
         sentences.push(divergence(receipt));
@@ -107,10 +106,7 @@ impl Verdict {
     pub fn render(&self, width: usize) -> String {
         let mut out = String::new();
         for sentence in &self.sentences {
-            for (i, line) in text::wrap(sentence, width.saturating_sub(4))
-                .iter()
-                .enumerate()
-            {
+            for (i, line) in text::wrap(sentence, width.saturating_sub(4)).iter().enumerate() {
                 out.push_str(if i == 0 { "  - " } else { "    " });
                 out.push_str(line);
                 out.push('\n');
@@ -129,28 +125,21 @@ fn perplexity(receipt: &Receipt) -> String {
             "Perplexity could not be compared: {dense} dense, {compressed} compressed. One of the models is broken."
         )
     } else if rise > KEPT {
-        format!(
-            "Perplexity on held-out text rose from {dense} to {compressed} ({}).",
-            format::change(rise)
-        )
+        format!("Perplexity on held-out text rose from {dense} to {compressed} ({}).", format::change(rise))
     } else if rise < -KEPT {
         format!(
             "Perplexity on held-out text fell from {dense} to {compressed} ({}): the retrofit also taught the model this kind of text.",
             format::change(rise)
         )
     } else {
-        format!(
-            "Perplexity on held-out text stayed at {compressed} ({dense} before, {}).",
-            format::change(rise)
-        )
+        format!("Perplexity on held-out text stayed at {compressed} ({dense} before, {}).", format::change(rise))
     }
 }
 
 fn divergence(receipt: &Receipt) -> String {
     let kl = receipt.quality.kl;
     if !kl.mean.is_finite() {
-        return "KL divergence from the original model is not a number at some positions."
-            .to_owned();
+        return "KL divergence from the original model is not a number at some positions.".to_owned();
     }
     format!(
         "The compressed model diverges from the original by {} nats a token on average, and by {} or more at the worst 1 % of positions.",
@@ -199,11 +188,7 @@ fn memory(receipt: &Receipt) -> String {
 fn dense_heads(receipt: &Receipt) -> Option<String> {
     let heads = &receipt.memory.heads;
     let all = heads.iter().flatten().count();
-    let dense = heads
-        .iter()
-        .flatten()
-        .filter(|&&ratio| ratio < DENSE_HEAD)
-        .count();
+    let dense = heads.iter().flatten().filter(|&&ratio| ratio < DENSE_HEAD).count();
     let verb = if dense == 1 { "keeps" } else { "keep" };
     // Without any compression the sentence on memory has said it.
     (dense > 0 && receipt.memory.logical_ratio >= NO_COMPRESSION)
@@ -217,26 +202,17 @@ fn speed(receipt: &Receipt) -> String {
         1 => "one sequence at a time".to_owned(),
         n => format!("{n} sequences at once"),
     };
-    let ceiling = speed.ceiling.map_or_else(String::new, |ceiling| {
-        format!(
-            "; reading fewer bytes allows at most {}",
-            format::ratio(ceiling)
-        )
-    });
+    let ceiling = speed
+        .ceiling
+        .map_or_else(String::new, |ceiling| format!("; reading fewer bytes allows at most {}", format::ratio(ceiling)));
     if !gain.is_finite() {
         format!("Decoding speed was not measured ({batch}).")
     } else if (gain - 1.0).abs() <= SAME_SPEED {
         format!("Decoding is as fast as with the full cache ({batch}{ceiling}).")
     } else if gain > 1.0 {
-        format!(
-            "Decoding is {} as fast as with the full cache ({batch}{ceiling}).",
-            format::ratio(gain)
-        )
+        format!("Decoding is {} as fast as with the full cache ({batch}{ceiling}).", format::ratio(gain))
     } else {
-        format!(
-            "Decoding is slower: {} the speed of the full cache ({batch}{ceiling}).",
-            format::ratio(gain)
-        )
+        format!("Decoding is slower: {} the speed of the full cache ({batch}{ceiling}).", format::ratio(gain))
     }
 }
 
@@ -321,10 +297,7 @@ mod tests {
         };
         assert!(all(1.0).contains("The cache was not compressed at 512 tokens: logical 1.00x"));
         assert!(all(1.0).contains("physical 0.98x (2.0 % added)"));
-        assert!(
-            !all(1.0).contains("keep nearly every token"),
-            "said once is enough"
-        );
+        assert!(!all(1.0).contains("keep nearly every token"), "said once is enough");
         assert!(all(4.0).contains("no memory was saved"));
     }
 

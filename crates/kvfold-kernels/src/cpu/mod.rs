@@ -4,6 +4,7 @@
 
 mod array;
 mod backward;
+mod cache;
 mod forward;
 mod heads;
 mod matmul;

@@ -1,0 +1,87 @@
+//! The block walk: one forward pass for training, teacher, prefill and decode.
+//!
+//! What differs between them is the [`Attend`] object and the backend; the walk itself has no flags. Shapes: N rows
+//! (tokens of all sequences), C channels, H query heads, G KV heads, D head dim, F feed-forward channels, V vocabulary.
+
+use crate::shape::Shape;
+use crate::weights::{Block, Weights};
+use kvfold_kernels::Ops;
+use kvfold_kernels::ops::Spans;
+
+/// What a pass over a batch shares between its layers.
+#[derive(Debug)]
+pub struct Pass<'a, O: Ops> {
+    /// The backend.
+    pub ops: &'a O,
+    /// The model's sizes.
+    pub shape: &'a Shape,
+    /// Rotary table, `[P, D]`.
+    pub angles: &'a O::Tensor,
+    /// The batch's sequences.
+    pub spans: &'a Spans,
+}
+
+/// The projections of one layer, before rotation.
+#[derive(Clone, Debug)]
+pub struct Projected<T> {
+    /// Queries `[N, H*D]`.
+    pub q: T,
+    /// Keys `[N, G*D]`.
+    pub k: T,
+    /// Values `[N, G*D]`.
+    pub v: T,
+    /// Outputs of the decision head `[N, 2G]`, in models that have one.
+    pub decide: Option<T>,
+}
+
+/// What the queries of a layer attend to, and how: the only difference between training and serving.
+pub trait Attend<O: Ops> {
+    /// Attention's output `[N, H*D]` for one layer's projections.
+    fn attend(&mut self, layer: usize, pass: &Pass<'_, O>, projected: Projected<O::Tensor>) -> O::Tensor;
+}
+
+impl<O: Ops> Pass<'_, O> {
+    /// One decoder block, `[N, C] -> [N, C]`.
+    pub fn block(
+        &self,
+        layer: usize,
+        w: &Block<O::Tensor>,
+        x: &O::Tensor,
+        attend: &mut impl Attend<O>,
+    ) -> O::Tensor {
+        let Self { ops, shape, .. } = *self;
+        let y = ops.rms_norm(x, &w.input_norm, shape.norm_eps); // [N, C]
+        let projected = Projected {
+            q: ops.linear(&y, &w.q),                                    // [N, H*D]
+            k: ops.linear(&y, &w.k),                                    // [N, G*D]
+            v: ops.linear(&y, &w.v),                                    // [N, G*D]
+            decide: w.decide.as_ref().map(|decide| ops.linear(&y, decide)), // [N, 2G]
+        };
+        let y = attend.attend(layer, self, projected); // [N, H*D]
+        let x = ops.add(x, &ops.linear(&y, &w.o), 1.0); // [N, C]
+        let y = ops.rms_norm(&x, &w.post_norm, shape.norm_eps); // [N, C]
+        let y = ops.swiglu(&ops.linear(&y, &w.gate), &ops.linear(&y, &w.up)); // [N, F]
+        ops.add(&x, &ops.linear(&y, &w.down), 1.0) // [N, C]
+    }
+
+    /// Logits `[N, V]` of the residual stream after the last block.
+    pub fn logits(&self, weights: &Weights<O::Tensor>, x: &O::Tensor) -> O::Tensor {
+        let y = self.ops.rms_norm(x, &weights.norm, self.shape.norm_eps);
+        self.ops.linear(&y, weights.unembed())
+    }
+
+    /// The residual stream `[N, C]` after the last block.
+    pub fn hidden(&self, weights: &Weights<O::Tensor>, ids: &[u32], attend: &mut impl Attend<O>) -> O::Tensor {
+        let mut x = self.ops.embed(ids, &weights.embed);
+        for (layer, block) in weights.blocks.iter().enumerate() {
+            x = self.block(layer, block, &x, attend);
+        }
+        x
+    }
+
+    /// Logits `[N, V]` of token ids.
+    pub fn forward(&self, weights: &Weights<O::Tensor>, ids: &[u32], attend: &mut impl Attend<O>) -> O::Tensor {
+        let x = self.hidden(weights, ids, attend);
+        self.logits(weights, &x)
+    }
+}

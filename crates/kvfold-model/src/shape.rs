@@ -1,0 +1,42 @@
+//! The numbers of a model that its forward pass needs.
+
+use kvfold_kernels::ops::Heads;
+
+/// Sizes and constants of a Llama-family model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Shape {
+    /// Decoder blocks L.
+    pub layers: usize,
+    /// Channels of the residual stream C.
+    pub hidden: usize,
+    /// Channels of the feed-forward layer F.
+    pub intermediate: usize,
+    /// Query heads H, KV heads G, head dim D.
+    pub heads: Heads,
+    /// Tokens of the vocabulary V.
+    pub vocab: usize,
+    /// Longest sequence.
+    pub context: usize,
+    /// Added to the mean square in norms.
+    pub norm_eps: f64,
+    /// Base of the rotary frequencies.
+    pub rope_theta: f64,
+    /// Whether the embeddings also make the logits.
+    pub tied: bool,
+    /// Whether each block has a decision head.
+    pub decides_by_head: bool,
+}
+
+impl Shape {
+    /// Rotary frequencies, `theta^(-2i/D)` for i in 0..D/2.
+    pub fn inv_freq(&self) -> Vec<f64> {
+        let dim = self.heads.dim;
+        (0..dim / 2).map(|i| self.rope_theta.powf(-2.0 * i as f64 / dim as f64)).collect()
+    }
+
+    /// Parameters of the model.
+    pub fn parameters(&self) -> usize {
+        let expected = crate::weights::Weights::<()>::expected(self);
+        expected.iter().map(|(_, dims)| dims.iter().product::<usize>()).sum()
+    }
+}
