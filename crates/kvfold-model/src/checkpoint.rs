@@ -46,7 +46,7 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens the model called `model`: the name of an [embedded](crate::embedded) one, or a Hugging Face directory.
+    /// Opens the model called `model`: the name of an [embedded] one, or a Hugging Face directory.
     ///
     /// The name wins over a directory of the same name; `./stories260k`, which has a separator, is the directory.
     pub fn open(model: &str) -> Result<Checkpoint> {
@@ -87,29 +87,8 @@ impl Checkpoint {
     pub fn save(&self, dir: &Path, extra_files: &[(&str, &[u8])]) -> Result<()> {
         ensure_absent(dir)?;
         let label = |name: &str| dir.join(name).display().to_string();
-        let mut files: BTreeMap<&str, &[u8]> = BTreeMap::new();
         let config = self.config.to_json();
-        files.insert(CONFIG, config.as_bytes());
-        files.insert(TOKENIZER, self.tokenizer.json());
-        files.extend(
-            self.companions
-                .iter()
-                .map(|(name, bytes)| (name.as_str(), bytes.as_slice())),
-        );
-        for &(name, bytes) in extra_files {
-            if !is_plain(name) {
-                return Err(ModelError::Name {
-                    name: name.into(),
-                    reason: "is no plain file name",
-                });
-            }
-            if [WEIGHTS, INDEX].contains(&name) || files.insert(name, bytes).is_some() {
-                return Err(ModelError::Name {
-                    name: name.into(),
-                    reason: "is a file of the model itself",
-                });
-            }
-        }
+        let files = self.side_files(&config, extra_files)?;
         self.tokenizer
             .check_vocabulary(self.config.vocab_size, &label(TOKENIZER))?;
         self.check_tensors(&label(WEIGHTS))?;
@@ -135,7 +114,9 @@ impl Checkpoint {
             Err(error)
                 if matches!(
                     error.kind(),
-                    io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotADirectory
+                    io::ErrorKind::AlreadyExists
+                        | io::ErrorKind::DirectoryNotEmpty
+                        | io::ErrorKind::NotADirectory
                 ) =>
             {
                 return Err(ModelError::Exists {
@@ -147,6 +128,37 @@ impl Checkpoint {
         // It bears its final name now: there is nothing to clean up.
         let _ = temporary.keep();
         atomic::sync_dir(parent).map_err(|source| failed(parent, source))
+    }
+
+    /// The files of a saved model that are not its weights. No name leads out of the directory or is taken twice.
+    fn side_files<'a>(
+        &'a self,
+        config: &'a str,
+        extra_files: &[(&'a str, &'a [u8])],
+    ) -> Result<BTreeMap<&'a str, &'a [u8]>> {
+        let mut files = BTreeMap::from([
+            (CONFIG, config.as_bytes()),
+            (TOKENIZER, self.tokenizer.json()),
+        ]);
+        let companions = self
+            .companions
+            .iter()
+            .map(|(name, bytes)| (name.as_str(), bytes.as_slice()));
+        for (name, bytes) in companions.chain(extra_files.iter().copied()) {
+            let invalid = |reason| {
+                Err(ModelError::Name {
+                    name: name.into(),
+                    reason,
+                })
+            };
+            if !is_plain(name) {
+                return invalid("is no plain file name");
+            }
+            if [WEIGHTS, INDEX].contains(&name) || files.insert(name, bytes).is_some() {
+                return invalid("is a file of the model itself");
+            }
+        }
+        Ok(files)
     }
 
     /// Checks that the tensors are the configuration's, all of them and no others.

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use kvfold_kernels::dmc::{Decision, Dmc, Share};
-use kvfold_model::{Checkpoint, Compression};
+use kvfold_model::{Checkpoint, Compression, Config};
 use kvfold_tensor::HostTensor;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -111,4 +111,57 @@ pub(crate) fn section() -> Value {
         "trained_length": 512,
         "base_model": "stories260k"
     })
+}
+
+/// The embedded model's configuration.
+pub(crate) fn valid() -> Value {
+    serde_json::from_str(CONFIG).unwrap()
+}
+
+/// The same with a `kvfold` section.
+pub(crate) fn retrofitted() -> Value {
+    let mut config = valid();
+    config["architectures"] = json!(["KvfoldLlamaForCausalLM"]);
+    config["model_type"] = json!("kvfold_llama");
+    config["kvfold"] = section();
+    config
+}
+
+pub(crate) fn parse(config: &Value) -> kvfold_model::Result<Config> {
+    Config::parse(config.to_string().as_bytes(), "x/config.json")
+}
+
+/// Sets the field at `path` (with dots), or removes it.
+pub(crate) fn set(config: &mut Value, path: &str, value: Option<Value>) {
+    let (parent, field) = match path.rsplit_once('.') {
+        Some((parent, field)) => (
+            config
+                .pointer_mut(&format!("/{}", parent.replace('.', "/")))
+                .unwrap(),
+            field,
+        ),
+        None => (config, path),
+    };
+    let map = parent.as_object_mut().unwrap();
+    match value {
+        Some(value) => map.insert(field.into(), value),
+        None => map.shift_remove(field),
+    };
+}
+
+/// The message for a configuration with this one change; it must name the file and the field.
+#[track_caller]
+pub(crate) fn refused_in(
+    mut config: Value,
+    field: &str,
+    value: impl Into<Option<Value>>,
+) -> String {
+    let value = value.into();
+    set(&mut config, field, value.clone());
+    let message = match parse(&config) {
+        Ok(_) => panic!("`{field}` = {value:?} was accepted"),
+        Err(error) => error.to_string(),
+    };
+    says(&message, &["x/config.json: "]);
+    message
 }
