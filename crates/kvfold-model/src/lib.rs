@@ -1,1 +1,34 @@
-//! placeholder
+//! What the model is: configuration, weights by their Hugging Face names, tokenizer, the block walk.
+//!
+//! A model enters as a Hugging Face directory and leaves as one. In between, everything that can be wrong with such a
+//! directory is found *here*, before the first multiplication: a field that is missing, a feature this version does not
+//! compute, a tensor of another shape, a weight that is NaN, a token without an embedding. The code behind this crate may
+//! therefore index without looking, and a user learns of a bad download from a sentence and not from a story that babbles.
+//!
+//! * [`config`] reads `config.json` into typed fields and keeps the rest of it for the way back;
+//! * [`compression`] is the `kvfold` section that a retrofitted model carries, versioned, because a DMC model that runs with
+//!   other settings than it was trained with diverges without a sound;
+//! * [`names`] is the one place that knows what Hugging Face calls a weight and which shape it has;
+//! * [`tokenizer`] turns text into ids and, piece by piece as they are sampled, ids into text;
+//! * [`checkpoint`] puts these together: opened from a directory or from the binary itself, saved whole or not at all;
+//! * [`embedded`] is the small model that is always at hand.
+//!
+//! A retrofitted model calls its architecture `KvfoldLlamaForCausalLM`. Its tensors would fit a plain Llama, and a loader
+//! that took it for one would compute nonsense from the borrowed channel or ignore the decisions; with a name it does not
+//! know, it refuses.
+
+pub mod checkpoint;
+pub mod compression;
+pub mod config;
+pub mod embedded;
+mod error;
+mod fields;
+mod files;
+pub mod names;
+pub mod tokenizer;
+
+pub use checkpoint::{Checkpoint, ensure_absent};
+pub use compression::Compression;
+pub use config::Config;
+pub use error::{ModelError, Result};
+pub use tokenizer::{DecodeStream, Tokenizer};

@@ -1,0 +1,96 @@
+//! What can go wrong with a tensor file.
+
+use std::io;
+
+/// The result of reading or writing tensors.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// A tensor file that could not be read or written.
+///
+/// Every variant names the file, those about one tensor name the tensor, and the message says what to do where there is
+/// something to do.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The file does not exist.
+    #[error("{file}: no such file")]
+    NotFound {
+        /// The file asked for.
+        file: String,
+    },
+
+    /// The operating system refused.
+    #[error("{file}: cannot {action}: {source}")]
+    Io {
+        /// The file in question.
+        file: String,
+        /// What was being done, as a verb: `read`, `write`.
+        action: &'static str,
+        /// The system's reason.
+        source: io::Error,
+    },
+
+    /// The file ends before what its header promises.
+    #[error(
+        "{file}: truncated: {what} needs {needed} bytes and the file has {found}; an interrupted download or copy looks \
+         like this, fetch the file again"
+    )]
+    Truncated {
+        /// The file in question.
+        file: String,
+        /// The part that is cut off.
+        what: &'static str,
+        /// The bytes that the file would have if it were whole.
+        needed: u64,
+        /// The bytes that it has.
+        found: u64,
+    },
+
+    /// The header claims, or would need, more bytes than any real model has a use for.
+    #[error(
+        "{file}: a header of {length} bytes is over the limit of {limit}; the file is damaged or is no safetensors file \
+         (a pickle, or the text pointer that git-lfs leaves in place of a file)"
+    )]
+    HeaderTooLarge {
+        /// The file in question.
+        file: String,
+        /// The length that its first eight bytes claim.
+        length: u64,
+        /// The most that is accepted.
+        limit: u64,
+    },
+
+    /// The header is not the JSON that safetensors prescribes.
+    #[error("{file}: invalid safetensors header: {reason}")]
+    Header {
+        /// The file in question.
+        file: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+
+    /// The header's entry for one tensor cannot be true.
+    #[error("{file}: tensor `{tensor}`: {reason}")]
+    Tensor {
+        /// The file in question.
+        file: String,
+        /// The tensor's name in the file.
+        tensor: String,
+        /// What is wrong with its entry.
+        reason: String,
+    },
+
+    /// A tensor is stored in a type that kvfold does not compute with.
+    #[error(
+        "{file}: tensor `{tensor}` is stored as {dtype}; kvfold reads F64, F32, F16 and BF16: use the model's unquantized \
+         checkpoint"
+    )]
+    UnsupportedDType {
+        /// The file in question.
+        file: String,
+        /// The tensor's name in the file.
+        tensor: String,
+        /// The type's name in the header.
+        dtype: String,
+    },
+}
