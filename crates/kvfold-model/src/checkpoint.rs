@@ -55,10 +55,7 @@ impl Checkpoint {
         let config = Config::parse(&config, &files.label(CONFIG))?;
 
         let file = files.label(TOKENIZER);
-        let json = files.need(
-            TOKENIZER,
-            "save the tokenizer in its fast form with `AutoTokenizer.save_pretrained`",
-        )?;
+        let json = files.need(TOKENIZER, "save the tokenizer in its fast form with `AutoTokenizer.save_pretrained`")?;
         let tokenizer = Tokenizer::from_json(&json, &file)?;
         tokenizer.check_vocabulary(config.vocab_size, &file)?;
 
@@ -69,14 +66,7 @@ impl Checkpoint {
             }
         }
         let Weights { tensors, ignored } = Weights::read(&files, &config)?;
-        Ok(Checkpoint {
-            config,
-            tensors,
-            tokenizer,
-            companions,
-            ignored,
-            source: model.into(),
-        })
+        Ok(Checkpoint { config, tensors, tokenizer, companions, ignored, source: model.into() })
     }
 
     /// Writes the model into the new directory `dir`, with `extra_files` (name and content) beside it.
@@ -89,24 +79,17 @@ impl Checkpoint {
         let label = |name: &str| dir.join(name).display().to_string();
         let config = self.config.to_json();
         let files = self.side_files(&config, extra_files)?;
-        self.tokenizer
-            .check_vocabulary(self.config.vocab_size, &label(TOKENIZER))?;
+        self.tokenizer.check_vocabulary(self.config.vocab_size, &label(TOKENIZER))?;
         self.check_tensors(&label(WEIGHTS))?;
 
-        let failed = |path: &Path, source| ModelError::Io {
-            file: path.display().to_string(),
-            action: "write",
-            source,
-        };
+        let failed = |path: &Path, source| ModelError::Io { file: path.display().to_string(), action: "write", source };
         let parent = atomic::parent(dir);
         let temporary = temporary_beside(dir)?;
         let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]); // Hugging Face's loader insists on it
         safetensors::write(&temporary.path().join(WEIGHTS), &self.tensors, &metadata)?;
         for (name, bytes) in files {
-            atomic::write(&temporary.path().join(name), |w: &mut dyn Write| {
-                w.write_all(bytes)
-            })
-            .map_err(|source| failed(&dir.join(name), source))?;
+            atomic::write(&temporary.path().join(name), |w: &mut dyn Write| w.write_all(bytes))
+                .map_err(|source| failed(&dir.join(name), source))?;
         }
         match fs::rename(temporary.path(), dir) {
             Ok(()) => {}
@@ -114,14 +97,10 @@ impl Checkpoint {
             Err(error)
                 if matches!(
                     error.kind(),
-                    io::ErrorKind::AlreadyExists
-                        | io::ErrorKind::DirectoryNotEmpty
-                        | io::ErrorKind::NotADirectory
+                    io::ErrorKind::AlreadyExists | io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotADirectory
                 ) =>
             {
-                return Err(ModelError::Exists {
-                    dir: dir.display().to_string(),
-                });
+                return Err(ModelError::Exists { dir: dir.display().to_string() });
             }
             Err(error) => return Err(failed(dir, error)),
         }
@@ -136,21 +115,10 @@ impl Checkpoint {
         config: &'a str,
         extra_files: &[(&'a str, &'a [u8])],
     ) -> Result<BTreeMap<&'a str, &'a [u8]>> {
-        let mut files = BTreeMap::from([
-            (CONFIG, config.as_bytes()),
-            (TOKENIZER, self.tokenizer.json()),
-        ]);
-        let companions = self
-            .companions
-            .iter()
-            .map(|(name, bytes)| (name.as_str(), bytes.as_slice()));
+        let mut files = BTreeMap::from([(CONFIG, config.as_bytes()), (TOKENIZER, self.tokenizer.json())]);
+        let companions = self.companions.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice()));
         for (name, bytes) in companions.chain(extra_files.iter().copied()) {
-            let invalid = |reason| {
-                Err(ModelError::Name {
-                    name: name.into(),
-                    reason,
-                })
-            };
+            let invalid = |reason| Err(ModelError::Name { name: name.into(), reason });
             if !is_plain(name) {
                 return invalid("is no plain file name");
             }
@@ -164,25 +132,14 @@ impl Checkpoint {
     /// Checks that the tensors are the configuration's, all of them and no others.
     fn check_tensors(&self, file: &str) -> Result<()> {
         let expected: BTreeMap<_, _> = names::expected(&self.config).into_iter().collect();
-        if let Some(name) = self
-            .tensors
-            .keys()
-            .find(|name| !expected.contains_key(*name))
-        {
-            return Err(ModelError::UnknownTensor {
-                file: file.into(),
-                tensor: name.clone(),
-            });
+        if let Some(name) = self.tensors.keys().find(|name| !expected.contains_key(*name)) {
+            return Err(ModelError::UnknownTensor { file: file.into(), tensor: name.clone() });
         }
         for (name, shape) in expected {
             match self.tensors.get(&name) {
                 Some(tensor) => check(tensor, &name, &shape, file)?,
                 None => {
-                    return Err(ModelError::MissingTensor {
-                        file: file.into(),
-                        tensor: name,
-                        expected: shape,
-                    });
+                    return Err(ModelError::MissingTensor { file: file.into(), tensor: name, expected: shape });
                 }
             }
         }
@@ -193,28 +150,16 @@ impl Checkpoint {
 /// Checks that a model may be saved as `dir`, before any work is done for it: that nothing is there, that its parent is a
 /// directory, and that it is not taken for an embedded model's name when it is opened.
 pub fn ensure_absent(dir: &Path) -> Result<()> {
-    let name = |reason| {
-        Err(ModelError::Name {
-            name: dir.display().to_string(),
-            reason,
-        })
-    };
+    let name = |reason| Err(ModelError::Name { name: dir.display().to_string(), reason });
     // `symlink_metadata` also sees a link that leads nowhere, which a rename would replace.
     if fs::symlink_metadata(dir).is_ok() {
-        return Err(ModelError::Exists {
-            dir: dir.display().to_string(),
-        });
+        return Err(ModelError::Exists { dir: dir.display().to_string() });
     }
     if dir.file_name().is_none() {
         return name("does not name a new directory");
     }
-    if embedded::NAMES
-        .iter()
-        .any(|embedded| dir.as_os_str() == *embedded)
-    {
-        return name(
-            "is the name of an embedded model, which would be opened in its place; put ./ before it",
-        );
+    if embedded::NAMES.iter().any(|embedded| dir.as_os_str() == *embedded) {
+        return name("is the name of an embedded model, which would be opened in its place; put ./ before it");
     }
     if !atomic::parent(dir).is_dir() {
         return name("lies in a directory that does not exist; create that first");
@@ -231,13 +176,11 @@ fn temporary_beside(dir: &Path) -> Result<tempfile::TempDir> {
     // The user's umask decides who may read the model, not the caution that a temporary directory calls for.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
-    builder
-        .tempdir_in(atomic::parent(dir))
-        .map_err(|source| ModelError::Io {
-            file: dir.display().to_string(),
-            action: "create",
-            source,
-        })
+    builder.tempdir_in(atomic::parent(dir)).map_err(|source| ModelError::Io {
+        file: dir.display().to_string(),
+        action: "create",
+        source,
+    })
 }
 
 /// The weights of a model, from however many files.
@@ -250,18 +193,12 @@ impl Weights {
     fn read(files: &Files, config: &Config) -> Result<Weights> {
         let expected: BTreeMap<_, _> = names::expected(config).into_iter().collect();
         let Shards { names, index } = shards(files)?;
-        let mut weights = Weights {
-            tensors: BTreeMap::new(),
-            ignored: Vec::new(),
-        };
+        let mut weights = Weights { tensors: BTreeMap::new(), ignored: Vec::new() };
         for shard in &names {
             let file = files.label(shard);
             for (name, tensor) in files.tensors(shard)?.tensors {
                 // The index says which file counts, should two hold tensors of one name.
-                if index
-                    .as_ref()
-                    .is_some_and(|index| index.get(&name).is_some_and(|holder| holder != shard))
-                {
+                if index.as_ref().is_some_and(|index| index.get(&name).is_some_and(|holder| holder != shard)) {
                     continue;
                 }
                 match expected.get(&name) {
@@ -278,15 +215,9 @@ impl Weights {
         }
         for (name, shape) in expected {
             if !weights.tensors.contains_key(&name) {
-                let holder = index
-                    .as_ref()
-                    .map(|index| index.get(&name).map_or(INDEX, String::as_str));
+                let holder = index.as_ref().map(|index| index.get(&name).map_or(INDEX, String::as_str));
                 let file = files.label(holder.unwrap_or(WEIGHTS));
-                return Err(ModelError::MissingTensor {
-                    file,
-                    tensor: name,
-                    expected: shape,
-                });
+                return Err(ModelError::MissingTensor { file, tensor: name, expected: shape });
             }
         }
         Ok(weights)
@@ -313,32 +244,20 @@ fn shards(files: &Files) -> Result<Shards> {
         false => "nor a model.safetensors.index.json for a model in several files",
     };
     let Some(json) = files.read(INDEX)? else {
-        return Err(ModelError::MissingFile {
-            file: files.label(WEIGHTS),
-            hint: hint.into(),
-        });
+        return Err(ModelError::MissingFile { file: files.label(WEIGHTS), hint: hint.into() });
     };
 
     let file = files.label(INDEX);
-    let index: Value = serde_json::from_slice(&json).map_err(|error| ModelError::Json {
-        file: file.clone(),
-        reason: error.to_string(),
-    })?;
-    let invalid = |reason| {
-        Err(ModelError::Index {
-            file: file.clone(),
-            reason,
-        })
-    };
+    let index: Value = serde_json::from_slice(&json)
+        .map_err(|error| ModelError::Json { file: file.clone(), reason: error.to_string() })?;
+    let invalid = |reason| Err(ModelError::Index { file: file.clone(), reason });
     let Some(map) = index.get("weight_map").and_then(Value::as_object) else {
         return invalid("has no `weight_map` from tensors to files".into());
     };
     let mut holders = BTreeMap::new();
     for (tensor, shard) in map {
         let Some(shard) = shard.as_str().filter(|shard| is_plain(shard)) else {
-            return invalid(format!(
-                "tensor `{tensor}` should be in {shard}, which is no plain file name"
-            ));
+            return invalid(format!("tensor `{tensor}` should be in {shard}, which is no plain file name"));
         };
         if !files.has(shard) {
             return invalid(format!(
@@ -347,10 +266,7 @@ fn shards(files: &Files) -> Result<Shards> {
         }
         holders.insert(tensor.clone(), shard.to_string());
     }
-    Ok(Shards {
-        names: holders.values().cloned().collect(),
-        index: Some(holders),
-    })
+    Ok(Shards { names: holders.values().cloned().collect(), index: Some(holders) })
 }
 
 /// Checks one tensor: its shape, and that every weight is a number.
@@ -365,13 +281,9 @@ fn check(tensor: &HostTensor, name: &str, shape: &[usize], file: &str) -> Result
     }
     match tensor.first_non_finite() {
         None => Ok(()),
-        Some((index, value)) => Err(ModelError::NonFinite {
-            file: file.into(),
-            tensor: name.into(),
-            shape: shape.into(),
-            index,
-            value,
-        }),
+        Some((index, value)) => {
+            Err(ModelError::NonFinite { file: file.into(), tensor: name.into(), shape: shape.into(), index, value })
+        }
     }
 }
 

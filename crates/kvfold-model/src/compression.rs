@@ -44,18 +44,11 @@ impl Compression {
 
     /// Reads the section of a model whose context is `context` tokens long.
     pub(crate) fn parse(section: &Map<String, Value>, context: usize, file: &str) -> Result<Self> {
-        let fields = Fields {
-            file,
-            prefix: "kvfold.",
-            map: section,
-        };
+        let fields = Fields { file, prefix: "kvfold.", map: section };
         match fields.get("version").map(Value::as_u64) {
             Some(Some(Self::VERSION)) => {}
             Some(Some(_)) => {
-                let reason = format!(
-                    "this build reads version {}; use the kvfold that wrote the model",
-                    Self::VERSION
-                );
+                let reason = format!("this build reads version {}; use the kvfold that wrote the model", Self::VERSION);
                 return Err(fields.unsupported("version", reason));
             }
             _ => return Err(fields.wrong("version", format!("the integer {}", Self::VERSION))),
@@ -72,8 +65,7 @@ impl Compression {
         };
         // Read apart first, so that an error says which of the two it is in.
         Dmc::deserialize(&rest["dmc"]).map_err(|error| unreadable("kvfold.dmc", error))?;
-        let compression = Compression::deserialize(Value::Object(rest))
-            .map_err(|error| unreadable(SECTION, error))?;
+        let compression = Compression::deserialize(Value::Object(rest)).map_err(|error| unreadable(SECTION, error))?;
         compression.validate(context, file)?;
         Ok(compression)
     }
@@ -99,55 +91,24 @@ impl Compression {
                 expected: expected.into(),
             }),
         };
-        let (Decision::Borrowed { scale, offset } | Decision::Head { scale, offset }) =
-            self.dmc.decision;
+        let (Decision::Borrowed { scale, offset } | Decision::Head { scale, offset }) = self.dmc.decision;
         let positive = |x: f64| x.is_finite() && x > 0.0;
-        check(
-            "dmc.decision.scale",
-            positive(scale),
-            scale.to_string(),
-            "a finite number above 0",
-        )?;
-        check(
-            "dmc.decision.offset",
-            offset.is_finite(),
-            offset.to_string(),
-            "a finite number",
-        )?;
+        check("dmc.decision.scale", positive(scale), scale.to_string(), "a finite number above 0")?;
+        check("dmc.decision.offset", offset.is_finite(), offset.to_string(), "a finite number")?;
 
         let limit = format!(
             "at most {context}, the model's `max_position_embeddings`: no token of a longer delay is ever folded"
         );
-        check(
-            "dmc.delay",
-            self.dmc.delay <= context,
-            self.dmc.delay.to_string(),
-            &limit,
-        )?;
+        check("dmc.delay", self.dmc.delay <= context, self.dmc.delay.to_string(), &limit)?;
         if let Some(window) = self.dmc.pool_window {
             let limit = format!(
                 "1 to {context}, the model's `max_position_embeddings`, or null for the mean of the whole segment"
             );
-            check(
-                "dmc.pool_window",
-                (1..=context).contains(&window),
-                window.to_string(),
-                &limit,
-            )?;
+            check("dmc.pool_window", (1..=context).contains(&window), window.to_string(), &limit)?;
         }
 
         let valid = self.ratio.is_finite() && self.ratio >= 1.0;
-        check(
-            "ratio",
-            valid,
-            self.ratio.to_string(),
-            "a finite number from 1 (nothing is folded) upwards",
-        )?;
-        check(
-            "trained_length",
-            self.trained_length >= 1,
-            self.trained_length.to_string(),
-            "an integer from 1",
-        )
+        check("ratio", valid, self.ratio.to_string(), "a finite number from 1 (nothing is folded) upwards")?;
+        check("trained_length", self.trained_length >= 1, self.trained_length.to_string(), "an integer from 1")
     }
 }

@@ -64,49 +64,36 @@ pub struct Config {
 impl Config {
     /// Reads and checks a `config.json`. `file` is what errors call it.
     pub fn parse(json: &[u8], file: &str) -> Result<Config> {
-        let raw: Map<String, Value> =
-            serde_json::from_slice(json).map_err(|error| ModelError::Json {
-                file: file.into(),
-                reason: error.to_string(),
-            })?;
+        let raw: Map<String, Value> = serde_json::from_slice(json)
+            .map_err(|error| ModelError::Json { file: file.into(), reason: error.to_string() })?;
         Self::from_map(raw, file)
     }
 
     fn from_map(raw: Map<String, Value>, file: &str) -> Result<Config> {
-        let fields = Fields {
-            file,
-            prefix: "",
-            map: &raw,
-        };
+        let fields = Fields { file, prefix: "", map: &raw };
         let retrofitted = architecture(&fields)?;
         refuse_what_is_not_computed(&fields)?;
 
         let hidden_size = fields.count("hidden_size", MAX_DIM, None)?;
         let num_attention_heads = fields.count("num_attention_heads", MAX_DIM, None)?;
-        let num_key_value_heads =
-            fields.count("num_key_value_heads", MAX_DIM, Some(num_attention_heads))?;
+        let num_key_value_heads = fields.count("num_key_value_heads", MAX_DIM, Some(num_attention_heads))?;
         if !num_attention_heads.is_multiple_of(num_key_value_heads) {
             let expected = format!("a divisor of `num_attention_heads`, {num_attention_heads}");
             return Err(fields.wrong("num_key_value_heads", expected));
         }
         let vocab_size = fields.count("vocab_size", MAX_DIM, None)?;
-        let max_position_embeddings =
-            fields.count("max_position_embeddings", MAX_DIM, Some(2048))?;
+        let max_position_embeddings = fields.count("max_position_embeddings", MAX_DIM, Some(2048))?;
 
         let compression = match (retrofitted, fields.get(SECTION)) {
             (false, None) => None,
-            (true, Some(Value::Object(section))) => {
-                Some(Compression::parse(section, max_position_embeddings, file)?)
-            }
+            (true, Some(Value::Object(section))) => Some(Compression::parse(section, max_position_embeddings, file)?),
             (true, _) => {
-                return Err(fields.wrong(
-                    SECTION,
-                    format!("the object that a model of architecture {KVFOLD_LLAMA} carries"),
-                ));
+                return Err(
+                    fields.wrong(SECTION, format!("the object that a model of architecture {KVFOLD_LLAMA} carries"))
+                );
             }
             (false, Some(_)) => {
-                let expected =
-                    format!("none in a model of architecture {LLAMA}; {KVFOLD_LLAMA} has one");
+                let expected = format!("none in a model of architecture {LLAMA}; {KVFOLD_LLAMA} has one");
                 return Err(fields.wrong(SECTION, expected));
             }
         };
@@ -145,31 +132,19 @@ impl Config {
         // Would lead a loader back to code for the plain model.
         raw.shift_remove("auto_map");
         raw.insert(SECTION.into(), compression.to_json());
-        Ok(Config {
-            compression: Some(compression),
-            raw,
-            ..self.clone()
-        })
+        Ok(Config { compression: Some(compression), raw, ..self.clone() })
     }
 
     /// The file for this configuration, unknown fields included, in the order they were read.
     pub fn to_json(&self) -> String {
-        debug_assert_eq!(
-            Self::from_map(self.raw.clone(), "").as_ref().ok(),
-            Some(self),
-            "a field was changed by hand"
-        );
+        debug_assert_eq!(Self::from_map(self.raw.clone(), "").as_ref().ok(), Some(self), "a field was changed by hand");
         // `{:#}` of a JSON value is its indented form.
         format!("{:#}\n", Value::Object(self.raw.clone()))
     }
 
     /// The architecture's name.
     pub fn architecture(&self) -> &'static str {
-        if self.compression.is_some() {
-            KVFOLD_LLAMA
-        } else {
-            LLAMA
-        }
+        if self.compression.is_some() { KVFOLD_LLAMA } else { LLAMA }
     }
 
     /// Width of all query heads together, `H * D`; often but not always the hidden size.
@@ -191,17 +166,10 @@ impl Config {
 /// Whether the model is one of ours. Anything but the two architectures of this crate is refused.
 fn architecture(fields: &Fields) -> Result<bool> {
     let supported = format!("{LLAMA} and {KVFOLD_LLAMA} are");
-    let name = match fields
-        .get("architectures")
-        .and_then(Value::as_array)
-        .map(Vec::as_slice)
-    {
+    let name = match fields.get("architectures").and_then(Value::as_array).map(Vec::as_slice) {
         Some([Value::String(name)]) => name,
         _ => {
-            return Err(fields.wrong(
-                "architectures",
-                format!("a list of one name; {supported} supported"),
-            ));
+            return Err(fields.wrong("architectures", format!("a list of one name; {supported} supported")));
         }
     };
     let (retrofitted, model_type) = match name.as_str() {
@@ -210,10 +178,9 @@ fn architecture(fields: &Fields) -> Result<bool> {
         _ => return Err(fields.unsupported("architectures", supported)),
     };
     match fields.text("model_type")? {
-        Some(found) if found != model_type => Err(fields.wrong(
-            "model_type",
-            format!("\"{model_type}\", which belongs to {name}"),
-        )),
+        Some(found) if found != model_type => {
+            Err(fields.wrong("model_type", format!("\"{model_type}\", which belongs to {name}")))
+        }
         _ => Ok(retrofitted),
     }
 }
@@ -221,10 +188,7 @@ fn architecture(fields: &Fields) -> Result<bool> {
 /// Features of `LlamaConfig` and its kin that would change the numbers if they were passed over.
 fn refuse_what_is_not_computed(fields: &Fields) -> Result<()> {
     if fields.get("rope_scaling").is_some() {
-        return Err(fields.unsupported(
-            "rope_scaling",
-            "only plain RoPE is computed, without scaling (null)",
-        ));
+        return Err(fields.unsupported("rope_scaling", "only plain RoPE is computed, without scaling (null)"));
     }
     for field in ["attention_bias", "mlp_bias"] {
         if fields.flag(field)? {
@@ -235,18 +199,14 @@ fn refuse_what_is_not_computed(fields: &Fields) -> Result<()> {
         return Err(fields.unsupported("hidden_act", "only \"silu\" is"));
     }
     if fields.get("quantization_config").is_some() {
-        return Err(fields.unsupported(
-            "quantization_config",
-            "use the model's unquantized checkpoint",
-        ));
+        return Err(fields.unsupported("quantization_config", "use the model's unquantized checkpoint"));
     }
     Ok(())
 }
 
 fn head_dim(fields: &Fields, hidden_size: usize, heads: usize) -> Result<usize> {
     if fields.get("head_dim").is_none() && !hidden_size.is_multiple_of(heads) {
-        let expected =
-            format!("a multiple of `num_attention_heads`, {heads}, as there is no `head_dim`");
+        let expected = format!("a multiple of `num_attention_heads`, {heads}, as there is no `head_dim`");
         return Err(fields.wrong("hidden_size", expected));
     }
     let head_dim = fields.count("head_dim", MAX_DIM, Some(hidden_size / heads))?;
@@ -254,10 +214,7 @@ fn head_dim(fields: &Fields, hidden_size: usize, heads: usize) -> Result<usize> 
         let expected = "an even number, because RoPE rotates pairs of channels";
         return Err(match fields.get("head_dim") {
             Some(_) => fields.wrong("head_dim", expected),
-            None => fields.wrong(
-                "hidden_size",
-                format!("`num_attention_heads`, {heads}, times {expected}"),
-            ),
+            None => fields.wrong("hidden_size", format!("`num_attention_heads`, {heads}, times {expected}")),
         });
     }
     if heads * head_dim > MAX_DIM {
@@ -269,14 +226,8 @@ fn head_dim(fields: &Fields, hidden_size: usize, heads: usize) -> Result<usize> 
 
 /// The base of the rotary frequencies, which Hugging Face's version 5 has moved into `rope_parameters`.
 fn rope_theta(fields: &Fields) -> Result<f64> {
-    let number = |fields: &Fields, default| {
-        fields.number(
-            "rope_theta",
-            default,
-            |x| x > 0.0,
-            "a finite number above 0",
-        )
-    };
+    let number =
+        |fields: &Fields, default| fields.number("rope_theta", default, |x| x > 0.0, "a finite number above 0");
     let theta = number(fields, Some(10000.0))?;
     let Some(value) = fields.get("rope_parameters") else {
         return Ok(theta);
@@ -284,21 +235,11 @@ fn rope_theta(fields: &Fields) -> Result<f64> {
     let Some(map) = value.as_object() else {
         return Err(fields.wrong("rope_parameters", "an object"));
     };
-    let fields = Fields {
-        prefix: "rope_parameters.",
-        map,
-        ..*fields
-    };
-    if fields
-        .text("rope_type")?
-        .is_some_and(|kind| kind != "default")
-    {
+    let fields = Fields { prefix: "rope_parameters.", map, ..*fields };
+    if fields.text("rope_type")?.is_some_and(|kind| kind != "default") {
         return Err(fields.unsupported("rope_type", "only plain RoPE, \"default\", is computed"));
     }
-    if fields
-        .get("partial_rotary_factor")
-        .is_some_and(|factor| factor.as_f64() != Some(1.0))
-    {
+    if fields.get("partial_rotary_factor").is_some_and(|factor| factor.as_f64() != Some(1.0)) {
         return Err(fields.unsupported("partial_rotary_factor", "all channels are rotated"));
     }
     number(&fields, Some(theta))
@@ -309,10 +250,7 @@ fn bos_token_id(fields: &Fields, vocab_size: usize) -> Result<Option<u32>> {
         None => Ok(absent(fields, "bos_token_id", 1, vocab_size)),
         Some(value) => match token_id(value, vocab_size) {
             Some(id) => Ok(Some(id)),
-            None => Err(fields.wrong(
-                "bos_token_id",
-                format!("an integer below `vocab_size`, {vocab_size}, or null"),
-            )),
+            None => Err(fields.wrong("bos_token_id", format!("an integer below `vocab_size`, {vocab_size}, or null"))),
         },
     }
 }
@@ -320,21 +258,13 @@ fn bos_token_id(fields: &Fields, vocab_size: usize) -> Result<Option<u32>> {
 fn eos_token_ids(fields: &Fields, vocab_size: usize) -> Result<Vec<u32>> {
     let ids = match fields.get("eos_token_id") {
         None => {
-            return Ok(absent(fields, "eos_token_id", 2, vocab_size)
-                .into_iter()
-                .collect());
+            return Ok(absent(fields, "eos_token_id", 2, vocab_size).into_iter().collect());
         }
-        Some(Value::Array(values)) => values
-            .iter()
-            .map(|value| token_id(value, vocab_size))
-            .collect(),
+        Some(Value::Array(values)) => values.iter().map(|value| token_id(value, vocab_size)).collect(),
         Some(value) => token_id(value, vocab_size).map(|id| vec![id]),
     };
     ids.ok_or_else(|| {
-        fields.wrong(
-            "eos_token_id",
-            format!("an integer below `vocab_size`, {vocab_size}, a list of them, or null"),
-        )
+        fields.wrong("eos_token_id", format!("an integer below `vocab_size`, {vocab_size}, a list of them, or null"))
     })
 }
 
@@ -344,8 +274,5 @@ fn absent(fields: &Fields, field: &str, default: u32, vocab_size: usize) -> Opti
 }
 
 fn token_id(value: &Value, vocab_size: usize) -> Option<u32> {
-    value
-        .as_u64()
-        .filter(|&id| id < vocab_size as u64)
-        .and_then(|id| u32::try_from(id).ok())
+    value.as_u64().filter(|&id| id < vocab_size as u64).and_then(|id| u32::try_from(id).ok())
 }

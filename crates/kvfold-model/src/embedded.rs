@@ -11,22 +11,10 @@ pub(crate) type Files = &'static [(&'static str, &'static [u8])];
 pub const NAMES: &[&str] = &["stories260k"];
 
 static STORIES260K: Files = &[
-    (
-        "config.json",
-        include_bytes!("../models/stories260k/config.json"),
-    ),
-    (
-        "model.safetensors",
-        include_bytes!("../models/stories260k/model.safetensors"),
-    ),
-    (
-        "tokenizer.json",
-        include_bytes!("../models/stories260k/tokenizer.json"),
-    ),
-    (
-        "tokenizer_config.json",
-        include_bytes!("../models/stories260k/tokenizer_config.json"),
-    ),
+    ("config.json", include_bytes!("../models/stories260k/config.json")),
+    ("model.safetensors", include_bytes!("../models/stories260k/model.safetensors")),
+    ("tokenizer.json", include_bytes!("../models/stories260k/tokenizer.json")),
+    ("tokenizer_config.json", include_bytes!("../models/stories260k/tokenizer_config.json")),
     ("LICENSE", include_bytes!("../models/stories260k/LICENSE")),
 ];
 

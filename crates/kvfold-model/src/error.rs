@@ -28,9 +28,7 @@ pub enum ModelError {
     },
 
     /// The name given is neither an embedded model nor a directory.
-    #[error(
-        "{model}: no such model: it is neither a directory nor one of the embedded models ({embedded})"
-    )]
+    #[error("{model}: no such model: it is neither a directory nor one of the embedded models ({embedded})")]
     NoModel {
         /// What was asked for.
         model: String,
@@ -103,9 +101,7 @@ pub enum ModelError {
     },
 
     /// The weights lack a tensor that the architecture needs.
-    #[error(
-        "{file}: tensor `{tensor}` is missing; the configuration calls for one of shape {expected:?}"
-    )]
+    #[error("{file}: tensor `{tensor}` is missing; the configuration calls for one of shape {expected:?}")]
     MissingTensor {
         /// The file that should hold it, or the index of the files.
         file: String,
@@ -125,9 +121,7 @@ pub enum ModelError {
     },
 
     /// A tensor's shape is not what the configuration says.
-    #[error(
-        "{file}: tensor `{tensor}` has shape {found:?}; the configuration calls for {expected:?}"
-    )]
+    #[error("{file}: tensor `{tensor}` has shape {found:?}; the configuration calls for {expected:?}")]
     Shape {
         /// The file that holds it.
         file: String,
@@ -201,9 +195,7 @@ pub enum ModelError {
     },
 
     /// The directory to be written exists.
-    #[error(
-        "{dir}: already exists; kvfold does not overwrite a model: choose another name or remove it first"
-    )]
+    #[error("{dir}: already exists; kvfold does not overwrite a model: choose another name or remove it first")]
     Exists {
         /// The directory in question.
         dir: String,

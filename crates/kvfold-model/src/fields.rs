@@ -66,10 +66,9 @@ impl<'a> Fields<'a> {
         match (self.get(field), default) {
             (None, Some(default)) => Ok(default),
             (None, None) => Err(self.wrong(field, expected)),
-            (Some(value), _) => value
-                .as_f64()
-                .filter(|&x| x.is_finite() && valid(x))
-                .ok_or_else(|| self.wrong(field, expected)),
+            (Some(value), _) => {
+                value.as_f64().filter(|&x| x.is_finite() && valid(x)).ok_or_else(|| self.wrong(field, expected))
+            }
         }
     }
 
@@ -77,9 +76,7 @@ impl<'a> Fields<'a> {
     pub(crate) fn flag(&self, field: &str) -> Result<bool> {
         match self.get(field) {
             None => Ok(false),
-            Some(value) => value
-                .as_bool()
-                .ok_or_else(|| self.wrong(field, "true or false")),
+            Some(value) => value.as_bool().ok_or_else(|| self.wrong(field, "true or false")),
         }
     }
 
@@ -87,10 +84,7 @@ impl<'a> Fields<'a> {
     pub(crate) fn text(&self, field: &str) -> Result<Option<&'a str>> {
         match self.get(field) {
             None => Ok(None),
-            Some(value) => value
-                .as_str()
-                .map(Some)
-                .ok_or_else(|| self.wrong(field, "a string")),
+            Some(value) => value.as_str().map(Some).ok_or_else(|| self.wrong(field, "a string")),
         }
     }
 

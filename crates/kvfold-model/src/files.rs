@@ -30,10 +30,7 @@ impl Files {
         if dir.is_dir() {
             return Ok(Files::Dir(dir));
         }
-        Err(ModelError::NoModel {
-            model: model.into(),
-            embedded: embedded::NAMES.join(", "),
-        })
+        Err(ModelError::NoModel { model: model.into(), embedded: embedded::NAMES.join(", ") })
     }
 
     /// What errors call the file `name`.
@@ -50,11 +47,7 @@ impl Files {
             Files::Dir(dir) => match std::fs::read(dir.join(name)) {
                 Ok(bytes) => Ok(Some(bytes.into())),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-                Err(source) => Err(ModelError::Io {
-                    file: self.label(name),
-                    action: "read",
-                    source,
-                }),
+                Err(source) => Err(ModelError::Io { file: self.label(name), action: "read", source }),
             },
             Files::Embedded(..) => Ok(self.embedded(name).map(Cow::Borrowed)),
         }
@@ -62,10 +55,7 @@ impl Files {
 
     /// The content of the file `name`, or an error with a `hint` at what to do.
     pub(crate) fn need(&self, name: &str, hint: &str) -> Result<Cow<'static, [u8]>> {
-        self.read(name)?.ok_or_else(|| ModelError::MissingFile {
-            file: self.label(name),
-            hint: hint.into(),
-        })
+        self.read(name)?.ok_or_else(|| ModelError::MissingFile { file: self.label(name), hint: hint.into() })
     }
 
     /// Whether there is a file `name`.
@@ -90,10 +80,7 @@ impl Files {
     fn embedded(&self, name: &str) -> Option<&'static [u8]> {
         match self {
             Files::Dir(_) => None,
-            Files::Embedded(_, files) => files
-                .iter()
-                .find(|(file, _)| *file == name)
-                .map(|(_, bytes)| *bytes),
+            Files::Embedded(_, files) => files.iter().find(|(file, _)| *file == name).map(|(_, bytes)| *bytes),
         }
     }
 }

@@ -67,21 +67,14 @@ pub fn expected(config: &Config) -> Vec<(String, Vec<usize>)> {
         (UP_PROJ, vec![mlp, hidden]),
         (DOWN_PROJ, vec![hidden, mlp]),
     ];
-    let decision = config
-        .compression
-        .as_ref()
-        .map(|compression| compression.dmc.decision);
+    let decision = config.compression.as_ref().map(|compression| compression.dmc.decision);
     if let Some(Decision::Head { .. }) = decision {
         parts.push((DECIDE_PROJ, vec![2 * config.num_key_value_heads, hidden]));
     }
 
     let mut all = vec![(EMBED.to_string(), vec![config.vocab_size, hidden])];
     for index in 0..config.num_hidden_layers {
-        all.extend(
-            parts
-                .iter()
-                .map(|(part, shape)| (layer(index, part), shape.clone())),
-        );
+        all.extend(parts.iter().map(|(part, shape)| (layer(index, part), shape.clone())));
     }
     all.push((NORM.to_string(), vec![hidden]));
     if !config.tie_word_embeddings {

@@ -20,17 +20,11 @@ pub struct Tokenizer {
 impl Tokenizer {
     /// Reads a `tokenizer.json`. `file` is what errors call it.
     pub fn from_json(json: &[u8], file: &str) -> Result<Tokenizer> {
-        let invalid = |error: tokenizers::Error| ModelError::Tokenizer {
-            file: file.into(),
-            reason: error.to_string(),
-        };
+        let invalid = |error: tokenizers::Error| ModelError::Tokenizer { file: file.into(), reason: error.to_string() };
         let mut inner = tokenizers::Tokenizer::from_bytes(json).map_err(invalid)?;
         inner.with_truncation(None).map_err(invalid)?;
         inner.with_padding(None);
-        Ok(Tokenizer {
-            inner: Arc::new(inner),
-            json: json.into(),
-        })
+        Ok(Tokenizer { inner: Arc::new(inner), json: json.into() })
     }
 
     /// The file this tokenizer was read from, byte for byte.
@@ -41,13 +35,10 @@ impl Tokenizer {
     /// The ids of `text`. With `add_special`, the tokens that the tokenizer puts around a text (such as a first `<s>`) are
     /// added. Special tokens that are spelled out in the text become their ids either way.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
-        let encoding =
-            self.inner
-                .encode_fast(text, add_special)
-                .map_err(|error| ModelError::Text {
-                    action: "encode the text",
-                    reason: error.to_string(),
-                })?;
+        let encoding = self
+            .inner
+            .encode_fast(text, add_special)
+            .map_err(|error| ModelError::Text { action: "encode the text", reason: error.to_string() })?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -57,20 +48,12 @@ impl Tokenizer {
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
         self.inner
             .decode(ids, skip_special)
-            .map_err(|error| ModelError::Text {
-                action: "decode the ids",
-                reason: error.to_string(),
-            })
+            .map_err(|error| ModelError::Text { action: "decode the ids", reason: error.to_string() })
     }
 
     /// A decoder for ids that arrive one by one.
     pub fn stream(&self, skip_special: bool) -> DecodeStream {
-        DecodeStream {
-            tokenizer: self.clone(),
-            skip_special,
-            ids: Vec::new(),
-            read: 0,
-        }
+        DecodeStream { tokenizer: self.clone(), skip_special, ids: Vec::new(), read: 0 }
     }
 
     /// The id of a token by its spelling.
@@ -80,18 +63,10 @@ impl Tokenizer {
 
     /// Checks that every token has a row in an embedding of `vocab_size` rows. `file` is what an error calls the tokenizer.
     pub fn check_vocabulary(&self, vocab_size: usize, file: &str) -> Result<()> {
-        match self
-            .inner
-            .get_vocab(true)
-            .into_iter()
-            .max_by_key(|&(_, id)| id)
-        {
-            Some((token, id)) if id as usize >= vocab_size => Err(ModelError::Vocabulary {
-                file: file.into(),
-                token,
-                id,
-                vocab_size,
-            }),
+        match self.inner.get_vocab(true).into_iter().max_by_key(|&(_, id)| id) {
+            Some((token, id)) if id as usize >= vocab_size => {
+                Err(ModelError::Vocabulary { file: file.into(), token, id, vocab_size })
+            }
             _ => Ok(()),
         }
     }
@@ -150,15 +125,11 @@ impl DecodeStream {
     /// The text of the ids after the last cut.
     fn unread(&self) -> Result<String> {
         let all = self.tokenizer.decode(&self.ids, self.skip_special)?;
-        let read = self
-            .tokenizer
-            .decode(&self.ids[..self.read], self.skip_special)?;
+        let read = self.tokenizer.decode(&self.ids[..self.read], self.skip_special)?;
         match all.strip_prefix(&read) {
             Some(text) => Ok(text.into()),
             // Invalid bytes can reach back and change how those before them are read, which have been returned already.
-            None => self
-                .tokenizer
-                .decode(&self.ids[self.read..], self.skip_special),
+            None => self.tokenizer.decode(&self.ids[self.read..], self.skip_special),
         }
     }
 }

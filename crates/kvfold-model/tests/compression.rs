@@ -10,96 +10,42 @@ use serde_json::{Value, json};
 
 #[test]
 fn a_retrofitted_model_has_a_section_and_a_plain_one_has_none() {
-    assert_eq!(
-        parse(&retrofitted()).unwrap().compression,
-        Some(compression(BORROWED))
-    );
-    says(
-        &refused_in(retrofitted(), "kvfold", None),
-        &["`kvfold` is missing", "KvfoldLlamaForCausalLM"],
-    );
-    says(
-        &refused_in(retrofitted(), "kvfold", json!([])),
-        &["`kvfold` is []", "object"],
-    );
+    assert_eq!(parse(&retrofitted()).unwrap().compression, Some(compression(BORROWED)));
+    says(&refused_in(retrofitted(), "kvfold", None), &["`kvfold` is missing", "KvfoldLlamaForCausalLM"]);
+    says(&refused_in(retrofitted(), "kvfold", json!([])), &["`kvfold` is []", "object"]);
     says(
         &refused_in(valid(), "kvfold", section()),
-        &[
-            "`kvfold` is {",
-            "none in a model of architecture LlamaForCausalLM",
-        ],
+        &["`kvfold` is {", "none in a model of architecture LlamaForCausalLM"],
     );
-    says(
-        &refused_in(retrofitted(), "model_type", json!("llama")),
-        &["`model_type` is \"llama\"", "kvfold_llama"],
-    );
+    says(&refused_in(retrofitted(), "model_type", json!("llama")), &["`model_type` is \"llama\"", "kvfold_llama"]);
 }
 
 #[test]
 fn an_unknown_version_says_which_is_read() {
     let message = refused_in(retrofitted(), "kvfold.version", json!(2));
-    says(
-        &message,
-        &["`kvfold.version` is 2", "this build reads version 1"],
-    );
+    says(&message, &["`kvfold.version` is 2", "this build reads version 1"]);
     says(
         &refused_in(retrofitted(), "kvfold.version", json!("1")),
         &["`kvfold.version` is \"1\"; expected the integer 1"],
     );
-    says(
-        &refused_in(retrofitted(), "kvfold.version", None),
-        &["`kvfold.version` is missing"],
-    );
+    says(&refused_in(retrofitted(), "kvfold.version", None), &["`kvfold.version` is missing"]);
 }
 
 #[test]
 fn a_bad_section_names_the_field() {
     let bad = |field: &str, value: Value| refused_in(retrofitted(), field, value);
-    says(
-        &bad("kvfold.dmc.delay", json!(513)),
-        &["`kvfold.dmc.delay` is 513", "at most 512"],
-    );
+    says(&bad("kvfold.dmc.delay", json!(513)), &["`kvfold.dmc.delay` is 513", "at most 512"]);
     says(&bad("kvfold.dmc.delay", json!(-1)), &["`kvfold.dmc`", "-1"]);
-    says(
-        &bad("kvfold.dmc.pool_window", json!(0)),
-        &["`kvfold.dmc.pool_window` is 0; expected 1 to 512", "null"],
-    );
-    says(
-        &bad("kvfold.dmc.decision.scale", json!(0.0)),
-        &["`kvfold.dmc.decision.scale` is 0; expected", "above 0"],
-    );
-    says(
-        &bad("kvfold.dmc.decision.scale", json!("1")),
-        &["`kvfold.dmc` cannot be read", "string \"1\""],
-    );
-    says(
-        &bad("kvfold.dmc.decision.source", json!("oracle")),
-        &["`kvfold.dmc`", "oracle", "borrowed", "head"],
-    );
-    says(
-        &bad("kvfold.dmc.surprise", json!(1)),
-        &["`kvfold.dmc`", "unknown field `surprise`"],
-    );
-    says(
-        &bad("kvfold.dmc", json!(null)),
-        &["`kvfold.dmc` is null; expected an object"],
-    );
-    says(
-        &bad("kvfold.surprise", json!(1)),
-        &["`kvfold` cannot be read: unknown field `surprise`"],
-    );
-    says(
-        &bad("kvfold.ratio", json!(0.5)),
-        &["`kvfold.ratio` is 0.5; expected", "from 1"],
-    );
-    says(
-        &bad("kvfold.trained_length", json!(0)),
-        &["`kvfold.trained_length` is 0"],
-    );
-    says(
-        &refused_in(retrofitted(), "kvfold.base_model", None),
-        &["`kvfold` cannot be read", "base_model"],
-    );
+    says(&bad("kvfold.dmc.pool_window", json!(0)), &["`kvfold.dmc.pool_window` is 0; expected 1 to 512", "null"]);
+    says(&bad("kvfold.dmc.decision.scale", json!(0.0)), &["`kvfold.dmc.decision.scale` is 0; expected", "above 0"]);
+    says(&bad("kvfold.dmc.decision.scale", json!("1")), &["`kvfold.dmc` cannot be read", "string \"1\""]);
+    says(&bad("kvfold.dmc.decision.source", json!("oracle")), &["`kvfold.dmc`", "oracle", "borrowed", "head"]);
+    says(&bad("kvfold.dmc.surprise", json!(1)), &["`kvfold.dmc`", "unknown field `surprise`"]);
+    says(&bad("kvfold.dmc", json!(null)), &["`kvfold.dmc` is null; expected an object"]);
+    says(&bad("kvfold.surprise", json!(1)), &["`kvfold` cannot be read: unknown field `surprise`"]);
+    says(&bad("kvfold.ratio", json!(0.5)), &["`kvfold.ratio` is 0.5; expected", "from 1"]);
+    says(&bad("kvfold.trained_length", json!(0)), &["`kvfold.trained_length` is 0"]);
+    says(&refused_in(retrofitted(), "kvfold.base_model", None), &["`kvfold` cannot be read", "base_model"]);
 }
 
 #[test]
@@ -107,10 +53,7 @@ fn with_compression_makes_a_config_that_plain_loaders_refuse() {
     let mut plain = valid();
     plain["something_of_tomorrow"] = json!({ "keep": ["me", 1.5] });
     plain["auto_map"] = json!({ "AutoModelForCausalLM": "modeling.Llama" });
-    let config = parse(&plain)
-        .unwrap()
-        .with_compression(compression(HEAD))
-        .unwrap();
+    let config = parse(&plain).unwrap().with_compression(compression(HEAD)).unwrap();
     assert_eq!(config.architecture(), "KvfoldLlamaForCausalLM");
 
     let text = config.to_json();
@@ -118,10 +61,7 @@ fn with_compression_makes_a_config_that_plain_loaders_refuse() {
     assert_eq!(json["architectures"], json!(["KvfoldLlamaForCausalLM"]));
     assert_eq!(json["model_type"], "kvfold_llama");
     assert_eq!(json["kvfold"]["version"], 1);
-    assert_eq!(
-        json["something_of_tomorrow"],
-        plain["something_of_tomorrow"]
-    );
+    assert_eq!(json["something_of_tomorrow"], plain["something_of_tomorrow"]);
     assert_eq!(json.get("auto_map"), None);
     assert_eq!(json["rms_norm_eps"], plain["rms_norm_eps"]);
     assert_eq!(Config::parse(text.as_bytes(), "back").unwrap(), config);
@@ -136,26 +76,13 @@ fn with_compression_refuses_what_could_not_be_read_back() {
         plain.with_compression(compression).unwrap_err().to_string()
     };
     says(&with(|c| c.ratio = f64::NAN), &["`kvfold.ratio` is NaN"]);
+    says(&with(|c| c.dmc.pool_window = Some(0)), &["`kvfold.dmc.pool_window` is 0"]);
     says(
-        &with(|c| c.dmc.pool_window = Some(0)),
-        &["`kvfold.dmc.pool_window` is 0"],
-    );
-    says(
-        &with(|c| {
-            c.dmc.decision = Decision::Head {
-                scale: f64::INFINITY,
-                offset: 0.0,
-            }
-        }),
+        &with(|c| c.dmc.decision = Decision::Head { scale: f64::INFINITY, offset: 0.0 }),
         &["`kvfold.dmc.decision.scale` is inf"],
     );
     says(
-        &with(|c| {
-            c.dmc.decision = Decision::Head {
-                scale: 1.0,
-                offset: f64::NAN,
-            }
-        }),
+        &with(|c| c.dmc.decision = Decision::Head { scale: 1.0, offset: f64::NAN }),
         &["`kvfold.dmc.decision.offset` is NaN"],
     );
 }

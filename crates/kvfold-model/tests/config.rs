@@ -2,9 +2,7 @@
 
 mod common;
 
-use common::{
-    BORROWED, CONFIG, HEAD, compression, parse, refused_in, retrofitted, says, set, valid,
-};
+use common::{BORROWED, CONFIG, HEAD, compression, parse, refused_in, retrofitted, says, set, valid};
 use kvfold_model::{Config, names};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -25,35 +23,12 @@ fn accepted(field: &str, value: impl Into<Option<Value>>) -> Config {
 #[test]
 fn the_embedded_model_is_read() {
     let config = parse(&valid()).unwrap();
-    assert_eq!(
-        (
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_hidden_layers
-        ),
-        (64, 172, 5)
-    );
-    assert_eq!(
-        (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim
-        ),
-        (8, 4, 8)
-    );
-    assert_eq!(
-        (config.query_width(), config.kv_width(), config.group_size()),
-        (64, 32, 2)
-    );
-    assert_eq!(
-        (config.vocab_size, config.max_position_embeddings),
-        (512, 512)
-    );
+    assert_eq!((config.hidden_size, config.intermediate_size, config.num_hidden_layers), (64, 172, 5));
+    assert_eq!((config.num_attention_heads, config.num_key_value_heads, config.head_dim), (8, 4, 8));
+    assert_eq!((config.query_width(), config.kv_width(), config.group_size()), (64, 32, 2));
+    assert_eq!((config.vocab_size, config.max_position_embeddings), (512, 512));
     assert_eq!((config.rope_theta, config.rms_norm_eps), (10000.0, 1e-5));
-    assert_eq!(
-        (config.bos_token_id, config.eos_token_ids.as_slice()),
-        (Some(1), &[2][..])
-    );
+    assert_eq!((config.bos_token_id, config.eos_token_ids.as_slice()), (Some(1), &[2][..]));
     assert!(config.tie_word_embeddings);
     assert_eq!(config.architecture(), "LlamaForCausalLM");
 }
@@ -61,17 +36,11 @@ fn the_embedded_model_is_read() {
 #[test]
 fn absent_fields_have_hugging_faces_defaults() {
     assert_eq!(accepted("num_key_value_heads", None).num_key_value_heads, 8);
-    assert_eq!(
-        accepted("num_key_value_heads", Value::Null).num_key_value_heads,
-        8
-    );
+    assert_eq!(accepted("num_key_value_heads", Value::Null).num_key_value_heads, 8);
     assert_eq!(accepted("head_dim", None).head_dim, 8);
     assert_eq!(accepted("rope_theta", None).rope_theta, 10000.0);
     assert_eq!(accepted("rms_norm_eps", None).rms_norm_eps, 1e-6);
-    assert_eq!(
-        accepted("max_position_embeddings", None).max_position_embeddings,
-        2048
-    );
+    assert_eq!(accepted("max_position_embeddings", None).max_position_embeddings, 2048);
     assert!(!accepted("tie_word_embeddings", None).tie_word_embeddings);
     assert_eq!(accepted("eos_token_id", None).eos_token_ids, [2]);
     assert_eq!(accepted("bos_token_id", None).bos_token_id, Some(1));
@@ -81,29 +50,13 @@ fn absent_fields_have_hugging_faces_defaults() {
 
 #[test]
 fn end_tokens_are_one_or_several_or_none() {
-    assert_eq!(
-        accepted("eos_token_id", json!([2, 7])).eos_token_ids,
-        [2, 7]
-    );
-    assert!(
-        accepted("eos_token_id", json!(null))
-            .eos_token_ids
-            .is_empty()
-    );
+    assert_eq!(accepted("eos_token_id", json!([2, 7])).eos_token_ids, [2, 7]);
+    assert!(accepted("eos_token_id", json!(null)).eos_token_ids.is_empty());
     assert_eq!(accepted("bos_token_id", json!(null)).bos_token_id, None);
-    for value in [
-        json!(512),
-        json!(-1),
-        json!("2"),
-        json!([2, 512]),
-        json!(1.5),
-    ] {
+    for value in [json!(512), json!(-1), json!("2"), json!([2, 512]), json!(1.5)] {
         says(&refused("eos_token_id", value), &["512"]);
     }
-    says(
-        &refused("bos_token_id", json!(512)),
-        &["is 512;", "below `vocab_size`, 512"],
-    );
+    says(&refused("bos_token_id", json!(512)), &["is 512;", "below `vocab_size`, 512"]);
 }
 
 #[test]
@@ -117,89 +70,40 @@ fn rope_theta_may_lie_in_rope_parameters() {
         &inside(json!({ "rope_type": "llama3", "factor": 8.0 })),
         &["`rope_parameters.rope_type` is \"llama3\"", "plain RoPE"],
     );
-    says(
-        &inside(json!({ "rope_theta": "big" })),
-        &["`rope_parameters.rope_theta` is \"big\""],
-    );
-    says(
-        &inside(json!({ "partial_rotary_factor": 0.5 })),
-        &["`rope_parameters.partial_rotary_factor` is 0.5"],
-    );
-    says(
-        &inside(json!(7)),
-        &["`rope_parameters` is 7; expected an object"],
-    );
+    says(&inside(json!({ "rope_theta": "big" })), &["`rope_parameters.rope_theta` is \"big\""]);
+    says(&inside(json!({ "partial_rotary_factor": 0.5 })), &["`rope_parameters.partial_rotary_factor` is 0.5"]);
+    says(&inside(json!(7)), &["`rope_parameters` is 7; expected an object"]);
 }
 
 #[test]
 fn what_is_not_computed_is_refused() {
     let scaling = json!({ "rope_type": "llama3", "factor": 32.0 });
-    says(
-        &refused("rope_scaling", scaling),
-        &["llama3", "does not support", "plain RoPE"],
-    );
+    says(&refused("rope_scaling", scaling), &["llama3", "does not support", "plain RoPE"]);
     accepted("rope_scaling", json!(null));
-    says(
-        &refused("attention_bias", json!(true)),
-        &["is true", "without biases"],
-    );
-    says(
-        &refused("mlp_bias", json!(true)),
-        &["is true", "without biases"],
-    );
-    says(
-        &refused("hidden_act", json!("gelu")),
-        &["\"gelu\"", "only \"silu\""],
-    );
-    says(
-        &refused("quantization_config", json!({ "bits": 4 })),
-        &["{\"bits\":4}", "unquantized"],
-    );
+    says(&refused("attention_bias", json!(true)), &["is true", "without biases"]);
+    says(&refused("mlp_bias", json!(true)), &["is true", "without biases"]);
+    says(&refused("hidden_act", json!("gelu")), &["\"gelu\"", "only \"silu\""]);
+    says(&refused("quantization_config", json!({ "bits": 4 })), &["{\"bits\":4}", "unquantized"]);
 }
 
 #[test]
 fn other_architectures_are_refused_with_the_list_of_ours() {
     let both = &["LlamaForCausalLM", "KvfoldLlamaForCausalLM"];
-    says(
-        &refused("architectures", json!(["MistralForCausalLM"])),
-        &["MistralForCausalLM"],
-    );
-    for value in [
-        json!(["MistralForCausalLM"]),
-        json!([]),
-        json!("LlamaForCausalLM"),
-        json!([1]),
-        json!(null),
-    ] {
+    says(&refused("architectures", json!(["MistralForCausalLM"])), &["MistralForCausalLM"]);
+    for value in [json!(["MistralForCausalLM"]), json!([]), json!("LlamaForCausalLM"), json!([1]), json!(null)] {
         says(&refused("architectures", value), both);
     }
     says(&refused("architectures", None), &["is missing"]);
-    says(
-        &refused("model_type", json!("mistral")),
-        &["is \"mistral\"", "\"llama\""],
-    );
+    says(&refused("model_type", json!("mistral")), &["is \"mistral\"", "\"llama\""]);
 }
 
 #[test]
 fn impossible_dimensions_are_refused() {
-    let required = [
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "vocab_size",
-    ];
+    let required = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"];
     for field in required {
-        says(
-            &refused(field, None),
-            &["is missing; expected an integer from 1"],
-        );
+        says(&refused(field, None), &["is missing; expected an integer from 1"]);
     }
-    for field in
-        required
-            .into_iter()
-            .chain(["num_key_value_heads", "head_dim", "max_position_embeddings"])
-    {
+    for field in required.into_iter().chain(["num_key_value_heads", "head_dim", "max_position_embeddings"]) {
         for value in [
             json!(0),
             json!(-8),
@@ -210,82 +114,42 @@ fn impossible_dimensions_are_refused() {
             json!([64]),
             json!(true),
         ] {
-            says(
-                &refused(field, value.clone()),
-                &[&format!("is {value};"), "expected an integer from 1 to "],
-            );
+            says(&refused(field, value.clone()), &[&format!("is {value};"), "expected an integer from 1 to "]);
         }
     }
-    says(
-        &refused("num_hidden_layers", json!(5000)),
-        &["from 1 to 4096"],
-    );
-    says(
-        &refused("num_key_value_heads", json!(3)),
-        &["is 3; expected a divisor of `num_attention_heads`, 8"],
-    );
-    says(
-        &refused("head_dim", json!(7)),
-        &["is 7; expected an even number", "RoPE"],
-    );
-    says(
-        &refused("head_dim", json!(1 << 24)),
-        &["at most 16777216 / `num_attention_heads`, 8"],
-    );
+    says(&refused("num_hidden_layers", json!(5000)), &["from 1 to 4096"]);
+    says(&refused("num_key_value_heads", json!(3)), &["is 3; expected a divisor of `num_attention_heads`, 8"]);
+    says(&refused("head_dim", json!(7)), &["is 7; expected an even number", "RoPE"]);
+    says(&refused("head_dim", json!(1 << 24)), &["at most 16777216 / `num_attention_heads`, 8"]);
 }
 
 #[test]
 fn a_head_dim_must_follow_from_the_rest_if_it_is_not_given() {
     let mut config = valid();
     set(&mut config, "head_dim", None);
-    says(
-        &refused_in(config.clone(), "hidden_size", json!(65)),
-        &["`hidden_size` is 65; expected a multiple of", "8"],
-    );
-    says(
-        &refused_in(config, "hidden_size", json!(56)),
-        &["`hidden_size` is 56; expected", "even number"],
-    );
+    says(&refused_in(config.clone(), "hidden_size", json!(65)), &["`hidden_size` is 65; expected a multiple of", "8"]);
+    says(&refused_in(config, "hidden_size", json!(56)), &["`hidden_size` is 56; expected", "even number"]);
 }
 
 #[test]
 fn impossible_constants_are_refused() {
-    for value in [
-        json!(0),
-        json!(-1e-5),
-        json!("1e-5"),
-        json!(true),
-        json!(1.0),
-    ] {
-        says(
-            &refused("rms_norm_eps", value),
-            &["expected a number above 0"],
-        );
+    for value in [json!(0), json!(-1e-5), json!("1e-5"), json!(true), json!(1.0)] {
+        says(&refused("rms_norm_eps", value), &["expected a number above 0"]);
     }
     for value in [json!(0.0), json!(-10000), json!("10000")] {
-        says(
-            &refused("rope_theta", value),
-            &["expected a finite number above 0"],
-        );
+        says(&refused("rope_theta", value), &["expected a finite number above 0"]);
     }
-    says(
-        &refused("tie_word_embeddings", json!(1)),
-        &["is 1; expected true or false"],
-    );
+    says(&refused("tie_word_embeddings", json!(1)), &["is 1; expected true or false"]);
     // JSON has no NaN; Python writes it anyway.
     let text = CONFIG.replace("1e-05", "NaN");
-    let error = Config::parse(text.as_bytes(), "x/config.json")
-        .unwrap_err()
-        .to_string();
+    let error = Config::parse(text.as_bytes(), "x/config.json").unwrap_err().to_string();
     says(&error, &["x/config.json: invalid JSON", "line 15"]);
 }
 
 #[test]
 fn what_is_no_object_is_refused() {
     for text in ["", "[]", "7", "{", "\u{feff}{}"] {
-        let error = Config::parse(text.as_bytes(), "x/config.json")
-            .unwrap_err()
-            .to_string();
+        let error = Config::parse(text.as_bytes(), "x/config.json").unwrap_err().to_string();
         says(&error, &["x/config.json: invalid JSON"]);
     }
 }
@@ -298,19 +162,12 @@ fn a_long_value_is_cut_in_the_message() {
 
 #[test]
 fn the_expected_tensors_follow_the_config() {
-    let shape = |config: &Config, name: &str| {
-        names::expected(config)
-            .into_iter()
-            .find(|(n, _)| n == name)
-            .map(|(_, s)| s)
-    };
+    let shape =
+        |config: &Config, name: &str| names::expected(config).into_iter().find(|(n, _)| n == name).map(|(_, s)| s);
     let tied = parse(&valid()).unwrap();
     assert_eq!(names::expected(&tied).len(), 1 + 5 * 9 + 1);
     assert_eq!(shape(&tied, names::LM_HEAD), None);
-    assert_eq!(
-        shape(&tied, &names::layer(4, names::K_PROJ)),
-        Some(vec![32, 64])
-    );
+    assert_eq!(shape(&tied, &names::layer(4, names::K_PROJ)), Some(vec![32, 64]));
     assert_eq!(shape(&tied, &names::layer(0, names::DECIDE_PROJ)), None);
 
     let untied = accepted("tie_word_embeddings", json!(false));
@@ -318,21 +175,12 @@ fn the_expected_tensors_follow_the_config() {
 
     // Heads that together are wider than the residual stream.
     let wide = accepted("head_dim", json!(16));
-    assert_eq!(
-        shape(&wide, "model.layers.0.self_attn.o_proj.weight"),
-        Some(vec![64, 128])
-    );
+    assert_eq!(shape(&wide, "model.layers.0.self_attn.o_proj.weight"), Some(vec![64, 128]));
 
     let head = tied.with_compression(compression(HEAD)).unwrap();
-    assert_eq!(
-        shape(&head, "model.layers.2.self_attn.decide_proj.weight"),
-        Some(vec![8, 64])
-    );
+    assert_eq!(shape(&head, "model.layers.2.self_attn.decide_proj.weight"), Some(vec![8, 64]));
     let borrowed = tied.with_compression(compression(BORROWED)).unwrap();
-    assert_eq!(
-        shape(&borrowed, "model.layers.2.self_attn.decide_proj.weight"),
-        None
-    );
+    assert_eq!(shape(&borrowed, "model.layers.2.self_attn.decide_proj.weight"), None);
 }
 
 /// Any JSON value, shallow.
@@ -349,8 +197,7 @@ fn any_json() -> impl Strategy<Value = Value> {
     leaf.prop_recursive(2, 12, 4, |inner| {
         prop_oneof![
             prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
-            prop::collection::btree_map("[a-z_]{1,9}", inner, 0..4)
-                .prop_map(|map| map.into_iter().collect()),
+            prop::collection::btree_map("[a-z_]{1,9}", inner, 0..4).prop_map(|map| map.into_iter().collect()),
         ]
     })
 }

@@ -14,10 +14,7 @@ fn stories() -> Tokenizer {
 /// What the stream makes of `ids`, in pieces.
 fn pieces(tokenizer: &Tokenizer, ids: &[u32]) -> Vec<String> {
     let mut stream = tokenizer.stream(true);
-    let mut pieces: Vec<String> = ids
-        .iter()
-        .filter_map(|&id| stream.push(id).unwrap())
-        .collect();
+    let mut pieces: Vec<String> = ids.iter().filter_map(|&id| stream.push(id).unwrap()).collect();
     pieces.extend(stream.finish().unwrap());
     pieces
 }
@@ -37,18 +34,14 @@ fn the_first_token_is_added_on_request() {
 #[test]
 fn truncation_and_padding_of_the_training_script_are_off() {
     let mut json: Value = serde_json::from_str(TOKENIZER).unwrap();
-    json["truncation"] =
-        json!({ "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0 });
+    json["truncation"] = json!({ "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0 });
     json["padding"] = json!({
         "strategy": { "Fixed": 64 }, "direction": "Right", "pad_to_multiple_of": null,
         "pad_id": 0, "pad_type_id": 0, "pad_token": "<unk>"
     });
     let text = "Once upon a time, there was a little girl named Lily.";
     let spoilt = Tokenizer::from_json(json.to_string().as_bytes(), "tokenizer.json").unwrap();
-    assert_eq!(
-        spoilt.encode(text, true).unwrap(),
-        stories().encode(text, true).unwrap()
-    );
+    assert_eq!(spoilt.encode(text, true).unwrap(), stories().encode(text, true).unwrap());
 }
 
 #[test]
@@ -57,10 +50,7 @@ fn a_character_of_several_tokens_comes_in_one_piece() {
     let ids = tokenizer.encode("a 🦙 b", false).unwrap();
     assert!(ids.len() > 6, "the llama should take four byte tokens");
     let pieces = pieces(&tokenizer, &ids);
-    assert!(
-        pieces.iter().any(|piece| piece.contains('🦙')),
-        "{pieces:?}"
-    );
+    assert!(pieces.iter().any(|piece| piece.contains('🦙')), "{pieces:?}");
     assert_eq!(pieces.concat(), "a 🦙 b");
 }
 
@@ -77,9 +67,7 @@ fn noise_is_not_held_back_for_ever() {
     let tokenizer = stories();
     let mut stream = tokenizer.stream(true);
     let byte = tokenizer.token_id("<0xFF>").unwrap();
-    let returned = (0..100)
-        .filter(|_| stream.push(byte).unwrap().is_some())
-        .count();
+    let returned = (0..100).filter(|_| stream.push(byte).unwrap().is_some()).count();
     assert!(returned >= 10, "{returned} pieces");
 }
 
@@ -93,9 +81,7 @@ fn an_id_without_a_token_adds_nothing() {
 #[test]
 fn what_is_no_tokenizer_is_refused() {
     for text in ["", "{}", "[", "{\"model\":7}"] {
-        let error = Tokenizer::from_json(text.as_bytes(), "x/tokenizer.json")
-            .unwrap_err()
-            .to_string();
+        let error = Tokenizer::from_json(text.as_bytes(), "x/tokenizer.json").unwrap_err().to_string();
         says(&error, &["x/tokenizer.json: invalid tokenizer"]);
     }
 }
@@ -107,17 +93,8 @@ fn a_token_without_an_embedding_is_refused() {
         "id": 512, "content": "<pad>", "single_word": false, "lstrip": false, "rstrip": false,
         "normalized": false, "special": true
     });
-    fixture.tokenizer["added_tokens"]
-        .as_array_mut()
-        .unwrap()
-        .push(added);
-    says(
-        &fixture.refused(),
-        &[
-            "tokenizer.json: token `<pad>` has id 512",
-            "`vocab_size` in config.json is 512",
-        ],
-    );
+    fixture.tokenizer["added_tokens"].as_array_mut().unwrap().push(added);
+    says(&fixture.refused(), &["tokenizer.json: token `<pad>` has id 512", "`vocab_size` in config.json is 512"]);
 }
 
 proptest! {
@@ -144,8 +121,5 @@ proptest! {
 
 #[test]
 fn the_tokenizers_file_is_kept_byte_for_byte() {
-    assert_eq!(
-        Checkpoint::open("stories260k").unwrap().tokenizer.json(),
-        TOKENIZER.as_bytes()
-    );
+    assert_eq!(Checkpoint::open("stories260k").unwrap().tokenizer.json(), TOKENIZER.as_bytes());
 }

@@ -25,10 +25,7 @@ impl AlignedBytes {
 
     /// A buffer of `len` zero bytes. The pages come zeroed from the system and cost nothing until they are touched.
     pub fn zeroed(len: usize) -> Self {
-        AlignedBytes {
-            lines: bytemuck::zeroed_vec(len.div_ceil(Self::ALIGN)),
-            len,
-        }
+        AlignedBytes { lines: bytemuck::zeroed_vec(len.div_ceil(Self::ALIGN)), len }
     }
 }
 

@@ -33,11 +33,7 @@ pub fn write(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -
 ///
 /// Systems that cannot open a directory as a file keep this promise themselves or not at all, so there it does nothing.
 pub fn sync_dir(path: &Path) -> io::Result<()> {
-    if cfg!(unix) {
-        File::open(path)?.sync_all()
-    } else {
-        Ok(())
-    }
+    if cfg!(unix) { File::open(path)?.sync_all() } else { Ok(()) }
 }
 
 /// The directory that `path` is an entry of; `.` for a bare name, for which [`Path::parent`] gives an empty path.
@@ -73,12 +69,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         write(&dir.path().join("ours"), |w| w.write_all(b"x")).unwrap();
         std::fs::write(dir.path().join("plain"), b"x").unwrap();
-        let mode = |name| {
-            std::fs::metadata(dir.path().join(name))
-                .unwrap()
-                .permissions()
-                .mode()
-        };
+        let mode = |name| std::fs::metadata(dir.path().join(name)).unwrap().permissions().mode();
         assert_eq!(mode("ours"), mode("plain"));
     }
 

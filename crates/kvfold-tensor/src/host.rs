@@ -24,13 +24,9 @@ impl HostTensor {
     /// If `shape` has more bytes than an address can count.
     pub fn zeros(dtype: DType, shape: impl Into<Vec<usize>>) -> Self {
         let shape = shape.into();
-        let len = byte_len(dtype, &shape)
-            .unwrap_or_else(|| panic!("a {dtype} tensor of shape {shape:?} fits no memory"));
-        HostTensor {
-            dtype,
-            shape,
-            bytes: AlignedBytes::zeroed(len),
-        }
+        let len =
+            byte_len(dtype, &shape).unwrap_or_else(|| panic!("a {dtype} tensor of shape {shape:?} fits no memory"));
+        HostTensor { dtype, shape, bytes: AlignedBytes::zeroed(len) }
     }
 
     /// An `F32` tensor with these values.
@@ -53,12 +49,7 @@ impl HostTensor {
 
     fn from_values<T: Pod>(dtype: DType, shape: Vec<usize>, values: &[T]) -> Self {
         let mut tensor = Self::zeros(dtype, shape);
-        assert_eq!(
-            tensor.numel(),
-            values.len(),
-            "the values do not fill the shape {:?}",
-            tensor.shape
-        );
+        assert_eq!(tensor.numel(), values.len(), "the values do not fill the shape {:?}", tensor.shape);
         cast_slice_mut::<u8, T>(&mut tensor.bytes).copy_from_slice(values);
         tensor
     }
@@ -123,24 +114,12 @@ impl HostTensor {
             _ if dtype == self.dtype => self.clone(),
             DType::F64 => Self::from_f64(shape, &self.to_f64()),
             DType::F32 => Self::from_f32(shape, &self.to_f32()),
-            DType::F16 => Self::from_values(
-                dtype,
-                shape,
-                &self
-                    .to_f32()
-                    .into_iter()
-                    .map(f16::from_f32)
-                    .collect::<Vec<_>>(),
-            ),
-            DType::BF16 => Self::from_values(
-                dtype,
-                shape,
-                &self
-                    .to_f32()
-                    .into_iter()
-                    .map(bf16::from_f32)
-                    .collect::<Vec<_>>(),
-            ),
+            DType::F16 => {
+                Self::from_values(dtype, shape, &self.to_f32().into_iter().map(f16::from_f32).collect::<Vec<_>>())
+            }
+            DType::BF16 => {
+                Self::from_values(dtype, shape, &self.to_f32().into_iter().map(bf16::from_f32).collect::<Vec<_>>())
+            }
         }
     }
 
@@ -165,10 +144,7 @@ impl HostTensor {
     }
 
     fn map<T: Pod, U>(&self, convert: impl Fn(T) -> U) -> Vec<U> {
-        cast_slice::<u8, T>(&self.bytes)
-            .iter()
-            .map(|&x| convert(x))
-            .collect()
+        cast_slice::<u8, T>(&self.bytes).iter().map(|&x| convert(x)).collect()
     }
 
     /// The first element for which `bad` holds. Whole blocks are judged without an early exit, which lets the compiler
@@ -176,9 +152,7 @@ impl HostTensor {
     fn position<T: Pod>(&self, bad: impl Fn(T) -> bool) -> Option<usize> {
         const BLOCK: usize = 4096;
         let values = cast_slice::<u8, T>(&self.bytes);
-        let block = values
-            .chunks(BLOCK)
-            .position(|block| block.iter().fold(false, |any, &x| any | bad(x)))?;
+        let block = values.chunks(BLOCK).position(|block| block.iter().fold(false, |any, &x| any | bad(x)))?;
         let within = values[block * BLOCK..].iter().position(|&x| bad(x))?;
         Some(block * BLOCK + within)
     }
@@ -190,10 +164,7 @@ pub(crate) fn byte_len(dtype: DType, shape: &[usize]) -> Option<usize> {
     if shape.contains(&0) {
         return Some(0);
     }
-    shape
-        .iter()
-        .try_fold(dtype.size(), |len, &dim| len.checked_mul(dim))
-        .filter(|&len| len <= isize::MAX as usize - 63)
+    shape.iter().try_fold(dtype.size(), |len, &dim| len.checked_mul(dim)).filter(|&len| len <= isize::MAX as usize - 63)
 }
 
 #[cfg(test)]
@@ -233,10 +204,7 @@ mod tests {
         for dtype in DType::ALL {
             assert_eq!(late.to_dtype(dtype).first_non_finite().unwrap().0, 5000);
             assert_eq!(good.to_dtype(dtype).first_non_finite(), None);
-            assert_eq!(
-                bad.to_dtype(dtype).first_non_finite(),
-                Some((2, f64::NEG_INFINITY))
-            );
+            assert_eq!(bad.to_dtype(dtype).first_non_finite(), Some((2, f64::NEG_INFINITY)));
         }
     }
 

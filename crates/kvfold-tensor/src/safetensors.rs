@@ -43,11 +43,7 @@ pub fn read(path: &Path) -> Result<TensorFile> {
     let name = path.display().to_string();
     let io = |source: io::Error| match source.kind() {
         io::ErrorKind::NotFound => Error::NotFound { file: name.clone() },
-        _ => Error::Io {
-            file: name.clone(),
-            action: "read",
-            source,
-        },
+        _ => Error::Io { file: name.clone(), action: "read", source },
     };
     let file = File::open(path).map_err(io)?;
     let len = file.metadata().map_err(io)?.len();
@@ -62,26 +58,16 @@ pub fn read_bytes(bytes: &[u8], name: &str) -> Result<TensorFile> {
 /// Creates or replaces the file at `path`, in one step: at no moment does it hold half a model.
 ///
 /// Equal tensors and metadata give equal bytes.
-pub fn write(
-    path: &Path,
-    tensors: &BTreeMap<String, HostTensor>,
-    metadata: &BTreeMap<String, String>,
-) -> Result<()> {
+pub fn write(path: &Path, tensors: &BTreeMap<String, HostTensor>, metadata: &BTreeMap<String, String>) -> Result<()> {
     let file = path.display().to_string();
     let order = in_file_order(tensors);
     let header = header(&file, &order, metadata)?;
     atomic::write(path, |w| {
         w.write_all(&(header.len() as u64).to_le_bytes())?;
         w.write_all(&header)?;
-        order
-            .iter()
-            .try_for_each(|(_, tensor)| w.write_all(tensor.bytes()))
+        order.iter().try_for_each(|(_, tensor)| w.write_all(tensor.bytes()))
     })
-    .map_err(|source| Error::Io {
-        file,
-        action: "write",
-        source,
-    })
+    .map_err(|source| Error::Io { file, action: "write", source })
 }
 
 /// One tensor's entry in the header.
@@ -94,17 +80,8 @@ struct Entry {
 
 /// Reads a file of `len` bytes. No memory is taken that `len` does not account for.
 fn read_from(mut source: impl Read, len: u64, file: &str) -> Result<TensorFile> {
-    let truncated = |what, needed| Error::Truncated {
-        file: file.into(),
-        what,
-        needed,
-        found: len,
-    };
-    let io = |source| Error::Io {
-        file: file.into(),
-        action: "read",
-        source,
-    };
+    let truncated = |what, needed| Error::Truncated { file: file.into(), what, needed, found: len };
+    let io = |source| Error::Io { file: file.into(), action: "read", source };
 
     if len < PREFIX {
         return Err(truncated("the header length", PREFIX));
@@ -113,11 +90,7 @@ fn read_from(mut source: impl Read, len: u64, file: &str) -> Result<TensorFile> 
     source.read_exact(&mut prefix).map_err(io)?;
     let header_len = u64::from_le_bytes(prefix);
     if header_len > MAX_HEADER {
-        return Err(Error::HeaderTooLarge {
-            file: file.into(),
-            length: header_len,
-            limit: MAX_HEADER,
-        });
+        return Err(Error::HeaderTooLarge { file: file.into(), length: header_len, limit: MAX_HEADER });
     }
     if len - PREFIX < header_len {
         return Err(truncated("the header", PREFIX + header_len));
@@ -132,36 +105,19 @@ fn read_from(mut source: impl Read, len: u64, file: &str) -> Result<TensorFile> 
         return Err(truncated("the data", needed));
     }
     if len > needed {
-        let reason = format!(
-            "{} bytes follow the last tensor; the file is damaged",
-            len - needed
-        );
-        return Err(Error::Header {
-            file: file.into(),
-            reason,
-        });
+        let reason = format!("{} bytes follow the last tensor; the file is damaged", len - needed);
+        return Err(Error::Header { file: file.into(), reason });
     }
 
     let mut tensors = BTreeMap::new();
     for (name, entry) in entries {
         let Some(dtype) = DType::from_name(&entry.dtype) else {
-            return Err(Error::UnsupportedDType {
-                file: file.into(),
-                tensor: name,
-                dtype: entry.dtype,
-            });
+            return Err(Error::UnsupportedDType { file: file.into(), tensor: name, dtype: entry.dtype });
         };
         let stored = entry.data_offsets.1 - entry.data_offsets.0;
         if byte_len(dtype, &entry.shape) != Some(stored) {
-            let reason = format!(
-                "shape {:?} in {dtype} does not take the {stored} bytes of its place",
-                entry.shape
-            );
-            return Err(Error::Tensor {
-                file: file.into(),
-                tensor: name,
-                reason,
-            });
+            let reason = format!("shape {:?} in {dtype} does not take the {stored} bytes of its place", entry.shape);
+            return Err(Error::Tensor { file: file.into(), tensor: name, reason });
         }
         let mut tensor = HostTensor::zeros(dtype, entry.shape);
         source.read_exact(tensor.bytes_mut()).map_err(io)?;
@@ -174,19 +130,14 @@ type Header = (Vec<(String, Entry)>, BTreeMap<String, String>);
 
 /// The header's tensors in the order of their places in the file, each starting where the one before it ends.
 fn parse_header(header: &[u8], file: &str) -> Result<Header> {
-    let invalid = |reason: String| Error::Header {
-        file: file.into(),
-        reason,
-    };
-    let map: Map<String, Value> =
-        serde_json::from_slice(header).map_err(|error| invalid(error.to_string()))?;
+    let invalid = |reason: String| Error::Header { file: file.into(), reason };
+    let map: Map<String, Value> = serde_json::from_slice(header).map_err(|error| invalid(error.to_string()))?;
 
     let mut metadata = BTreeMap::new();
     let mut entries = Vec::with_capacity(map.len());
     for (name, value) in map {
         if name == METADATA {
-            metadata = serde_json::from_value(value)
-                .map_err(|error| invalid(format!("`{METADATA}`: {error}")))?;
+            metadata = serde_json::from_value(value).map_err(|error| invalid(format!("`{METADATA}`: {error}")))?;
             continue;
         }
         match Entry::deserialize(value) {
@@ -209,11 +160,7 @@ fn parse_header(header: &[u8], file: &str) -> Result<Header> {
             let reason = format!(
                 "its bytes {from}..{to} should start at {end}, where the tensor before it ends; the file is damaged"
             );
-            return Err(Error::Tensor {
-                file: file.into(),
-                tensor: name.clone(),
-                reason,
-            });
+            return Err(Error::Tensor { file: file.into(), tensor: name.clone(), reason });
         }
         end = to;
     }
@@ -229,11 +176,7 @@ fn in_file_order(tensors: &BTreeMap<String, HostTensor>) -> Vec<(&String, &HostT
 }
 
 /// The header, padded with spaces so that the data starts on a cache line even for a reader that maps the file.
-fn header(
-    file: &str,
-    order: &[(&String, &HostTensor)],
-    metadata: &BTreeMap<String, String>,
-) -> Result<Vec<u8>> {
+fn header(file: &str, order: &[(&String, &HostTensor)], metadata: &BTreeMap<String, String>) -> Result<Vec<u8>> {
     let mut map = Map::new();
     if !metadata.is_empty() {
         map.insert(METADATA.into(), json!(metadata));
@@ -242,11 +185,7 @@ fn header(
     for &(name, tensor) in order {
         if name == METADATA {
             let reason = "this name is reserved by the format; give the tensor another one".into();
-            return Err(Error::Tensor {
-                file: file.into(),
-                tensor: name.clone(),
-                reason,
-            });
+            return Err(Error::Tensor { file: file.into(), tensor: name.clone(), reason });
         }
         let end = start + tensor.bytes().len();
         let entry = json!({ "dtype": tensor.dtype().name(), "shape": tensor.shape(), "data_offsets": [start, end] });
@@ -257,11 +196,7 @@ fn header(
     let end = (PREFIX as usize + header.len()).next_multiple_of(AlignedBytes::ALIGN);
     header.resize(end - PREFIX as usize, b' ');
     match header.len() as u64 {
-        length if length > MAX_HEADER => Err(Error::HeaderTooLarge {
-            file: file.into(),
-            length,
-            limit: MAX_HEADER,
-        }),
+        length if length > MAX_HEADER => Err(Error::HeaderTooLarge { file: file.into(), length, limit: MAX_HEADER }),
         _ => Ok(header),
     }
 }

@@ -11,23 +11,13 @@ type Tensors = BTreeMap<String, HostTensor>;
 
 /// The bytes of a file with this header and data.
 fn file(header: &str, data: &[u8]) -> Vec<u8> {
-    [
-        &(header.len() as u64).to_le_bytes(),
-        header.as_bytes(),
-        data,
-    ]
-    .concat()
+    [&(header.len() as u64).to_le_bytes(), header.as_bytes(), data].concat()
 }
 
 /// The message for a file that must not be read.
 fn refused(bytes: &[u8]) -> String {
-    let message = read_bytes(bytes, "evil.safetensors")
-        .expect_err("a hostile file was read")
-        .to_string();
-    assert!(
-        message.starts_with("evil.safetensors: "),
-        "the file is not named: {message}"
-    );
+    let message = read_bytes(bytes, "evil.safetensors").expect_err("a hostile file was read").to_string();
+    assert!(message.starts_with("evil.safetensors: "), "the file is not named: {message}");
     message
 }
 
@@ -40,17 +30,15 @@ fn says(message: &str, parts: &[&str]) {
 
 fn tensors() -> impl Strategy<Value = Tensors> {
     let dtype = prop::sample::select(DType::ALL.to_vec());
-    let tensor = (dtype, prop::collection::vec(0usize..5, 0..4), any::<u8>()).prop_map(
-        |(dtype, shape, seed)| {
-            let mut tensor = HostTensor::zeros(dtype, shape);
-            tensor
-                .bytes_mut()
-                .iter_mut()
-                .enumerate()
-                .for_each(|(i, byte)| *byte = seed.wrapping_mul(31).wrapping_add(i as u8));
-            tensor
-        },
-    );
+    let tensor = (dtype, prop::collection::vec(0usize..5, 0..4), any::<u8>()).prop_map(|(dtype, shape, seed)| {
+        let mut tensor = HostTensor::zeros(dtype, shape);
+        tensor
+            .bytes_mut()
+            .iter_mut()
+            .enumerate()
+            .for_each(|(i, byte)| *byte = seed.wrapping_mul(31).wrapping_add(i as u8));
+        tensor
+    });
     prop::collection::btree_map("[a-z.\"\\\\é]{0,12}", tensor, 0..6)
 }
 
@@ -130,18 +118,8 @@ fn every_prefix_of_a_file_is_called_truncated() {
     read_bytes(&bytes, "whole").unwrap();
     for len in 0..bytes.len() {
         let error = read_bytes(&bytes[..len], "cut").unwrap_err();
-        assert!(
-            matches!(error, Error::Truncated { .. }),
-            "at {len} bytes: {error}"
-        );
-        says(
-            &error.to_string(),
-            &[
-                "cut: truncated",
-                &format!("the file has {len};"),
-                "fetch the file again",
-            ],
-        );
+        assert!(matches!(error, Error::Truncated { .. }), "at {len} bytes: {error}");
+        says(&error.to_string(), &["cut: truncated", &format!("the file has {len};"), "fetch the file again"]);
     }
 }
 
@@ -155,16 +133,10 @@ fn bytes_after_the_data_are_refused() {
 fn an_absurd_header_length_is_refused_before_memory_is_taken_for_it() {
     for length in [u64::MAX, 1 << 40, 100_000_001] {
         let bytes = [&length.to_le_bytes()[..], b"{}"].concat();
-        says(
-            &refused(&bytes),
-            &[&length.to_string(), "over the limit of 100000000"],
-        );
+        says(&refused(&bytes), &[&length.to_string(), "over the limit of 100000000"]);
     }
     let bytes = [&100_000_000u64.to_le_bytes()[..], b"{}"].concat();
-    says(
-        &refused(&bytes),
-        &["truncated: the header needs 100000008 bytes and the file has 10"],
-    );
+    says(&refused(&bytes), &["truncated: the header needs 100000008 bytes and the file has 10"]);
 }
 
 #[test]
@@ -176,93 +148,51 @@ fn a_git_lfs_pointer_is_recognised_for_what_it_is() {
 #[test]
 fn a_header_that_is_no_json_object_is_refused() {
     for header in ["", "[]", "{", "null", "\u{7f}", "{\"a\":}"] {
-        says(
-            &refused(&file(header, &[])),
-            &["invalid safetensors header"],
-        );
+        says(&refused(&file(header, &[])), &["invalid safetensors header"]);
     }
     let mut not_utf8 = file("{\"aa\":1}", &[]);
     not_utf8[10] = 0xff;
     says(&refused(&not_utf8), &["invalid safetensors header"]);
-    says(
-        &refused(&file(&"[".repeat(5000), &[])),
-        &["invalid safetensors header"],
-    );
-    says(
-        &refused(&file(r#"{"__metadata__":{"a":1}}"#, &[])),
-        &["`__metadata__`", "expected a string"],
-    );
+    says(&refused(&file(&"[".repeat(5000), &[])), &["invalid safetensors header"]);
+    says(&refused(&file(r#"{"__metadata__":{"a":1}}"#, &[])), &["`__metadata__`", "expected a string"]);
 }
 
 #[test]
 fn a_bad_entry_names_its_tensor() {
     let entry = |entry: &str| refused(&file(&format!("{{\"w.weight\":{entry}}}"), &[0; 8]));
     says(&entry("7"), &["tensor `w.weight`", "invalid header entry"]);
-    says(
-        &entry(r#"{"dtype":"F32","shape":[2]}"#),
-        &["tensor `w.weight`", "data_offsets"],
-    );
-    says(
-        &entry(r#"{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}"#),
-        &["tensor `w.weight`", "-2"],
-    );
+    says(&entry(r#"{"dtype":"F32","shape":[2]}"#), &["tensor `w.weight`", "data_offsets"]);
+    says(&entry(r#"{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}"#), &["tensor `w.weight`", "-2"]);
     says(
         &entry(r#"{"dtype":"F32","shape":[3],"data_offsets":[0,8]}"#),
         &["tensor `w.weight`", "shape [3] in F32", "8 bytes"],
     );
     let overflow = r#"{"dtype":"F32","shape":[4294967296,4294967296,4],"data_offsets":[0,8]}"#;
-    says(
-        &entry(overflow),
-        &["tensor `w.weight`", "shape [4294967296, 4294967296, 4]"],
-    );
-    says(
-        &entry(r#"{"dtype":"F32","shape":[2],"data_offsets":[8,0]}"#),
-        &["tensor `w.weight`", "its bytes 8..0"],
-    );
+    says(&entry(overflow), &["tensor `w.weight`", "shape [4294967296, 4294967296, 4]"]);
+    says(&entry(r#"{"dtype":"F32","shape":[2],"data_offsets":[8,0]}"#), &["tensor `w.weight`", "its bytes 8..0"]);
     let beyond = r#"{"dtype":"F32","shape":[2],"data_offsets":[0,18446744073709551615]}"#;
-    says(
-        &entry(beyond),
-        &["truncated: the data needs 18446744073709551615 bytes"],
-    );
+    says(&entry(beyond), &["truncated: the data needs 18446744073709551615 bytes"]);
 }
 
 #[test]
 fn tensors_may_neither_overlap_nor_leave_a_hole() {
     let two = |a: (usize, usize), b: (usize, usize)| {
-        let entry = |(from, to): (usize, usize)| {
-            format!(r#"{{"dtype":"F32","shape":[2],"data_offsets":[{from},{to}]}}"#)
-        };
-        refused(&file(
-            &format!(r#"{{"a":{},"b":{}}}"#, entry(a), entry(b)),
-            &[0; 16],
-        ))
+        let entry =
+            |(from, to): (usize, usize)| format!(r#"{{"dtype":"F32","shape":[2],"data_offsets":[{from},{to}]}}"#);
+        refused(&file(&format!(r#"{{"a":{},"b":{}}}"#, entry(a), entry(b)), &[0; 16]))
     };
-    says(
-        &two((0, 8), (4, 12)),
-        &["tensor `b`", "its bytes 4..12 should start at 8"],
-    );
+    says(&two((0, 8), (4, 12)), &["tensor `b`", "its bytes 4..12 should start at 8"]);
     says(&two((0, 8), (0, 8)), &["should start at 8"]);
     says(&two((0, 8), (12, 20)), &["tensor `b`", "should start at 8"]);
-    says(
-        &two((4, 12), (12, 20)),
-        &["tensor `a`", "should start at 0"],
-    );
+    says(&two((4, 12), (12, 20)), &["tensor `a`", "should start at 0"]);
 }
 
 #[test]
 fn a_quantized_tensor_is_named_with_its_type() {
     for dtype in ["I8", "U8", "F8_E4M3", "I64", "Q4_FROM_THE_FUTURE"] {
-        let header =
-            format!(r#"{{"layers.0.q":{{"dtype":"{dtype}","shape":[4],"data_offsets":[0,4]}}}}"#);
+        let header = format!(r#"{{"layers.0.q":{{"dtype":"{dtype}","shape":[4],"data_offsets":[0,4]}}}}"#);
         let message = refused(&file(&header, &[0; 4]));
-        says(
-            &message,
-            &[
-                "tensor `layers.0.q`",
-                &format!("stored as {dtype};"),
-                "unquantized",
-            ],
-        );
+        says(&message, &["tensor `layers.0.q`", &format!("stored as {dtype};"), "unquantized"]);
     }
 }
 
@@ -273,21 +203,13 @@ fn a_missing_file_and_a_directory_are_named() {
     let error = read(&path).unwrap_err();
     assert!(matches!(error, Error::NotFound { .. }));
     says(&error.to_string(), &["none.safetensors: no such file"]);
-    assert!(
-        read(dir.path())
-            .unwrap_err()
-            .to_string()
-            .contains(&dir.path().display().to_string())
-    );
+    assert!(read(dir.path()).unwrap_err().to_string().contains(&dir.path().display().to_string()));
 }
 
 #[test]
 fn a_tensor_may_not_take_the_reserved_name() {
     let dir = tempfile::tempdir().unwrap();
-    let tensors = Tensors::from([(
-        "__metadata__".to_string(),
-        HostTensor::zeros(DType::F32, [1]),
-    )]);
+    let tensors = Tensors::from([("__metadata__".to_string(), HostTensor::zeros(DType::F32, [1]))]);
     let error = write(&dir.path().join("x"), &tensors, &BTreeMap::new()).unwrap_err();
     says(&error.to_string(), &["tensor `__metadata__`", "reserved"]);
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
@@ -296,11 +218,6 @@ fn a_tensor_may_not_take_the_reserved_name() {
 #[test]
 fn writing_into_a_missing_directory_names_the_file() {
     let dir = tempfile::tempdir().unwrap();
-    let error = write(
-        &dir.path().join("no/x.safetensors"),
-        &Tensors::new(),
-        &BTreeMap::new(),
-    )
-    .unwrap_err();
+    let error = write(&dir.path().join("no/x.safetensors"), &Tensors::new(), &BTreeMap::new()).unwrap_err();
     says(&error.to_string(), &["no/x.safetensors: cannot write"]);
 }

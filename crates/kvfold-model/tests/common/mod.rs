@@ -43,12 +43,7 @@ impl Fixture {
         fs::create_dir_all(&path).unwrap();
         fs::write(path.join("config.json"), self.config.to_string()).unwrap();
         fs::write(path.join("tokenizer.json"), self.tokenizer.to_string()).unwrap();
-        kvfold_tensor::write(
-            &path.join("model.safetensors"),
-            &self.tensors,
-            &BTreeMap::new(),
-        )
-        .unwrap();
+        kvfold_tensor::write(&path.join("model.safetensors"), &self.tensors, &BTreeMap::new()).unwrap();
         path.display().to_string()
     }
 
@@ -60,9 +55,7 @@ impl Fixture {
 
 /// The message for a model that must not open.
 pub(crate) fn refused(model: &str) -> String {
-    Checkpoint::open(model)
-        .expect_err("a bad model was opened")
-        .to_string()
+    Checkpoint::open(model).expect_err("a bad model was opened").to_string()
 }
 
 /// Asserts that `message` contains each of `parts`.
@@ -75,29 +68,12 @@ pub(crate) fn says(message: &str, parts: &[&str]) {
 
 /// Settings of a retrofitted model whose decisions come from `decision`.
 pub(crate) fn compression(decision: Decision) -> Compression {
-    let dmc = Dmc {
-        decision,
-        delay: 16,
-        pool_window: Some(12),
-        log_mass: true,
-        share: Share::Head,
-    };
-    Compression {
-        dmc,
-        ratio: 4.0,
-        trained_length: 512,
-        base_model: "stories260k".into(),
-    }
+    let dmc = Dmc { decision, delay: 16, pool_window: Some(12), log_mass: true, share: Share::Head };
+    Compression { dmc, ratio: 4.0, trained_length: 512, base_model: "stories260k".into() }
 }
 
-pub(crate) const BORROWED: Decision = Decision::Borrowed {
-    scale: 1.0,
-    offset: 5.0,
-};
-pub(crate) const HEAD: Decision = Decision::Head {
-    scale: 100.0,
-    offset: 5.0,
-};
+pub(crate) const BORROWED: Decision = Decision::Borrowed { scale: 1.0, offset: 5.0 };
+pub(crate) const HEAD: Decision = Decision::Head { scale: 100.0, offset: 5.0 };
 
 /// A section as it stands in `config.json`.
 pub(crate) fn section() -> Value {
@@ -134,12 +110,7 @@ pub(crate) fn parse(config: &Value) -> kvfold_model::Result<Config> {
 /// Sets the field at `path` (with dots), or removes it.
 pub(crate) fn set(config: &mut Value, path: &str, value: Option<Value>) {
     let (parent, field) = match path.rsplit_once('.') {
-        Some((parent, field)) => (
-            config
-                .pointer_mut(&format!("/{}", parent.replace('.', "/")))
-                .unwrap(),
-            field,
-        ),
+        Some((parent, field)) => (config.pointer_mut(&format!("/{}", parent.replace('.', "/"))).unwrap(), field),
         None => (config, path),
     };
     let map = parent.as_object_mut().unwrap();
@@ -151,11 +122,7 @@ pub(crate) fn set(config: &mut Value, path: &str, value: Option<Value>) {
 
 /// The message for a configuration with this one change; it must name the file and the field.
 #[track_caller]
-pub(crate) fn refused_in(
-    mut config: Value,
-    field: &str,
-    value: impl Into<Option<Value>>,
-) -> String {
+pub(crate) fn refused_in(mut config: Value, field: &str, value: impl Into<Option<Value>>) -> String {
     let value = value.into();
     set(&mut config, field, value.clone());
     let message = match parse(&config) {
