@@ -42,19 +42,13 @@ pub trait Attend<O: Ops> {
 
 impl<O: Ops> Pass<'_, O> {
     /// One decoder block, `[N, C] -> [N, C]`.
-    pub fn block(
-        &self,
-        layer: usize,
-        w: &Block<O::Tensor>,
-        x: &O::Tensor,
-        attend: &mut impl Attend<O>,
-    ) -> O::Tensor {
+    pub fn block(&self, layer: usize, w: &Block<O::Tensor>, x: &O::Tensor, attend: &mut impl Attend<O>) -> O::Tensor {
         let Self { ops, shape, .. } = *self;
         let y = ops.rms_norm(x, &w.input_norm, shape.norm_eps); // [N, C]
         let projected = Projected {
-            q: ops.linear(&y, &w.q),                                    // [N, H*D]
-            k: ops.linear(&y, &w.k),                                    // [N, G*D]
-            v: ops.linear(&y, &w.v),                                    // [N, G*D]
+            q: ops.linear(&y, &w.q),                                        // [N, H*D]
+            k: ops.linear(&y, &w.k),                                        // [N, G*D]
+            v: ops.linear(&y, &w.v),                                        // [N, G*D]
             decide: w.decide.as_ref().map(|decide| ops.linear(&y, decide)), // [N, 2G]
         };
         let y = attend.attend(layer, self, projected); // [N, H*D]

@@ -10,7 +10,9 @@ use serde_json::Value;
 
 use crate::error::{ModelError, Result};
 use crate::files::Files;
-use crate::{Config, Tokenizer, embedded, names};
+use crate::shape::Shape;
+use crate::weights::Weights;
+use crate::{Config, Tokenizer, embedded};
 
 const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
@@ -32,7 +34,7 @@ const COMPANIONS: [&str; 6] = [
 pub struct Checkpoint {
     /// The model's shape, and how it compresses if it does.
     pub config: Config,
-    /// The weights of [`names::expected`], by name, in the dtypes they are stored in.
+    /// The weights of [`Weights::expected`], by name, in the dtypes they are stored in.
     pub tensors: BTreeMap<String, HostTensor>,
     /// The tokenizer.
     pub tokenizer: Tokenizer,
@@ -65,7 +67,7 @@ impl Checkpoint {
                 companions.insert(name.to_string(), bytes.into_owned());
             }
         }
-        let Weights { tensors, ignored } = Weights::read(&files, &config)?;
+        let Found { tensors, ignored } = Found::read(&files, &config)?;
         Ok(Checkpoint { config, tensors, tokenizer, companions, ignored, source: model.into() })
     }
 
@@ -131,7 +133,7 @@ impl Checkpoint {
 
     /// Checks that the tensors are the configuration's, all of them and no others.
     fn check_tensors(&self, file: &str) -> Result<()> {
-        let expected: BTreeMap<_, _> = names::expected(&self.config).into_iter().collect();
+        let expected: BTreeMap<_, _> = Weights::<()>::expected(&Shape::of(&self.config)).into_iter().collect();
         if let Some(name) = self.tensors.keys().find(|name| !expected.contains_key(*name)) {
             return Err(ModelError::UnknownTensor { file: file.into(), tensor: name.clone() });
         }
@@ -184,16 +186,16 @@ fn temporary_beside(dir: &Path) -> Result<tempfile::TempDir> {
 }
 
 /// The weights of a model, from however many files.
-struct Weights {
+struct Found {
     tensors: BTreeMap<String, HostTensor>,
     ignored: Vec<String>,
 }
 
-impl Weights {
-    fn read(files: &Files, config: &Config) -> Result<Weights> {
-        let expected: BTreeMap<_, _> = names::expected(config).into_iter().collect();
+impl Found {
+    fn read(files: &Files, config: &Config) -> Result<Found> {
+        let expected: BTreeMap<_, _> = Weights::<()>::expected(&Shape::of(config)).into_iter().collect();
         let Shards { names, index } = shards(files)?;
-        let mut weights = Weights { tensors: BTreeMap::new(), ignored: Vec::new() };
+        let mut weights = Found { tensors: BTreeMap::new(), ignored: Vec::new() };
         for shard in &names {
             let file = files.label(shard);
             for (name, tensor) in files.tensors(shard)?.tensors {

@@ -9,6 +9,9 @@
 //! * [`compression`] is the `kvfold` section that a retrofitted model carries, versioned, because a DMC model that runs with
 //!   other settings than it was trained with diverges without a sound;
 //! * [`names`] is the one place that knows what Hugging Face calls a weight and which shape it has;
+//! * [`shape`] and [`weights`] are what the forward pass needs of these, whatever holds the numbers;
+//! * [`block`] is the walk through the model, one for training, prefill and decode, and [`attend`] the attention over whole
+//!   sequences that training and the teacher put into it;
 //! * [`tokenizer`] turns text into ids and, piece by piece as they are sampled, ids into text;
 //! * [`checkpoint`] puts these together: opened from a directory or from the binary itself, saved whole or not at all;
 //! * [`embedded`] is the small model that is always at hand.
@@ -17,6 +20,8 @@
 //! that took it for one would compute nonsense from the borrowed channel or ignore the decisions; with a name it does not
 //! know, it refuses.
 
+pub mod attend;
+pub mod block;
 pub mod checkpoint;
 pub mod compression;
 pub mod config;
@@ -24,11 +29,15 @@ pub mod embedded;
 mod error;
 mod fields;
 mod files;
+mod loaded;
 pub mod names;
+pub mod shape;
 pub mod tokenizer;
+pub mod weights;
 
 pub use checkpoint::{Checkpoint, ensure_absent};
 pub use compression::Compression;
 pub use config::Config;
 pub use error::{ModelError, Result};
+pub use loaded::Loaded;
 pub use tokenizer::{DecodeStream, Tokenizer};

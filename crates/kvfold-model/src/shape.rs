@@ -1,5 +1,8 @@
 //! The numbers of a model that its forward pass needs.
 
+use crate::Config;
+use crate::weights::Weights;
+use kvfold_kernels::dmc::Decision;
 use kvfold_kernels::ops::Heads;
 
 /// Sizes and constants of a Llama-family model.
@@ -28,6 +31,23 @@ pub struct Shape {
 }
 
 impl Shape {
+    /// The sizes that a configuration states.
+    pub fn of(config: &Config) -> Self {
+        let decision = config.compression.as_ref().map(|compression| compression.dmc.decision);
+        Self {
+            layers: config.num_hidden_layers,
+            hidden: config.hidden_size,
+            intermediate: config.intermediate_size,
+            heads: Heads { query: config.num_attention_heads, kv: config.num_key_value_heads, dim: config.head_dim },
+            vocab: config.vocab_size,
+            context: config.max_position_embeddings,
+            norm_eps: config.rms_norm_eps,
+            rope_theta: config.rope_theta,
+            tied: config.tie_word_embeddings,
+            decides_by_head: matches!(decision, Some(Decision::Head { .. })),
+        }
+    }
+
     /// Rotary frequencies, `theta^(-2i/D)` for i in 0..D/2.
     pub fn inv_freq(&self) -> Vec<f64> {
         let dim = self.heads.dim;
@@ -36,7 +56,7 @@ impl Shape {
 
     /// Parameters of the model.
     pub fn parameters(&self) -> usize {
-        let expected = crate::weights::Weights::<()>::expected(self);
+        let expected = Weights::<()>::expected(self);
         expected.iter().map(|(_, dims)| dims.iter().product::<usize>()).sum()
     }
 }

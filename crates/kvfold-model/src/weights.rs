@@ -1,5 +1,6 @@
 //! The weights of a model, by what they do, whatever holds them: host tensors, a backend's arrays, a tape's variables.
 
+use crate::names;
 use crate::shape::Shape;
 
 /// One decoder block.
@@ -41,24 +42,24 @@ pub struct Weights<T> {
 }
 
 impl<T> Block<T> {
-    /// Makes a block from what `make` returns for each Hugging Face name (without its layer prefix) and shape.
+    /// Makes a block from what `make` returns for each part's name and shape.
     pub fn build<E>(shape: &Shape, mut make: impl FnMut(&str, &[usize]) -> Result<T, E>) -> Result<Self, E> {
         let (hidden, ffn) = (shape.hidden, shape.intermediate);
         let (q, kv) = (shape.heads.query * shape.heads.dim, shape.heads.kv * shape.heads.dim);
         Ok(Self {
-            input_norm: make("input_layernorm.weight", &[hidden])?,
-            q: make("self_attn.q_proj.weight", &[q, hidden])?,
-            k: make("self_attn.k_proj.weight", &[kv, hidden])?,
-            v: make("self_attn.v_proj.weight", &[kv, hidden])?,
-            o: make("self_attn.o_proj.weight", &[hidden, q])?,
+            input_norm: make(names::INPUT_NORM, &[hidden])?,
+            q: make(names::Q_PROJ, &[q, hidden])?,
+            k: make(names::K_PROJ, &[kv, hidden])?,
+            v: make(names::V_PROJ, &[kv, hidden])?,
+            o: make(names::O_PROJ, &[hidden, q])?,
             decide: match shape.decides_by_head {
-                true => Some(make("self_attn.decide_proj.weight", &[2 * shape.heads.kv, hidden])?),
+                true => Some(make(names::DECIDE_PROJ, &[2 * shape.heads.kv, hidden])?),
                 false => None,
             },
-            post_norm: make("post_attention_layernorm.weight", &[hidden])?,
-            gate: make("mlp.gate_proj.weight", &[ffn, hidden])?,
-            up: make("mlp.up_proj.weight", &[ffn, hidden])?,
-            down: make("mlp.down_proj.weight", &[hidden, ffn])?,
+            post_norm: make(names::POST_ATTENTION_NORM, &[hidden])?,
+            gate: make(names::GATE_PROJ, &[ffn, hidden])?,
+            up: make(names::UP_PROJ, &[ffn, hidden])?,
+            down: make(names::DOWN_PROJ, &[hidden, ffn])?,
         })
     }
 
@@ -78,14 +79,14 @@ impl<T> Weights<T> {
     /// Makes the weights from what `make` returns for each Hugging Face name and shape.
     pub fn build<E>(shape: &Shape, mut make: impl FnMut(&str, &[usize]) -> Result<T, E>) -> Result<Self, E> {
         Ok(Self {
-            embed: make("model.embed_tokens.weight", &[shape.vocab, shape.hidden])?,
+            embed: make(names::EMBED, &[shape.vocab, shape.hidden])?,
             blocks: (0..shape.layers)
-                .map(|layer| Block::build(shape, |name, dims| make(&format!("model.layers.{layer}.{name}"), dims)))
+                .map(|layer| Block::build(shape, |part, dims| make(&names::layer(layer, part), dims)))
                 .collect::<Result<_, _>>()?,
-            norm: make("model.norm.weight", &[shape.hidden])?,
+            norm: make(names::NORM, &[shape.hidden])?,
             head: match shape.tied {
                 true => None,
-                false => Some(make("lm_head.weight", &[shape.vocab, shape.hidden])?),
+                false => Some(make(names::LM_HEAD, &[shape.vocab, shape.hidden])?),
             },
         })
     }

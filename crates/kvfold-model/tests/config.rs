@@ -8,6 +8,11 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 #[track_caller]
+/// The tensors of a configuration.
+fn expected(config: &kvfold_model::Config) -> Vec<(String, Vec<usize>)> {
+    kvfold_model::weights::Weights::<()>::expected(&kvfold_model::shape::Shape::of(config))
+}
+
 fn refused(field: &str, value: impl Into<Option<Value>>) -> String {
     let message = refused_in(valid(), field, value);
     says(&message, &[&format!("`{field}` is ")]);
@@ -162,10 +167,9 @@ fn a_long_value_is_cut_in_the_message() {
 
 #[test]
 fn the_expected_tensors_follow_the_config() {
-    let shape =
-        |config: &Config, name: &str| names::expected(config).into_iter().find(|(n, _)| n == name).map(|(_, s)| s);
+    let shape = |config: &Config, name: &str| expected(config).into_iter().find(|(n, _)| n == name).map(|(_, s)| s);
     let tied = parse(&valid()).unwrap();
-    assert_eq!(names::expected(&tied).len(), 1 + 5 * 9 + 1);
+    assert_eq!(expected(&tied).len(), 1 + 5 * 9 + 1);
     assert_eq!(shape(&tied, names::LM_HEAD), None);
     assert_eq!(shape(&tied, &names::layer(4, names::K_PROJ)), Some(vec![32, 64]));
     assert_eq!(shape(&tied, &names::layer(0, names::DECIDE_PROJ)), None);
@@ -231,7 +235,7 @@ proptest! {
         }
         // What is accepted must be usable: its tensors can be listed and sized, and it survives the way back.
         if let Ok(parsed) = parse(&config) {
-            for (name, shape) in names::expected(&parsed) {
+            for (name, shape) in expected(&parsed) {
                 let bytes = shape.iter().try_fold(8usize, |bytes, &dim| bytes.checked_mul(dim));
                 prop_assert!(bytes.is_some(), "{name} {shape:?}");
             }
