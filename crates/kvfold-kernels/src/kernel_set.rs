@@ -8,7 +8,7 @@ use crate::real::Real;
 use crate::simd::{self, Gemm, Level};
 
 /// The choices of a CPU backend.
-pub trait KernelSet<F: Real>: Copy + Send + Sync + 'static {
+pub trait KernelSet<F: Real>: Copy + std::fmt::Debug + Send + Sync + 'static {
     /// Runs an elementwise kernel compiled for this set's instruction set.
     fn run<R>(self, f: impl FnOnce() -> R) -> R;
 

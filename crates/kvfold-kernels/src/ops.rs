@@ -238,9 +238,9 @@ pub const NO_TARGET: u32 = u32::MAX;
 pub const MIN_IMPORTANCE: f64 = 0.0078125;
 
 /// The forward half of a backend.
-pub trait Ops {
+pub trait Ops: std::fmt::Debug {
     /// An array of this backend; cheap to clone.
-    type Tensor: Clone;
+    type Tensor: Clone + std::fmt::Debug;
 
     /// An array from host numbers, row-major.
     fn tensor(&self, shape: &[usize], data: &[f32]) -> Self::Tensor;
@@ -499,7 +499,7 @@ pub struct CachedAttention<'a, O: CacheOps> {
 /// Attention over a paged cache.
 pub trait CacheOps: Ops {
     /// Memory in blocks of one size.
-    type Arena;
+    type Arena: std::fmt::Debug;
 
     /// An arena for blocks of `block_len` elements.
     fn arena(&self, block_len: usize) -> Self::Arena;

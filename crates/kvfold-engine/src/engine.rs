@@ -1,0 +1,171 @@
+//! A model, a cache policy, and the pool its sequences share.
+
+use crate::attend::CachedAttend;
+use kvfold_cache::{CacheError, CachePolicy, Dense, Folding, Held, PagePool, SequenceCache, Usage};
+use kvfold_kernels::CacheOps;
+use kvfold_kernels::ops::Spans;
+use kvfold_model::{Checkpoint, Loaded};
+
+/// What can go wrong while sequences run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EngineError {
+    /// A sequence would outgrow the model's context.
+    #[error(
+        "the sequence would be {tokens} tokens long and the model's context is {context}; shorten the prompt or ask for fewer new tokens"
+    )]
+    TooLong {
+        /// Tokens that the sequence would have.
+        tokens: usize,
+        /// Tokens that the model takes.
+        context: usize,
+    },
+    /// Nothing to start from.
+    #[error(
+        "the prompt is empty and the model names no token to start a text with; give a prompt of at least one token"
+    )]
+    EmptyPrompt,
+    /// The cache cannot take the tokens.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+}
+
+/// One sequence's tokens so far, as its cache holds them. Dropping it gives its pages back.
+#[derive(Debug)]
+pub struct Sequence {
+    cache: SequenceCache,
+}
+
+impl Sequence {
+    /// Tokens seen.
+    pub fn tokens(&self) -> usize {
+        self.cache.tokens()
+    }
+
+    /// Slots held by layer and KV head.
+    pub fn held(&self) -> Held {
+        self.cache.held()
+    }
+}
+
+/// A model with cache memory.
+#[derive(Debug)]
+pub struct Engine<O: CacheOps> {
+    model: Loaded<O>,
+    policy: Box<dyn CachePolicy>,
+    pool: PagePool<O>,
+    chunk: usize,
+}
+
+/// Tokens that a sequence takes in one pass at most: bounds the pages that a prompt holds before it is known what folds.
+const CHUNK: usize = 128;
+
+impl<O: CacheOps> Engine<O> {
+    /// An engine for a checkpoint, folding if the model was taught to.
+    pub fn new(ops: O, checkpoint: &Checkpoint) -> Self {
+        let model = Loaded::new(ops, checkpoint);
+        let policy: Box<dyn CachePolicy> = match &model.dmc {
+            Some(dmc) => Box::new(Folding::new(dmc.clone())),
+            None => Box::new(Dense),
+        };
+        Self::with_policy(model, policy)
+    }
+
+    /// An engine for a model under a policy of the caller's choice.
+    pub fn with_policy(model: Loaded<O>, policy: Box<dyn CachePolicy>) -> Self {
+        let pool = PagePool::new(&model.ops, (model.shape.layers, model.shape.heads), policy.rule(), usize::MAX);
+        Self { model, policy, pool, chunk: CHUNK }
+    }
+
+    /// The same engine with another limit on the tokens that a sequence takes in one pass.
+    pub fn with_chunk(self, chunk: usize) -> Self {
+        Self { chunk: chunk.max(1), ..self }
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Loaded<O> {
+        &self.model
+    }
+
+    /// The cache policy.
+    pub fn policy(&self) -> &dyn CachePolicy {
+        &*self.policy
+    }
+
+    /// The pool.
+    pub fn pool(&self) -> &PagePool<O> {
+        &self.pool
+    }
+
+    /// An empty sequence.
+    pub fn sequence(&self) -> Sequence {
+        Sequence { cache: self.pool.sequence() }
+    }
+
+    /// Bytes and pages that a sequence holds.
+    pub fn usage(&self, sequence: &Sequence) -> Usage {
+        self.pool.usage(&self.model.ops, &sequence.cache)
+    }
+
+    /// Logits `[tokens, V]` of every new token of one sequence, chunk by chunk.
+    pub fn logits(&mut self, sequence: &mut Sequence, tokens: &[u32]) -> Result<Vec<f32>, EngineError> {
+        let mut all = Vec::with_capacity(tokens.len() * self.model.shape.vocab);
+        for chunk in tokens.chunks(self.chunk) {
+            all.extend(self.step(&mut [(sequence, chunk)], Want::All)?);
+        }
+        Ok(all)
+    }
+
+    /// Logits `[S, V]` of the last new token of each sequence of a ragged batch.
+    pub fn last_logits(&mut self, batch: &mut [(&mut Sequence, &[u32])]) -> Result<Vec<f32>, EngineError> {
+        let vocab = self.model.shape.vocab;
+        let mut last = vec![0.0; batch.len() * vocab];
+        let longest = batch.iter().map(|(_, tokens)| tokens.len()).max().unwrap_or(0);
+        for start in (0..longest).step_by(self.chunk) {
+            let mut members = Vec::new();
+            let mut step: Vec<(&mut Sequence, &[u32])> = Vec::new();
+            for (member, (sequence, tokens)) in batch.iter_mut().enumerate() {
+                if start < tokens.len() {
+                    members.push(member);
+                    step.push((sequence, &tokens[start..tokens.len().min(start + self.chunk)]));
+                }
+            }
+            let logits = self.step(&mut step, Want::Last)?;
+            for (member, logits) in members.into_iter().zip(logits.chunks_exact(vocab)) {
+                last[member * vocab..][..vocab].copy_from_slice(logits);
+            }
+        }
+        Ok(last)
+    }
+
+    /// One pass over a ragged batch. On an error no sequence has changed.
+    fn step(&mut self, batch: &mut [(&mut Sequence, &[u32])], want: Want) -> Result<Vec<f32>, EngineError> {
+        let context = self.model.shape.context;
+        for (sequence, tokens) in batch.iter() {
+            let tokens = sequence.tokens() + tokens.len();
+            if tokens > context {
+                return Err(EngineError::TooLong { tokens, context });
+            }
+        }
+        self.pool.admit(batch.iter().map(|(sequence, tokens)| (&sequence.cache, tokens.len())))?;
+        let spans = Spans::of_chunks(batch.iter().map(|(sequence, tokens)| (tokens.len(), sequence.tokens())));
+        let ids: Vec<u32> = batch.iter().flat_map(|(_, tokens)| tokens.iter().copied()).collect();
+        let caches = batch.iter_mut().map(|(sequence, _)| &mut sequence.cache).collect();
+        let mut attend = CachedAttend { policy: &*self.policy, pool: &mut self.pool, caches };
+        let Loaded { ops, weights, .. } = &self.model;
+        let pass = self.model.pass(&spans);
+        let mut x = pass.hidden(weights, &ids, &mut attend);
+        if want == Want::Last && spans.rows() > spans.len() {
+            let last: Vec<u32> = spans.iter().map(|span| (span.start + span.len - 1) as u32).collect();
+            x = ops.embed(&last, &x);
+        }
+        Ok(ops.to_host(&pass.logits(weights, &x)))
+    }
+}
+
+/// Which rows of a pass are wanted as logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Want {
+    Last,
+    All,
+}
