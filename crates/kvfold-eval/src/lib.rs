@@ -1,1 +1,13 @@
-//! placeholder
+//! How good a model is, measured through the cache that serves it: perplexity, divergence from the original, agreement.
+//!
+//! Every number here comes from an [`Engine`]'s paged cache, never from a mask: the same kernel, pages and decisions that
+//! generate text. Texts are cut into consecutive windows; per window the first token is given and the others are
+//! predicted.
+
+mod compare;
+mod error;
+mod windows;
+
+pub use compare::{Comparison, compare};
+pub use error::EvalError;
+pub use windows::{Measured, Perplexity, cut, perplexity};

@@ -1,1 +1,23 @@
-//! placeholder
+//! How a model is taught to compress its cache.
+//!
+//! A run is a function of its [`Settings`], the base model and the [`Corpus`]: batches, noise and schedules are computed
+//! from the step, so a run that is killed and resumed ends with the weights it would have had (promise I5).
+//!
+//! * [`settings`]: everything that defines a run, checked before it starts;
+//! * [`schedule`]: stages, compression targets and learning rates by step;
+//! * [`corpus`]: sequences, and which of them make which batch;
+//! * [`trainer`]: one step, from ids to new weights;
+//! * [`run`]: the directory in which a run survives.
+
+pub mod corpus;
+mod error;
+pub mod run;
+pub mod schedule;
+pub mod settings;
+pub mod trainer;
+
+pub use corpus::Corpus;
+pub use error::RetrofitError;
+pub use run::RunDir;
+pub use settings::Settings;
+pub use trainer::{StepReport, Trainer};

@@ -1,0 +1,92 @@
+//! What can go wrong with a retrofit.
+
+use kvfold_model::ModelError;
+
+/// An error of a retrofit run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RetrofitError {
+    /// A setting cannot be.
+    #[error("`{setting}` is {found}; expected {expected}")]
+    Setting {
+        /// The setting.
+        setting: &'static str,
+        /// Its value.
+        found: String,
+        /// What it may be.
+        expected: String,
+    },
+    /// The training text is too short.
+    #[error(
+        "the training text has {tokens} tokens and one sequence takes {length}; give more text or a smaller --length"
+    )]
+    TooLittleText {
+        /// Tokens of the text.
+        tokens: usize,
+        /// Tokens of a sequence.
+        length: usize,
+    },
+    /// The loss or a gradient is not a number.
+    #[error(
+        "step {step}: {what} is {value} on sequences {sequences:?} of the corpus; the weights before this step are kept: \
+         try a lower --lr"
+    )]
+    NotFinite {
+        /// The step.
+        step: u64,
+        /// Loss or gradient norm.
+        what: &'static str,
+        /// Its value.
+        value: f64,
+        /// The batch.
+        sequences: Vec<usize>,
+    },
+    /// A run directory is in the way.
+    #[error("{dir} holds an unfinished run; go on with --resume, or remove it to start again")]
+    Unfinished {
+        /// The run directory.
+        dir: String,
+    },
+    /// There is no run to resume.
+    #[error("{dir} holds no run to resume; start one without --resume")]
+    NothingToResume {
+        /// The run directory.
+        dir: String,
+    },
+    /// The run was started with something else.
+    #[error("{dir}: the run was started with {what} {found}, not {wanted}; use the same, or start a new run")]
+    OtherRun {
+        /// The run directory.
+        dir: String,
+        /// What differs.
+        what: String,
+        /// What the run has.
+        found: String,
+        /// What was asked for.
+        wanted: String,
+    },
+    /// A file of the run directory is not what was written.
+    #[error("{file} is damaged: {reason}")]
+    Damaged {
+        /// The file.
+        file: String,
+        /// How it shows.
+        reason: String,
+    },
+    /// A file could not be read or written.
+    #[error("cannot {action} {file}: {source}")]
+    Io {
+        /// The file.
+        file: String,
+        /// What was attempted.
+        action: &'static str,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+    /// A model could not be read or written.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// Tensors could not be read or written.
+    #[error(transparent)]
+    Tensor(#[from] kvfold_tensor::Error),
+}

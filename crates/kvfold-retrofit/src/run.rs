@@ -1,0 +1,258 @@
+//! The directory in which a run survives.
+//!
+//! A run that will become `OUT` lives in `OUT.kvfold-run` beside it:
+//!
+//! ```text
+//! run.json              settings, base model, digests: what must be the same when the run goes on
+//! corpus.u32            the training tokens, little-endian
+//! step-00000050.safetensors   weights and moments after 50 steps, with their digest; the two newest are kept
+//! curve.jsonl           one report per step
+//! ```
+//!
+//! Every file is written under a temporary name, synced and renamed, so whatever kills the run leaves whole files. A
+//! checkpoint whose digest does not fit is passed over for the one before it.
+
+use crate::corpus::{Corpus, hex};
+use crate::error::RetrofitError;
+use crate::settings::Settings;
+use crate::trainer::{StepReport, Trainer};
+use kvfold_kernels::Grad;
+use kvfold_model::Checkpoint;
+use kvfold_tensor::{HostTensor, atomic, safetensors};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+const RUN: &str = "run.json";
+const CORPUS: &str = "corpus.u32";
+const CURVE: &str = "curve.jsonl";
+const VERSION: u32 = 1;
+
+/// Checkpoints that are kept.
+const KEPT: usize = 2;
+
+/// What must be the same when a run goes on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Identity {
+    version: u32,
+    base_model: String,
+    base_digest: String,
+    corpus_digest: String,
+    settings: Settings,
+}
+
+/// A run's directory.
+#[derive(Debug)]
+pub struct RunDir {
+    dir: PathBuf,
+}
+
+/// What goes on after a kill.
+#[derive(Debug)]
+pub struct Resumed {
+    /// The training tokens.
+    pub corpus: Corpus,
+    /// Reports of the steps done.
+    pub reports: Vec<StepReport>,
+    /// Checkpoints that were passed over, and why.
+    pub damaged: Vec<String>,
+}
+
+impl RunDir {
+    /// The run directory of an output directory.
+    pub fn of(out: &Path) -> Self {
+        let mut name = out.as_os_str().to_owned();
+        name.push(".kvfold-run");
+        Self { dir: name.into() }
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Whether a run is there.
+    pub fn exists(&self) -> bool {
+        self.dir.join(RUN).exists()
+    }
+
+    /// Starts a run: refuses if one is there.
+    pub fn create(&self, base: &Checkpoint, settings: &Settings, corpus: &Corpus) -> Result<(), RetrofitError> {
+        if self.exists() {
+            return Err(RetrofitError::Unfinished { dir: self.label() });
+        }
+        fs::create_dir_all(&self.dir).map_err(|source| self.io("create", "", source))?;
+        let bytes: Vec<u8> = corpus.tokens().iter().flat_map(|id| id.to_le_bytes()).collect();
+        self.write(CORPUS, &bytes)?;
+        let identity = identity(base, settings, corpus);
+        let json = serde_json::to_vec_pretty(&identity).map_err(|e| self.io("write", RUN, e.into()))?;
+        self.write(RUN, &json)
+    }
+
+    /// Goes on with a run: checks that it is the same one, and restores the newest whole checkpoint.
+    pub fn resume<O: Grad + Clone + 'static>(
+        &self,
+        base: &Checkpoint,
+        trainer: &mut Trainer<O>,
+    ) -> Result<Resumed, RetrofitError>
+    where
+        O::Tensor: 'static,
+    {
+        if !self.exists() {
+            return Err(RetrofitError::NothingToResume { dir: self.label() });
+        }
+        let found: Value = serde_json::from_slice(&self.read(RUN)?).map_err(|e| self.damaged(RUN, e.to_string()))?;
+        let bytes = self.read(CORPUS)?;
+        let tokens = bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+        let corpus = Corpus::cut(tokens, trainer.settings().length)?;
+        let wanted = serde_json::to_value(identity(base, trainer.settings(), &corpus))
+            .map_err(|e| self.damaged(RUN, e.to_string()))?;
+        self.check_same(&found, &wanted, "")?;
+
+        let mut damaged = Vec::new();
+        for step in self.checkpoints()?.into_iter().rev() {
+            match self.load(step, trainer) {
+                Ok(()) => break,
+                Err(error) => damaged.push(error.to_string()),
+            }
+        }
+        let mut reports = Vec::new();
+        if self.dir.join(CURVE).exists() {
+            let text = String::from_utf8_lossy(&self.read(CURVE)?).into_owned();
+            reports.extend(text.lines().map_while(|line| serde_json::from_str::<StepReport>(line).ok()));
+            reports.truncate(trainer.steps() as usize);
+        }
+        Ok(Resumed { corpus, reports, damaged })
+    }
+
+    /// Writes the state of a trainer and all reports so far, and lets older checkpoints go.
+    pub fn save<O: Grad + Clone + 'static>(
+        &self,
+        trainer: &Trainer<O>,
+        reports: &[StepReport],
+    ) -> Result<(), RetrofitError>
+    where
+        O::Tensor: 'static,
+    {
+        let mut lines = Vec::new();
+        for report in reports {
+            serde_json::to_writer(&mut lines, report).map_err(|e| self.io("write", CURVE, e.into()))?;
+            lines.push(b'\n');
+        }
+        self.write(CURVE, &lines)?;
+        let tensors: BTreeMap<String, HostTensor> = trainer.state().into_iter().collect();
+        let metadata = BTreeMap::from([("digest".to_owned(), digest(&tensors))]);
+        safetensors::write(&self.dir.join(checkpoint_name(trainer.steps())), &tensors, &metadata)?;
+        let steps = self.checkpoints()?;
+        for &old in &steps[..steps.len().saturating_sub(KEPT)] {
+            let name = checkpoint_name(old);
+            fs::remove_file(self.dir.join(&name)).map_err(|source| self.io("remove", &name, source))?;
+        }
+        Ok(())
+    }
+
+    /// Removes the directory of a finished run.
+    pub fn remove(self) -> Result<(), RetrofitError> {
+        fs::remove_dir_all(&self.dir).map_err(|source| self.io("remove", "", source))
+    }
+
+    fn load<O: Grad + Clone + 'static>(&self, step: u64, trainer: &mut Trainer<O>) -> Result<(), RetrofitError>
+    where
+        O::Tensor: 'static,
+    {
+        let name = checkpoint_name(step);
+        let file = safetensors::read(&self.dir.join(&name))?;
+        if file.metadata.get("digest") != Some(&digest(&file.tensors)) {
+            return Err(self.damaged(&name, "its tensors do not have the digest that was written with them".into()));
+        }
+        trainer.restore(step, |tensor, dims| {
+            let found = file.tensors.get(tensor).filter(|found| found.shape() == dims);
+            found.ok_or_else(|| self.damaged(&name, format!("tensor {tensor} of shape {dims:?} is missing")))
+        })
+    }
+
+    /// Steps of the checkpoints, ascending.
+    fn checkpoints(&self) -> Result<Vec<u64>, RetrofitError> {
+        let entries = fs::read_dir(&self.dir).map_err(|source| self.io("read", "", source))?;
+        let mut steps = Vec::new();
+        for entry in entries {
+            let name = entry.map_err(|source| self.io("read", "", source))?.file_name();
+            let name = name.to_string_lossy();
+            let step = name.strip_prefix("step-").and_then(|rest| rest.strip_suffix(".safetensors"));
+            steps.extend(step.and_then(|step| step.parse::<u64>().ok()));
+        }
+        steps.sort_unstable();
+        Ok(steps)
+    }
+
+    /// Compares two identities leaf by leaf, so that the error names the field.
+    fn check_same(&self, found: &Value, wanted: &Value, path: &str) -> Result<(), RetrofitError> {
+        if let (Value::Object(found), Value::Object(wanted)) = (found, wanted) {
+            let keys: std::collections::BTreeSet<_> = found.keys().chain(wanted.keys()).collect();
+            for key in keys {
+                let at = |map: &serde_json::Map<String, Value>| map.get(key).cloned().unwrap_or(Value::Null);
+                let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+                self.check_same(&at(found), &at(wanted), &path)?;
+            }
+            return Ok(());
+        }
+        if found == wanted {
+            return Ok(());
+        }
+        Err(RetrofitError::OtherRun {
+            dir: self.label(),
+            what: path.to_owned(),
+            found: found.to_string(),
+            wanted: wanted.to_string(),
+        })
+    }
+
+    fn read(&self, name: &str) -> Result<Vec<u8>, RetrofitError> {
+        fs::read(self.dir.join(name)).map_err(|source| self.io("read", name, source))
+    }
+
+    fn write(&self, name: &str, bytes: &[u8]) -> Result<(), RetrofitError> {
+        atomic::write(&self.dir.join(name), |w: &mut dyn Write| w.write_all(bytes))
+            .map_err(|source| self.io("write", name, source))
+    }
+
+    fn label(&self) -> String {
+        self.dir.display().to_string()
+    }
+
+    fn io(&self, action: &'static str, name: &str, source: std::io::Error) -> RetrofitError {
+        RetrofitError::Io { file: self.dir.join(name).display().to_string(), action, source }
+    }
+
+    fn damaged(&self, name: &str, reason: String) -> RetrofitError {
+        RetrofitError::Damaged { file: self.dir.join(name).display().to_string(), reason }
+    }
+}
+
+fn checkpoint_name(step: u64) -> String {
+    format!("step-{step:08}.safetensors")
+}
+
+fn identity(base: &Checkpoint, settings: &Settings, corpus: &Corpus) -> Identity {
+    Identity {
+        version: VERSION,
+        base_model: base.source.clone(),
+        base_digest: digest(&base.tensors),
+        corpus_digest: corpus.digest(),
+        settings: settings.clone(),
+    }
+}
+
+/// SHA-256 of names, shapes and bytes, in hex.
+fn digest(tensors: &BTreeMap<String, HostTensor>) -> String {
+    let mut hasher = Sha256::new();
+    for (name, tensor) in tensors {
+        hasher.update(format!("{name} {:?} {:?}\n", tensor.dtype(), tensor.shape()));
+        hasher.update(tensor.bytes());
+    }
+    hex(&hasher.finalize())
+}

@@ -1,0 +1,178 @@
+//! Everything that defines a run.
+
+use crate::error::RetrofitError;
+use kvfold_kernels::dmc::{Decision, Dmc};
+use kvfold_kernels::ops::{KlDirection, Over, Scope};
+use kvfold_model::shape::Shape;
+use serde::{Deserialize, Serialize};
+
+/// What the model is asked to keep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum Loss {
+    /// Next-token cross-entropy on the text (the paper).
+    Lm,
+    /// KL divergence to the original model's predictions.
+    Distill {
+        /// Which distribution leads.
+        direction: KlDirection,
+    },
+}
+
+/// The pressure to compress.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Pressure {
+    /// Heads that share one target.
+    pub scope: Scope,
+    /// Tokens that share one target.
+    pub over: Over,
+    /// Factor on the hinge; 1 in the paper.
+    pub weight: f64,
+    /// Trains towards `ratio * (1 + margin)`, since decisions without noise fold a little less or more than with it.
+    pub margin: f64,
+}
+
+/// Steps of each stage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stages {
+    /// Steps in which the borrowed channel fades out; 0 for a decision head.
+    pub zeroing: u64,
+    /// Steps in which the target rises linearly from 1.
+    pub ramp: u64,
+    /// Steps at the full target.
+    pub hold: u64,
+}
+
+impl Stages {
+    /// Steps of the run.
+    pub fn total(&self) -> u64 {
+        self.zeroing + self.ramp + self.hold
+    }
+}
+
+/// AdamW and its schedule.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Learning {
+    /// Highest learning rate.
+    pub rate: f64,
+    /// Steps of linear warm-up.
+    pub warmup: u64,
+    /// Share of the highest rate that is left at the end of the cosine.
+    pub floor: f64,
+    /// Factor on the decision heads' learning rate.
+    pub decide_factor: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Decoupled weight decay on matrices.
+    pub weight_decay: f64,
+    /// Largest gradient norm.
+    pub clip: f64,
+}
+
+/// A run's definition.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Settings {
+    /// How the model is to compress.
+    pub dmc: Dmc,
+    /// Compression asked for: tokens seen per slot held, exact recent tokens counted, at `length` tokens.
+    pub ratio: f64,
+    /// What the model is asked to keep.
+    pub loss: Loss,
+    /// The pressure to compress.
+    pub pressure: Pressure,
+    /// Temperature of relaxed decisions; 0.1 in the paper.
+    pub temperature: f64,
+    /// Tokens of a sequence.
+    pub length: usize,
+    /// Sequences of a step.
+    pub batch: usize,
+    /// Steps of each stage.
+    pub stages: Stages,
+    /// The optimiser.
+    pub learning: Learning,
+    /// Seed of batches and noise.
+    pub seed: u64,
+    /// Recomputes each block in the backward pass instead of keeping its activations.
+    pub recompute: bool,
+}
+
+/// Share of the steps at the full target, and of those in which a borrowed channel fades out.
+const HOLD: f64 = 0.4;
+const ZEROING: f64 = 0.15;
+
+impl Settings {
+    /// The recipe for a model, a ratio and a budget of steps. The numbers are measured: see `docs/LOG.md`.
+    pub fn recipe(shape: &Shape, dmc: Dmc, ratio: f64, steps: u64) -> Self {
+        let share = |part: f64| (steps as f64 * part).round() as u64;
+        let zeroing = if dmc.decision.borrows_channel() { share(ZEROING) } else { 0 };
+        let hold = share(HOLD);
+        Self {
+            dmc,
+            ratio,
+            loss: Loss::Distill { direction: KlDirection::Forward },
+            pressure: Pressure { scope: Scope::Global, over: Over::Batch, weight: 2.0, margin: 0.03 },
+            temperature: 0.1,
+            length: shape.context.min(512),
+            batch: 8,
+            stages: Stages { zeroing, ramp: steps.saturating_sub(zeroing + hold), hold },
+            learning: Learning {
+                rate: default_rate(shape),
+                warmup: share(0.05).max(1),
+                floor: 0.05,
+                decide_factor: 10.0,
+                beta1: 0.9,
+                beta2: 0.95,
+                weight_decay: 0.0,
+                clip: 1.0,
+            },
+            seed: 0,
+            recompute: false,
+        }
+    }
+
+    /// The ratio that is trained towards.
+    pub fn target_ratio(&self) -> f64 {
+        (self.ratio * (1.0 + self.pressure.margin)).min(self.highest_ratio())
+    }
+
+    /// The highest ratio that the delay leaves possible at this length: the ring and one slot.
+    pub fn highest_ratio(&self) -> f64 {
+        self.length as f64 / (self.dmc.delay.min(self.length) + 1) as f64
+    }
+
+    /// Checks a run's definition for a model.
+    pub fn validate(&self, shape: &Shape) -> Result<(), RetrofitError> {
+        let must = |holds: bool, setting, found: String, expected: String| match holds {
+            true => Ok(()),
+            false => Err(RetrofitError::Setting { setting, found, expected }),
+        };
+        let number = |x: f64, from: f64, setting| {
+            must(x.is_finite() && x >= from, setting, x.to_string(), format!("a finite number of at least {from}"))
+        };
+        number(self.ratio, 1.0, "ratio")?;
+        let (context, length) = (shape.context, self.length);
+        let in_context = (2..=context).contains(&length);
+        must(in_context, "length", length.to_string(), format!("2 to {context}, the model's context"))?;
+        let (delay, highest) = (self.dmc.delay, self.highest_ratio());
+        let expected = format!("at most {highest:.2}: of {length} tokens, {delay} stay exact and a slot is needed");
+        must(self.ratio <= highest, "ratio", self.ratio.to_string(), expected)?;
+        must(self.batch > 0, "batch", "0".into(), "at least 1 sequence".into())?;
+        must(self.stages.total() > 0, "steps", "0".into(), "at least 1 step".into())?;
+        let window = self.dmc.pool_window;
+        must(window != Some(0), "pool_window", "0".into(), "at least 1 token, or none for the whole segment".into())?;
+        number(self.temperature, 1e-6, "temperature")?;
+        number(self.pressure.weight, 0.0, "hinge weight")?;
+        number(self.pressure.margin, 0.0, "margin")?;
+        number(self.learning.rate, 0.0, "lr")?;
+        let (Decision::Borrowed { scale, offset } | Decision::Head { scale, offset }) = self.dmc.decision;
+        number(scale, 1e-6, "decision scale")?;
+        number(offset.abs(), 0.0, "decision offset")
+    }
+}
+
+/// Highest learning rate by width: 2e-4 was right for 576 channels and 2e-3 for 64.
+pub fn default_rate(shape: &Shape) -> f64 {
+    0.12 / shape.hidden as f64
+}
