@@ -5,7 +5,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
 
-use kvfold_tensor::{HostTensor, atomic, safetensors};
+use kvfold_tensor::{HostTensor, TensorFile, atomic, safetensors};
 use serde_json::Value;
 
 use crate::error::{ModelError, Result};
@@ -40,8 +40,8 @@ pub struct Checkpoint {
     pub tokenizer: Tokenizer,
     /// Other files of the model, by name, which [`save`](Self::save) hands on: a chat template, a licence.
     pub companions: BTreeMap<String, Vec<u8>>,
-    /// Tensors that were in the weight files and have no place in the architecture, such as `rotary_emb.inv_freq`. They are
-    /// not loaded.
+    /// Tensors that were in the weight files and have no place in the architecture, such as `rotary_emb.inv_freq`, whatever
+    /// their dtype. They are not loaded.
     pub ignored: Vec<String>,
     /// What [`open`](Self::open) was asked for.
     pub source: String,
@@ -198,20 +198,26 @@ impl Found {
         let mut weights = Found { tensors: BTreeMap::new(), ignored: Vec::new() };
         for shard in &names {
             let file = files.label(shard);
-            for (name, tensor) in files.tensors(shard)?.tensors {
+            let TensorFile { tensors, skipped, .. } = files.tensors(shard)?;
+            let held = tensors.into_iter().map(|(name, tensor)| (name, Ok(tensor)));
+            let skipped = skipped.into_iter().map(|(name, dtype)| (name, Err(dtype)));
+            for (name, stored) in held.chain(skipped) {
                 // The index says which file counts, should two hold tensors of one name.
                 if index.as_ref().is_some_and(|index| index.get(&name).is_some_and(|holder| holder != shard)) {
                     continue;
                 }
-                match expected.get(&name) {
-                    Some(shape) => {
+                match (expected.get(&name), stored) {
+                    (Some(shape), Ok(tensor)) => {
                         check(&tensor, &name, shape, &file)?;
                         weights.tensors.insert(name, tensor);
                     }
-                    None if name.ends_with(".bias") => {
+                    (Some(_), Err(dtype)) => {
+                        return Err(ModelError::UnsupportedDType { file, tensor: name, dtype });
+                    }
+                    (None, _) if name.ends_with(".bias") => {
                         return Err(ModelError::Bias { file, tensor: name });
                     }
-                    None => weights.ignored.push(name),
+                    (None, _) => weights.ignored.push(name),
                 }
             }
         }
@@ -222,6 +228,7 @@ impl Found {
                 return Err(ModelError::MissingTensor { file, tensor: name, expected: shape });
             }
         }
+        weights.ignored.sort();
         Ok(weights)
     }
 }

@@ -133,6 +133,20 @@ pub enum ModelError {
         expected: Vec<usize>,
     },
 
+    /// A tensor that the architecture needs is stored in a type that kvfold does not compute with.
+    #[error(
+        "{file}: tensor `{tensor}` is stored as {dtype}; kvfold reads F64, F32, F16 and BF16: use the model's unquantized \
+         checkpoint"
+    )]
+    UnsupportedDType {
+        /// The file that holds it.
+        file: String,
+        /// The tensor's name.
+        tensor: String,
+        /// The type's name in the file.
+        dtype: String,
+    },
+
     /// A weight is NaN or infinite.
     #[error(
         "{file}: tensor `{tensor}` has a weight that is {value}, element {index} of its shape {shape:?}; the file is \

@@ -9,16 +9,17 @@ use std::path::Path;
 use common::{BORROWED, Fixture, HEAD, compression, refused, says};
 use kvfold_model::{Checkpoint, ModelError, ensure_absent, names};
 use kvfold_tensor::{DType, HostTensor};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Value, json};
 
 const Q: &str = "model.layers.2.self_attn.q_proj.weight";
 
-/// The names in a directory, hidden ones included.
 /// The tensors of a configuration.
 fn expected(config: &kvfold_model::Config) -> Vec<(String, Vec<usize>)> {
     kvfold_model::weights::Weights::<()>::expected(&kvfold_model::shape::Shape::of(config))
 }
 
+/// The names in a directory, hidden ones included.
 fn entries(dir: &Path) -> Vec<String> {
     let mut names: Vec<_> = fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
@@ -194,6 +195,35 @@ fn tensors_without_a_place_are_left_out_but_a_bias_is_not() {
     let bias = "model.layers.0.self_attn.q_proj.bias";
     fixture.tensors.insert(bias.into(), HostTensor::zeros(DType::F32, [64]));
     says(&fixture.refused(), &[bias, "is a bias", "without biases"]);
+}
+
+/// Writes the fixture with one more tensor, or another in its place, of two elements of a dtype that kvfold does not hold.
+fn write_with(fixture: &Fixture, name: &str, dtype: Dtype) -> String {
+    let model = fixture.write();
+    let path = fixture.path().join("model.safetensors");
+    let bytes = fs::read(&path).unwrap();
+    let mut views: BTreeMap<_, _> = SafeTensors::deserialize(&bytes).unwrap().tensors().into_iter().collect();
+    let data = vec![1; 2 * dtype.bitsize() / 8];
+    views.insert(name.into(), TensorView::new(dtype, vec![2], &data).unwrap());
+    fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+    model
+}
+
+#[test]
+fn a_tensor_of_another_dtype_matters_only_where_it_is_needed() {
+    let mut fixture = Fixture::new();
+    fixture.tensors.insert("z".into(), HostTensor::zeros(DType::F32, [4]));
+    let ids = "model.embed_tokens.position_ids";
+    let model = Checkpoint::open(&write_with(&fixture, ids, Dtype::I64)).unwrap();
+    assert_eq!(model.ignored, [ids, "z"]);
+    assert_eq!(model.tensors, Checkpoint::open("stories260k").unwrap().tensors);
+
+    for (dtype, name) in [(Dtype::I8, "I8"), (Dtype::F8_E4M3, "F8_E4M3")] {
+        let message = refused(&write_with(&fixture, Q, dtype));
+        let stored = format!("is stored as {name};");
+        says(&message, &["model/model.safetensors: tensor `", Q, &stored, "F16 and BF16", "unquantized checkpoint"]);
+    }
+    says(&refused(&write_with(&fixture, "model.norm.bias", Dtype::I8)), &["`model.norm.bias` is a bias"]);
 }
 
 /// Splits the fixture's weights into two files and returns the index.

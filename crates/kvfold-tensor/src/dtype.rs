@@ -16,7 +16,7 @@ pub enum DType {
 }
 
 impl DType {
-    /// Every dtype, widest first: the order in which safetensors files keep their tensors aligned.
+    /// Every dtype, widest first.
     pub const ALL: [DType; 4] = [DType::F64, DType::F32, DType::F16, DType::BF16];
 
     /// Bytes of one element.
@@ -37,29 +37,10 @@ impl DType {
             DType::BF16 => "BF16",
         }
     }
-
-    /// The dtype that a safetensors header calls `name`, if kvfold can hold it.
-    pub fn from_name(name: &str) -> Option<DType> {
-        Self::ALL.into_iter().find(|dtype| dtype.name() == name)
-    }
 }
 
 impl fmt::Display for DType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_lead_back_to_their_dtypes() {
-        for dtype in DType::ALL {
-            assert_eq!(DType::from_name(dtype.name()), Some(dtype));
-        }
-        assert_eq!(DType::from_name("I8"), None);
-        assert_eq!(DType::from_name("bf16"), None);
     }
 }

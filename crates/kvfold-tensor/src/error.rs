@@ -7,8 +7,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// A tensor file that could not be read or written.
 ///
-/// Every variant names the file, those about one tensor name the tensor, and the message says what to do where there is
-/// something to do.
+/// Every variant names the file, and the message says what to do where there is something to do.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -60,37 +59,26 @@ pub enum Error {
         limit: u64,
     },
 
-    /// The header is not the JSON that safetensors prescribes.
-    #[error("{file}: invalid safetensors header: {reason}")]
+    /// The header is not what safetensors prescribes, or does not describe the data that follows it.
+    #[error(
+        "{file}: invalid safetensors header: {reason}; fetch the file again, or save the model anew in floating point with \
+         `save_pretrained`"
+    )]
     Header {
         /// The file in question.
         file: String,
-        /// What is wrong with it.
+        /// What is wrong with it, in the words of the library that parses it. It names the tensor where that does.
         reason: String,
     },
 
-    /// The header's entry for one tensor cannot be true.
+    /// A tensor cannot be written.
     #[error("{file}: tensor `{tensor}`: {reason}")]
     Tensor {
         /// The file in question.
         file: String,
-        /// The tensor's name in the file.
+        /// The tensor's name.
         tensor: String,
-        /// What is wrong with its entry.
+        /// Why not, and what to do.
         reason: String,
-    },
-
-    /// A tensor is stored in a type that kvfold does not compute with.
-    #[error(
-        "{file}: tensor `{tensor}` is stored as {dtype}; kvfold reads F64, F32, F16 and BF16: use the model's unquantized \
-         checkpoint"
-    )]
-    UnsupportedDType {
-        /// The file in question.
-        file: String,
-        /// The tensor's name in the file.
-        tensor: String,
-        /// The type's name in the header.
-        dtype: String,
     },
 }

@@ -159,7 +159,7 @@ impl HostTensor {
 }
 
 /// The bytes that a tensor of this dtype and shape takes, or `None` if that is more than an address can count.
-pub(crate) fn byte_len(dtype: DType, shape: &[usize]) -> Option<usize> {
+fn byte_len(dtype: DType, shape: &[usize]) -> Option<usize> {
     // Zero first: an empty tensor is empty however absurd its other dimensions are.
     if shape.contains(&0) {
         return Some(0);

@@ -6,8 +6,9 @@
 //!
 //! Three rules follow from that role:
 //!
-//! * **Only float dtypes exist.** A Llama checkpoint holds nothing else; an integer or 8-bit tensor means a quantized
-//!   model, and the reader says so by name instead of converting it to something that loads and babbles.
+//! * **Only float dtypes exist.** The weights of a Llama are nothing else. An integer or 8-bit tensor is a leftover that
+//!   nothing needs, or it means a quantized model: the reader leaves it out and lists it by name, instead of converting it
+//!   to something that loads and babbles, and the loader of models tells the two apart.
 //! * **Bytes are the truth.** A tensor keeps the dtype it was stored in until somebody asks for another, so loading and
 //!   saving a bfloat16 model returns the same bits.
 //! * **Files are hostile until checked, and complete once visible.** Every length is bounded by the size of the file before
@@ -25,8 +26,8 @@ mod error;
 mod host;
 pub mod safetensors;
 
+pub use self::safetensors::{TensorFile, read, read_bytes, write};
 pub use aligned::AlignedBytes;
 pub use dtype::DType;
 pub use error::{Error, Result};
 pub use host::HostTensor;
-pub use safetensors::{TensorFile, read, read_bytes, write};

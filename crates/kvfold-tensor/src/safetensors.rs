@@ -1,27 +1,27 @@
-//! Safetensors files: eight bytes of header length, a JSON header, and the elements of all tensors without a gap.
+//! Safetensors files, by the `safetensors` crate: it parses and checks the header, and it lays out what is written.
 //!
-//! The format is small enough that this module parses it itself. The `safetensors` crate is a fine reader of memory maps,
-//! but three things matter here that it does not give: an error that names the tensor, whatever is wrong with it; elements
-//! read from the file straight into [`AlignedBytes`], so that a model is in memory once and no `unsafe` map can change
-//! under it; and output bytes that depend on the input alone (the crate writes the metadata in hash-map order), because two
-//! runs that should be bit-identical are compared by the hashes of their files. It is the referee in the tests instead:
-//! each side reads what the other has written.
+//! Two things are done here around it. A file is read header first and then tensor by tensor, each straight into
+//! [`AlignedBytes`](crate::AlignedBytes), so that a model is in memory once; the crate's own reader wants the whole file in
+//! memory beside them, or an `unsafe` map that can change under it. And the few bytes before the header are judged before
+//! memory is taken, with sums that cannot overflow, so that a cut-off download is told from a damaged file.
+//!
+//! A tensor of a dtype that kvfold does not hold does not make its file unreadable: many checkpoints carry an integer
+//! buffer that no computation needs. It is left out and listed by name; whoever needs it has to complain.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Cursor, Read, Seek, SeekFrom};
 use std::path::Path;
 
-use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use safetensors::tensor::{Dtype, Metadata, SafeTensorError, View};
 
 use crate::error::{Error, Result};
-use crate::host::byte_len;
-use crate::{AlignedBytes, DType, HostTensor, atomic};
+use crate::{DType, HostTensor, atomic};
 
-/// The longest header that is read or written. The same limit as the reference implementation's; a model of a hundred
-/// thousand tensors stays well below it.
-pub const MAX_HEADER: u64 = 100_000_000;
+/// The longest header that is read: the limit of the `safetensors` crate, which applies it only where it reads the frame
+/// of the file itself.
+const MAX_HEADER: u64 = 100_000_000;
 
 /// The entry of the header that is no tensor.
 const METADATA: &str = "__metadata__";
@@ -34,6 +34,9 @@ const PREFIX: u64 = 8;
 pub struct TensorFile {
     /// The tensors by name.
     pub tensors: BTreeMap<String, HostTensor>,
+    /// Tensors that are in the file and were not read, because there is no [`DType`] for their elements: name and the name
+    /// of that dtype, such as `I64`.
+    pub skipped: BTreeMap<String, String>,
     /// Free-form text beside them, such as `format: pt`.
     pub metadata: BTreeMap<String, String>,
 }
@@ -52,35 +55,33 @@ pub fn read(path: &Path) -> Result<TensorFile> {
 
 /// Reads a file that is in memory already. `name` is what errors call it.
 pub fn read_bytes(bytes: &[u8], name: &str) -> Result<TensorFile> {
-    read_from(bytes, bytes.len() as u64, name)
+    read_from(Cursor::new(bytes), bytes.len() as u64, name)
 }
 
 /// Creates or replaces the file at `path`, in one step: at no moment does it hold half a model.
 ///
-/// Equal tensors and metadata give equal bytes.
+/// Equal tensors give equal bytes as long as `metadata` has no more than one entry. Several are written in the order of a
+/// hash map, which differs from run to run.
 pub fn write(path: &Path, tensors: &BTreeMap<String, HostTensor>, metadata: &BTreeMap<String, String>) -> Result<()> {
     let file = path.display().to_string();
-    let order = in_file_order(tensors);
-    let header = header(&file, &order, metadata)?;
-    atomic::write(path, |w| {
-        w.write_all(&(header.len() as u64).to_le_bytes())?;
-        w.write_all(&header)?;
-        order.iter().try_for_each(|(_, tensor)| w.write_all(tensor.bytes()))
+    if tensors.contains_key(METADATA) {
+        let reason = "this name is reserved by the format; give the tensor another one".into();
+        return Err(Error::Tensor { file, tensor: METADATA.into(), reason });
+    }
+    let metadata = (!metadata.is_empty()).then(|| metadata.clone().into_iter().collect());
+    atomic::write_named(path, |temporary| {
+        safetensors::serialize_to_file(tensors, metadata, temporary).map_err(|error| match error {
+            SafeTensorError::IoError(error) => error,
+            error => io::Error::other(error),
+        })
     })
     .map_err(|source| Error::Io { file, action: "write", source })
 }
 
-/// One tensor's entry in the header.
-#[derive(Deserialize)]
-struct Entry {
-    dtype: String,
-    shape: Vec<usize>,
-    data_offsets: (usize, usize),
-}
-
 /// Reads a file of `len` bytes. No memory is taken that `len` does not account for.
-fn read_from(mut source: impl Read, len: u64, file: &str) -> Result<TensorFile> {
+fn read_from(mut source: impl Read + Seek, len: u64, file: &str) -> Result<TensorFile> {
     let truncated = |what, needed| Error::Truncated { file: file.into(), what, needed, found: len };
+    let invalid = |reason| Error::Header { file: file.into(), reason };
     let io = |source| Error::Io { file: file.into(), action: "read", source };
 
     if len < PREFIX {
@@ -92,111 +93,68 @@ fn read_from(mut source: impl Read, len: u64, file: &str) -> Result<TensorFile> 
     if header_len > MAX_HEADER {
         return Err(Error::HeaderTooLarge { file: file.into(), length: header_len, limit: MAX_HEADER });
     }
-    if len - PREFIX < header_len {
-        return Err(truncated("the header", PREFIX + header_len));
+    let data = PREFIX + header_len;
+    if len < data {
+        return Err(truncated("the header", data));
     }
     let mut header = vec![0; header_len as usize]; // at most MAX_HEADER
     source.read_exact(&mut header).map_err(io)?;
-    let (entries, metadata) = parse_header(&header, file)?;
+    let header: Metadata = serde_json::from_slice(&header).map_err(|error| invalid(error.to_string()))?;
 
-    let data_len = entries.last().map_or(0, |(_, entry)| entry.data_offsets.1) as u64;
-    let needed = (PREFIX + header_len).saturating_add(data_len);
+    let needed = data.saturating_add(header.data_len() as u64);
     if len < needed {
         return Err(truncated("the data", needed));
     }
     if len > needed {
-        let reason = format!("{} bytes follow the last tensor; the file is damaged", len - needed);
-        return Err(Error::Header { file: file.into(), reason });
+        return Err(invalid(format!("{} bytes follow the last tensor", len - needed)));
     }
 
-    let mut tensors = BTreeMap::new();
-    for (name, entry) in entries {
-        let Some(dtype) = DType::from_name(&entry.dtype) else {
-            return Err(Error::UnsupportedDType { file: file.into(), tensor: name, dtype: entry.dtype });
-        };
-        let stored = entry.data_offsets.1 - entry.data_offsets.0;
-        if byte_len(dtype, &entry.shape) != Some(stored) {
-            let reason = format!("shape {:?} in {dtype} does not take the {stored} bytes of its place", entry.shape);
-            return Err(Error::Tensor { file: file.into(), tensor: name, reason });
-        }
-        let mut tensor = HostTensor::zeros(dtype, entry.shape);
-        source.read_exact(tensor.bytes_mut()).map_err(io)?;
-        tensors.insert(name, tensor);
-    }
-    Ok(TensorFile { tensors, metadata })
-}
-
-type Header = (Vec<(String, Entry)>, BTreeMap<String, String>);
-
-/// The header's tensors in the order of their places in the file, each starting where the one before it ends.
-fn parse_header(header: &[u8], file: &str) -> Result<Header> {
-    let invalid = |reason: String| Error::Header { file: file.into(), reason };
-    let map: Map<String, Value> = serde_json::from_slice(header).map_err(|error| invalid(error.to_string()))?;
-
-    let mut metadata = BTreeMap::new();
-    let mut entries = Vec::with_capacity(map.len());
-    for (name, value) in map {
-        if name == METADATA {
-            metadata = serde_json::from_value(value).map_err(|error| invalid(format!("`{METADATA}`: {error}")))?;
+    let mut out = TensorFile::default();
+    let mut in_file_order: Vec<_> = header.tensors().into_iter().collect();
+    in_file_order.sort_by_key(|(_, info)| info.data_offsets);
+    for (name, info) in in_file_order {
+        let Some(dtype) = ours(info.dtype) else {
+            out.skipped.insert(name, info.dtype.to_string());
             continue;
-        }
-        match Entry::deserialize(value) {
-            Ok(entry) => entries.push((name, entry)),
-            Err(error) => {
-                return Err(Error::Tensor {
-                    file: file.into(),
-                    tensor: name,
-                    reason: format!("invalid header entry: {error}"),
-                });
-            }
-        }
+        };
+        let mut tensor = HostTensor::zeros(dtype, info.shape.as_slice());
+        source.seek(SeekFrom::Start(data + info.data_offsets.0 as u64)).map_err(io)?;
+        source.read_exact(tensor.bytes_mut()).map_err(io)?;
+        out.tensors.insert(name, tensor);
     }
-    entries.sort_by_key(|(_, entry)| entry.data_offsets);
-
-    let mut end = 0;
-    for (name, entry) in &entries {
-        let (from, to) = entry.data_offsets;
-        if from != end || to < from {
-            let reason = format!(
-                "its bytes {from}..{to} should start at {end}, where the tensor before it ends; the file is damaged"
-            );
-            return Err(Error::Tensor { file: file.into(), tensor: name.clone(), reason });
-        }
-        end = to;
-    }
-    Ok((entries, metadata))
+    out.metadata.extend(header.metadata().clone().into_iter().flatten());
+    Ok(out)
 }
 
-/// Wide elements first, then by name: the order of the reference implementation, which keeps each tensor aligned to its
-/// element size.
-fn in_file_order(tensors: &BTreeMap<String, HostTensor>) -> Vec<(&String, &HostTensor)> {
-    let mut order: Vec<_> = tensors.iter().collect();
-    order.sort_by_key(|(_, tensor)| std::cmp::Reverse(tensor.dtype().size()));
-    order
+/// The crate's name for a dtype.
+fn theirs(dtype: DType) -> Dtype {
+    match dtype {
+        DType::F64 => Dtype::F64,
+        DType::F32 => Dtype::F32,
+        DType::F16 => Dtype::F16,
+        DType::BF16 => Dtype::BF16,
+    }
 }
 
-/// The header, padded with spaces so that the data starts on a cache line even for a reader that maps the file.
-fn header(file: &str, order: &[(&String, &HostTensor)], metadata: &BTreeMap<String, String>) -> Result<Vec<u8>> {
-    let mut map = Map::new();
-    if !metadata.is_empty() {
-        map.insert(METADATA.into(), json!(metadata));
+/// The dtype of this name, if kvfold can hold it.
+fn ours(dtype: Dtype) -> Option<DType> {
+    DType::ALL.into_iter().find(|&ours| theirs(ours) == dtype)
+}
+
+impl View for &HostTensor {
+    fn dtype(&self) -> Dtype {
+        theirs(HostTensor::dtype(self))
     }
-    let mut start = 0;
-    for &(name, tensor) in order {
-        if name == METADATA {
-            let reason = "this name is reserved by the format; give the tensor another one".into();
-            return Err(Error::Tensor { file: file.into(), tensor: name.clone(), reason });
-        }
-        let end = start + tensor.bytes().len();
-        let entry = json!({ "dtype": tensor.dtype().name(), "shape": tensor.shape(), "data_offsets": [start, end] });
-        map.insert(name.clone(), entry);
-        start = end;
+
+    fn shape(&self) -> &[usize] {
+        HostTensor::shape(self)
     }
-    let mut header = Value::Object(map).to_string().into_bytes();
-    let end = (PREFIX as usize + header.len()).next_multiple_of(AlignedBytes::ALIGN);
-    header.resize(end - PREFIX as usize, b' ');
-    match header.len() as u64 {
-        length if length > MAX_HEADER => Err(Error::HeaderTooLarge { file: file.into(), length, limit: MAX_HEADER }),
-        _ => Ok(header),
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        self.bytes().into()
+    }
+
+    fn data_len(&self) -> usize {
+        self.bytes().len()
     }
 }
