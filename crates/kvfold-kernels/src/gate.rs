@@ -67,6 +67,7 @@ fn importance_span<F: Real>() -> F {
 }
 
 /// Soft decisions of one sequence, `[T,G]` each. The first token appends; `close` is shifted by one.
+#[inline(always)]
 pub(crate) fn decide_soft<F: Real, K: KernelSet<F>>(relaxed: &[F], kv: usize, alpha: &mut [F], close: &mut [F]) {
     alpha[..kv].fill(F::zero());
     for (alpha, &l) in alpha.iter_mut().zip(relaxed).skip(kv) {
@@ -80,6 +81,7 @@ pub(crate) fn decide_soft<F: Real, K: KernelSet<F>>(relaxed: &[F], kv: usize, al
 }
 
 /// Gradient of the relaxed logits of one sequence: `d_alpha * alpha (1 - alpha) - d_close[previous] * alpha`.
+#[inline(always)]
 pub(crate) fn decide_soft_grad<F: Real, K: KernelSet<F>>(
     relaxed: &[F],
     kv: usize,
@@ -94,6 +96,7 @@ pub(crate) fn decide_soft_grad<F: Real, K: KernelSet<F>>(
 }
 
 /// Hard decisions of one sequence: fold where the logit is above 0; ties append.
+#[inline(always)]
 pub(crate) fn decide_hard<F: Real>(logit: &[F], kv: usize, alpha: &mut [F], close: &mut [F]) {
     let folds = |l: F| l > F::zero();
     for (i, (alpha, &l)) in alpha.iter_mut().zip(logit).enumerate() {

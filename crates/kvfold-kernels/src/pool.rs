@@ -42,6 +42,7 @@ pub(crate) fn accumulate<F: Real>(sum: &mut [F], alpha: F, omega: F, x: &[F]) {
 }
 
 /// Means `[T,E]` and masses `[T]`.
+#[inline(always)]
 pub(crate) fn forward<F: Real>(job: &PoolJob<'_, F>, mean: &mut [F], mass: &mut [F]) {
     let width = job.width();
     let mut sum = vec![F::zero(); width];
@@ -59,6 +60,7 @@ pub(crate) fn forward<F: Real>(job: &PoolJob<'_, F>, mean: &mut [F], mass: &mut 
     }
 }
 
+#[inline(always)]
 fn windowed_sum<F: Real>(job: &PoolJob<'_, F>, i: usize) -> (Vec<F>, F) {
     let width = job.width();
     let (mut sum, mut z, mut c) = (vec![F::zero(); width], F::zero(), F::one());
@@ -83,6 +85,7 @@ pub(crate) struct PoolJobGrad<'a, F> {
 }
 
 /// The adjoint of [`forward`] for output gradients `d_mean [T,E]` and `d_mass [T]`.
+#[inline(always)]
 pub(crate) fn backward<F: Real>(job: &PoolJob<'_, F>, (d_mean, d_mass): (&[F], &[F]), to: &mut PoolJobGrad<'_, F>) {
     let len = job.alpha.len();
     match job.window {
@@ -101,6 +104,7 @@ pub(crate) fn backward<F: Real>(job: &PoolJob<'_, F>, (d_mean, d_mass): (&[F], &
 /// ```text
 /// Xbar_i = dx~_i / Z_i + alpha_{i+1} Xbar_{i+1}      Zbar_i = dz_i - (dx~_i . x~_i) / Z_i + alpha_{i+1} Zbar_{i+1}
 /// ```
+#[inline(always)]
 fn sweep<'s, F: Real>(
     job: &PoolJob<'_, F>,
     first: usize,

@@ -110,23 +110,26 @@ impl<'a, F: Real> Walk<'a, F> {
             accumulate: false,
         };
         set.gemm(product, s);
-        set.run(|| {
-            for (r, s) in s.chunks_exact_mut(KEYS).take(rows).enumerate() {
-                let i = i0 + r;
-                let (lo, hi) = if packed.close.is_some() { (0, job.pooled_count(i)) } else { job.exact_range(i) };
-                let clip = |j: usize| j.clamp(j0, j0 + width) - j0;
-                let (lo, hi) = (clip(lo), clip(hi).max(clip(lo)));
-                if let Some(mass) = &packed.mass {
-                    s[lo..hi].iter_mut().zip(&mass[j0 + lo..]).for_each(|(s, &b)| *s += b);
+        set.run(
+            #[inline(always)]
+            || {
+                for (r, s) in s.chunks_exact_mut(KEYS).take(rows).enumerate() {
+                    let i = i0 + r;
+                    let (lo, hi) = if packed.close.is_some() { (0, job.pooled_count(i)) } else { job.exact_range(i) };
+                    let clip = |j: usize| j.clamp(j0, j0 + width) - j0;
+                    let (lo, hi) = (clip(lo), clip(hi).max(clip(lo)));
+                    if let Some(mass) = &packed.mass {
+                        s[lo..hi].iter_mut().zip(&mass[j0 + lo..]).for_each(|(s, &b)| *s += b);
+                    }
+                    if let Some(close) = &packed.close {
+                        let closing = clip(job.pooled_count(i).saturating_sub(1)).max(lo);
+                        s[lo..closing].iter_mut().zip(&close[j0 + lo..]).for_each(|(s, &b)| *s += b);
+                    }
+                    s[..lo].fill(F::neg_infinity());
+                    s[hi..width].fill(F::neg_infinity());
                 }
-                if let Some(close) = &packed.close {
-                    let closing = clip(job.pooled_count(i).saturating_sub(1)).max(lo);
-                    s[lo..closing].iter_mut().zip(&close[j0 + lo..]).for_each(|(s, &b)| *s += b);
-                }
-                s[..lo].fill(F::neg_infinity());
-                s[hi..width].fill(F::neg_infinity());
-            }
-        });
+            },
+        );
     }
 }
 
@@ -144,21 +147,24 @@ pub(crate) fn forward<F: Real, K: KernelSet<F>>(set: K, job: &AttentionJob<'_, F
             let (mut top, mut total) = ([F::neg_infinity(); QUERIES], [F::zero(); QUERIES]);
             walk.blocks(i0, rows, |packed, block| {
                 walk.scores(set, packed, block, &q, &mut s);
-                set.run(|| {
-                    for (r, s) in s.chunks_exact_mut(KEYS).take(rows).enumerate() {
-                        let s = &mut s[..block.width];
-                        let new = top[r].max(real::max(s));
-                        if new == F::neg_infinity() {
-                            s.fill(F::zero());
-                            continue;
+                set.run(
+                    #[inline(always)]
+                    || {
+                        for (r, s) in s.chunks_exact_mut(KEYS).take(rows).enumerate() {
+                            let s = &mut s[..block.width];
+                            let new = top[r].max(real::max(s));
+                            if new == F::neg_infinity() {
+                                s.fill(F::zero());
+                                continue;
+                            }
+                            let keep = K::exp(top[r] - new);
+                            s.iter_mut().for_each(|s| *s = K::exp(*s - new));
+                            total[r] = total[r] * keep + real::total(s);
+                            acc[r * dim..][..dim].iter_mut().for_each(|o| *o *= keep);
+                            top[r] = new;
                         }
-                        let keep = K::exp(top[r] - new);
-                        s.iter_mut().for_each(|s| *s = K::exp(*s - new));
-                        total[r] = total[r] * keep + real::total(s);
-                        acc[r * dim..][..dim].iter_mut().for_each(|o| *o *= keep);
-                        top[r] = new;
-                    }
-                });
+                    },
+                );
                 let product = Gemm {
                     m: rows,
                     n: dim,
@@ -224,16 +230,19 @@ pub(crate) fn backward<F: Real, K: KernelSet<F>>(
                     accumulate: false,
                 };
                 set.gemm(dp, &mut ds);
-                set.run(|| {
-                    for r in 0..rows {
-                        let (p, ds) = (&mut p[r * KEYS..][..width], &mut ds[r * KEYS..][..width]);
-                        for (p, ds) in p.iter_mut().zip(ds) {
-                            *p = K::exp(*p - lse[r]);
-                            *ds = *p * (*ds - delta[r]);
+                set.run(
+                    #[inline(always)]
+                    || {
+                        for r in 0..rows {
+                            let (p, ds) = (&mut p[r * KEYS..][..width], &mut ds[r * KEYS..][..width]);
+                            for (p, ds) in p.iter_mut().zip(ds) {
+                                *p = K::exp(*p - lse[r]);
+                                *ds = *p * (*ds - delta[r]);
+                            }
                         }
-                    }
-                    bias_grads(job, packed, block, &ds, to);
-                });
+                        bias_grads(job, packed, block, &ds, to);
+                    },
+                );
                 let back = Gemm {
                     m: rows,
                     n: dim,

@@ -46,7 +46,10 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
             .zip(x.data().par_chunks(block).zip(d.data().par_chunks(block)))
             .map(|(dx, (x, d))| {
                 let mut dw = vec![F::zero(); cols];
-                self.set.run(|| norm::backward((x, w.data(), F::of(eps)), d, dx, &mut dw));
+                self.set.run(
+                    #[inline(always)]
+                    || norm::backward((x, w.data(), F::of(eps)), d, dx, &mut dw),
+                );
                 dw
             })
             .collect();
@@ -60,47 +63,71 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
     }
 
     fn swiglu_grad(&self, gate: &Array<F>, up: &Array<F>, d: &Array<F>) -> (Array<F>, Array<F>) {
-        let d_gate = self.map([gate, up, d], |[g, u, d]| {
-            let s = real::sigmoid(K::exp, g);
-            d * u * s * (F::one() + g * (F::one() - s))
-        });
-        let d_up = self.map([gate, d], |[g, d]| d * g * real::sigmoid(K::exp, g));
+        let d_gate = self.map(
+            [gate, up, d],
+            #[inline(always)]
+            |[g, u, d]| {
+                let s = real::sigmoid(K::exp, g);
+                d * u * s * (F::one() + g * (F::one() - s))
+            },
+        );
+        let d_up = self.map(
+            [gate, d],
+            #[inline(always)]
+            |[g, d]| d * g * real::sigmoid(K::exp, g),
+        );
         (d_gate, d_up)
     }
 
     fn scale(&self, d: &Array<F>, factor: f64) -> Array<F> {
         let factor = F::of(factor);
-        self.map([d], |[d]| d * factor)
+        self.map(
+            [d],
+            #[inline(always)]
+            |[d]| d * factor,
+        )
     }
 
     fn ln_grad(&self, x: &Array<F>, d: &Array<F>) -> Array<F> {
-        self.map([x, d], |[x, d]| d / x)
+        self.map(
+            [x, d],
+            #[inline(always)]
+            |[x, d]| d / x,
+        )
     }
 
     fn cross_entropy_grad(&self, logits: &Array<F>, targets: &[u32], d: &Array<F>) -> Array<F> {
         let (rows, cols) = logits.matrix();
         let factor = d.data()[0] / F::of(counted(targets) as f64);
-        self.by_rows([rows, cols], |first, block| {
-            for (row, to) in block.chunks_exact_mut(cols).enumerate() {
-                let logits = &logits.data()[(first + row) * cols..][..cols];
-                match targets[first + row] {
-                    NO_TARGET => to.fill(F::zero()),
-                    target => loss::cross_entropy_grad::<F, K>(logits, target as usize, factor, to),
+        self.by_rows(
+            [rows, cols],
+            #[inline(always)]
+            |first, block| {
+                for (row, to) in block.chunks_exact_mut(cols).enumerate() {
+                    let logits = &logits.data()[(first + row) * cols..][..cols];
+                    match targets[first + row] {
+                        NO_TARGET => to.fill(F::zero()),
+                        target => loss::cross_entropy_grad::<F, K>(logits, target as usize, factor, to),
+                    }
                 }
-            }
-        })
+            },
+        )
     }
 
     fn kl_grad(&self, student: &Array<F>, teacher: &Array<F>, direction: KlDirection, d: &Array<F>) -> Array<F> {
         let (rows, cols) = student.matrix();
         let factor = d.data()[0] / F::of(rows as f64);
-        self.by_rows([rows, cols], |first, block| {
-            for (row, to) in block.chunks_exact_mut(cols).enumerate() {
-                let at = (first + row) * cols;
-                let (student, teacher) = (&student.data()[at..][..cols], &teacher.data()[at..][..cols]);
-                loss::kl_grad::<F, K>((student, teacher), direction, factor, to);
-            }
-        })
+        self.by_rows(
+            [rows, cols],
+            #[inline(always)]
+            |first, block| {
+                for (row, to) in block.chunks_exact_mut(cols).enumerate() {
+                    let at = (first + row) * cols;
+                    let (student, teacher) = (&student.data()[at..][..cols], &teacher.data()[at..][..cols]);
+                    loss::kl_grad::<F, K>((student, teacher), direction, factor, to);
+                }
+            },
+        )
     }
 
     fn borrowed_gate_grad(
@@ -129,13 +156,17 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
     fn head_gate_grad(&self, r: &Array<F>, scale: f64, d: &Gate<Array<F>>) -> Array<F> {
         let (rows, cols) = r.matrix();
         let kv = cols / 2;
-        self.by_rows([rows, cols], |first, block| {
-            for (row, to) in block.chunks_exact_mut(cols).enumerate() {
-                let at = first + row;
-                let d = (&d.logit.data()[at * kv..][..kv], &d.omega.data()[at * kv..][..kv]);
-                gate::head_row_grad(&r.data()[at * cols..][..cols], F::of(scale), d, to);
-            }
-        })
+        self.by_rows(
+            [rows, cols],
+            #[inline(always)]
+            |first, block| {
+                for (row, to) in block.chunks_exact_mut(cols).enumerate() {
+                    let at = first + row;
+                    let d = (&d.logit.data()[at * kv..][..kv], &d.omega.data()[at * kv..][..kv]);
+                    gate::head_row_grad(&r.data()[at * cols..][..cols], F::of(scale), d, to);
+                }
+            },
+        )
     }
 
     fn decide_soft_grad(&self, relaxed: &Array<F>, spans: &Spans, d: &Decided<Array<F>>) -> Array<F> {
@@ -145,7 +176,10 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
             let at = start * kv..(start + len) * kv;
             let d = (&d.alpha.data()[at.clone()], &d.close.data()[at.clone()]);
             let l = &relaxed.data()[at.clone()];
-            self.set.run(|| gate::decide_soft_grad::<F, K>(l, kv, d, &mut grad[at.clone()]));
+            self.set.run(
+                #[inline(always)]
+                || gate::decide_soft_grad::<F, K>(l, kv, d, &mut grad[at.clone()]),
+            );
         }
         self.array(relaxed.shape(), grad)
     }
@@ -188,7 +222,10 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
         let work: Vec<_> = jobs.iter().zip(&d_jobs).zip(to).collect();
         work.into_par_iter().for_each(|(((x, alpha, omega), (d_mean, d_mass, _)), mut to)| {
             let job = PoolJob { x, alpha, omega, window: shape.window };
-            self.set.run(|| pool::backward(&job, (d_mean, d_mass), &mut to));
+            self.set.run(
+                #[inline(always)]
+                || pool::backward(&job, (d_mean, d_mass), &mut to),
+            );
         });
         let (k, v) = self.split_pairs(x.data(), spans, shape.heads);
         let column = |jobs: &Array<F>| self.to_rows(jobs.data(), spans, JobLayout { kv, parts: 1, width: 1 });
@@ -252,8 +289,18 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
     }
 
     fn sum_squares(&self, x: &Array<F>) -> f64 {
-        let parts: Vec<f64> =
-            x.data().par_chunks(PARALLEL).map(|x| self.set.run(|| real::sum_squares(x)).f64()).collect();
+        let parts: Vec<f64> = x
+            .data()
+            .par_chunks(PARALLEL)
+            .map(|x| {
+                self.set
+                    .run(
+                        #[inline(always)]
+                        || real::sum_squares(x),
+                    )
+                    .f64()
+            })
+            .collect();
         parts.iter().sum()
     }
 
@@ -266,14 +313,17 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
         let moments = m.par_chunks_mut(PARALLEL).zip(v.par_chunks_mut(PARALLEL));
         let params = param.data_mut().par_chunks_mut(PARALLEL).zip(grad.data().par_chunks(PARALLEL));
         params.zip(moments).for_each(|((p, g), (m, v))| {
-            self.set.run(|| {
-                for i in 0..p.len() {
-                    let g = g[i] * grad_scale;
-                    m[i] = beta1 * m[i] + (F::one() - beta1) * g;
-                    v[i] = beta2 * v[i] + (F::one() - beta2) * g * g;
-                    p[i] = p[i] * keep - lr * (m[i] * m_correct) / ((v[i] * v_correct).sqrt() + eps);
-                }
-            });
+            self.set.run(
+                #[inline(always)]
+                || {
+                    for i in 0..p.len() {
+                        let g = g[i] * grad_scale;
+                        m[i] = beta1 * m[i] + (F::one() - beta1) * g;
+                        v[i] = beta2 * v[i] + (F::one() - beta2) * g * g;
+                        p[i] = p[i] * keep - lr * (m[i] * m_correct) / ((v[i] * v_correct).sqrt() + eps);
+                    }
+                },
+            );
         });
     }
 

@@ -35,18 +35,26 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
 
     fn embed(&self, ids: &[u32], table: &Array<F>) -> Array<F> {
         let (_, cols) = table.matrix();
-        self.by_rows([ids.len(), cols], |first, block| {
-            for (row, &id) in block.chunks_exact_mut(cols).zip(&ids[first..]) {
-                row.copy_from_slice(&table.data()[id as usize * cols..][..cols]);
-            }
-        })
+        self.by_rows(
+            [ids.len(), cols],
+            #[inline(always)]
+            |first, block| {
+                for (row, &id) in block.chunks_exact_mut(cols).zip(&ids[first..]) {
+                    row.copy_from_slice(&table.data()[id as usize * cols..][..cols]);
+                }
+            },
+        )
     }
 
     fn rms_norm(&self, x: &Array<F>, w: &Array<F>, eps: f64) -> Array<F> {
         let (rows, cols) = x.matrix();
-        self.by_rows([rows, cols], |first, y| {
-            norm::forward(&x.data()[first * cols..][..y.len()], w.data(), F::of(eps), y);
-        })
+        self.by_rows(
+            [rows, cols],
+            #[inline(always)]
+            |first, y| {
+                norm::forward(&x.data()[first * cols..][..y.len()], w.data(), F::of(eps), y);
+            },
+        )
     }
 
     fn rope_table(&self, inv_freq: &[f64], positions: usize) -> Array<F> {
@@ -59,38 +67,60 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
 
     fn scale_last_channel(&self, x: &Array<F>, dim: usize, factor: f64) -> Array<F> {
         let (rows, cols) = x.matrix();
-        self.by_rows([rows, cols], |first, y| {
-            y.copy_from_slice(&x.data()[first * cols..][..y.len()]);
-            y.chunks_exact_mut(dim).for_each(|head| head[dim - 1] *= F::of(factor));
-        })
+        self.by_rows(
+            [rows, cols],
+            #[inline(always)]
+            |first, y| {
+                y.copy_from_slice(&x.data()[first * cols..][..y.len()]);
+                y.chunks_exact_mut(dim).for_each(|head| head[dim - 1] *= F::of(factor));
+            },
+        )
     }
 
     fn swiglu(&self, gate: &Array<F>, up: &Array<F>) -> Array<F> {
-        self.map([gate, up], |[g, u]| g * real::sigmoid(K::exp, g) * u)
+        self.map(
+            [gate, up],
+            #[inline(always)]
+            |[g, u]| g * real::sigmoid(K::exp, g) * u,
+        )
     }
 
     fn add(&self, x: &Array<F>, y: &Array<F>, factor: f64) -> Array<F> {
         let factor = F::of(factor);
-        self.map([x, y], |[x, y]| x + factor * y)
+        self.map(
+            [x, y],
+            #[inline(always)]
+            |[x, y]| x + factor * y,
+        )
     }
 
     fn ln(&self, x: &Array<F>) -> Array<F> {
-        self.map([x], |[x]| x.ln())
+        self.map(
+            [x],
+            #[inline(always)]
+            |[x]| x.ln(),
+        )
     }
 
     fn cross_entropy(&self, logits: &Array<F>, targets: &[u32]) -> Array<F> {
-        let losses = self.loss_rows(logits, |row, logits| match targets[row] {
-            NO_TARGET => F::zero(),
-            target => loss::cross_entropy::<F, K>(logits, target as usize),
-        });
+        let losses = self.loss_rows(
+            logits,
+            #[inline(always)]
+            |row, logits| match targets[row] {
+                NO_TARGET => F::zero(),
+                target => loss::cross_entropy::<F, K>(logits, target as usize),
+            },
+        );
         self.array(&[1], vec![F::of(losses / counted(targets) as f64)])
     }
 
     fn kl(&self, student: &Array<F>, teacher: &Array<F>, direction: KlDirection) -> Array<F> {
         let (rows, cols) = teacher.matrix();
-        let losses = self.loss_rows(student, |row, student| {
-            loss::kl::<F, K>(student, &teacher.data()[row * cols..][..cols], direction)
-        });
+        let losses = self.loss_rows(
+            student,
+            #[inline(always)]
+            |row, student| loss::kl::<F, K>(student, &teacher.data()[row * cols..][..cols], direction),
+        );
         self.array(&[1], vec![F::of(losses / rows as f64)])
     }
 
@@ -111,17 +141,25 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
 
     fn share_columns(&self, x: &Array<F>) -> Array<F> {
         let (rows, cols) = x.matrix();
-        self.by_rows([rows, cols], |first, y| {
-            for (row, y) in y.chunks_exact_mut(cols).enumerate() {
-                let x = &x.data()[(first + row) * cols..][..cols];
-                y.fill(x.iter().copied().sum::<F>() / F::of(cols as f64));
-            }
-        })
+        self.by_rows(
+            [rows, cols],
+            #[inline(always)]
+            |first, y| {
+                for (row, y) in y.chunks_exact_mut(cols).enumerate() {
+                    let x = &x.data()[(first + row) * cols..][..cols];
+                    y.fill(x.iter().copied().sum::<F>() / F::of(cols as f64));
+                }
+            },
+        )
     }
 
     fn relax(&self, logit: &Array<F>, noise: &Array<F>, temperature: f64) -> Array<F> {
         let t = F::of(temperature);
-        self.map([logit, noise], |[a, g]| (a + g) / t)
+        self.map(
+            [logit, noise],
+            #[inline(always)]
+            |[a, g]| (a + g) / t,
+        )
     }
 
     fn decide_soft(&self, relaxed: &Array<F>, spans: &Spans) -> Decided<Array<F>> {
@@ -154,7 +192,10 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
         let outs = split_jobs(&mut mean, spans, kv, 2 * dim).into_iter().zip(split_jobs(&mut mass, spans, kv, 1));
         outs.collect::<Vec<_>>().into_par_iter().zip(&jobs).for_each(|((mean, mass), (x, alpha, omega))| {
             let job = PoolJob { x, alpha, omega, window: shape.window };
-            self.set.run(|| pool::forward(&job, mean, mass));
+            self.set.run(
+                #[inline(always)]
+                || pool::forward(&job, mean, mass),
+            );
         });
         let (k, v) = self.split_pairs(&mean, spans, shape.heads);
         let mass = self.to_rows(&mass, spans, JobLayout { kv, parts: 1, width: 1 });
@@ -184,22 +225,30 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
             assert!(span.position + span.len <= positions, "{span:?} reaches beyond {positions} rotary positions");
             position.extend(span.position..span.position + span.len);
         }
-        self.by_rows([rows, cols], |first, y| {
-            for (row, y) in y.chunks_exact_mut(cols).enumerate() {
-                let angles = &table.data()[position[first + row] * dim..][..dim];
-                rope::rotate_row(&x.data()[(first + row) * cols..][..cols], angles, sign, y);
-            }
-        })
+        self.by_rows(
+            [rows, cols],
+            #[inline(always)]
+            |first, y| {
+                for (row, y) in y.chunks_exact_mut(cols).enumerate() {
+                    let angles = &table.data()[position[first + row] * dim..][..dim];
+                    rope::rotate_row(&x.data()[(first + row) * cols..][..cols], angles, sign, y);
+                }
+            },
+        )
     }
 
     /// Sum of a loss over rows, added up in row order.
     fn loss_rows(&self, logits: &Array<F>, loss: impl Fn(usize, &[F]) -> F + Sync) -> f64 {
         let (rows, cols) = logits.matrix();
-        let losses = self.by_rows([rows, 1], |first, block| {
-            for (row, to) in block.iter_mut().enumerate() {
-                *to = loss(first + row, &logits.data()[(first + row) * cols..][..cols]);
-            }
-        });
+        let losses = self.by_rows(
+            [rows, 1],
+            #[inline(always)]
+            |first, block| {
+                for (row, to) in block.iter_mut().enumerate() {
+                    *to = loss(first + row, &logits.data()[(first + row) * cols..][..cols]);
+                }
+            },
+        );
         losses.data().iter().map(|x| x.f64()).sum()
     }
 
@@ -216,7 +265,10 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         let (mut alpha, mut close) = (self.buffer(rows * kv), self.buffer(rows * kv));
         for &Span { start, len, .. } in spans {
             let at = start * kv..(start + len) * kv;
-            self.set.run(|| f(&l.data()[at.clone()], kv, &mut alpha[at.clone()], &mut close[at.clone()]));
+            self.set.run(
+                #[inline(always)]
+                || f(&l.data()[at.clone()], kv, &mut alpha[at.clone()], &mut close[at.clone()]),
+            );
         }
         Decided { alpha: self.array(&[rows, kv], alpha), close: self.array(&[rows, kv], close) }
     }
@@ -246,12 +298,16 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         let Heads { kv, dim, .. } = heads;
         let both = self.to_rows(pairs, spans, JobLayout { kv, parts: 1, width: 2 * dim });
         let half = |side: usize| {
-            self.by_rows([spans.rows(), kv * dim], |first, block| {
-                let from = both.data()[first * kv * 2 * dim..].chunks_exact(2 * dim);
-                for (to, pair) in block.chunks_exact_mut(dim).zip(from) {
-                    to.copy_from_slice(&pair[side * dim..][..dim]);
-                }
-            })
+            self.by_rows(
+                [spans.rows(), kv * dim],
+                #[inline(always)]
+                |first, block| {
+                    let from = both.data()[first * kv * 2 * dim..].chunks_exact(2 * dim);
+                    for (to, pair) in block.chunks_exact_mut(dim).zip(from) {
+                        to.copy_from_slice(&pair[side * dim..][..dim]);
+                    }
+                },
+            )
         };
         (half(0), half(1))
     }

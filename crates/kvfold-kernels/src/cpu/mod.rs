@@ -84,7 +84,12 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     fn by_rows(&self, shape: [usize; 2], fill: impl Fn(usize, &mut [F]) + Sync) -> Array<F> {
         let [rows, cols] = shape;
         let mut data = self.buffer(rows * cols);
-        for_rows(&mut data, cols, |first, block| self.set.run(|| fill(first, block)));
+        for_rows(&mut data, cols, |first, block| {
+            self.set.run(
+                #[inline(always)]
+                || fill(first, block),
+            )
+        });
         self.array(&shape, data)
     }
 
@@ -94,12 +99,15 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         assert!(xs.iter().all(|x| x.data().len() == len), "elementwise on {:?}", xs.map(Array::shape));
         let mut data = self.buffer(len);
         for_rows(&mut data, 1, |first, block| {
-            self.set.run(|| {
-                let xs = xs.map(|x| &x.data()[first..][..block.len()]);
-                for (i, y) in block.iter_mut().enumerate() {
-                    *y = f(xs.map(|x| x[i]));
-                }
-            });
+            self.set.run(
+                #[inline(always)]
+                || {
+                    let xs = xs.map(|x| &x.data()[first..][..block.len()]);
+                    for (i, y) in block.iter_mut().enumerate() {
+                        *y = f(xs.map(|x| x[i]));
+                    }
+                },
+            );
         });
         self.array(xs[0].shape(), data)
     }

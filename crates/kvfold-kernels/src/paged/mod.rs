@@ -141,12 +141,15 @@ pub(crate) fn run<F: Real, K: KernelSet<F>>(set: K, input: &HeadInput<'_, F>, ta
     let row = input.heads.group() * dim;
     let zeros = |n: usize| vec![F::zero(); n];
     let mut scratch = Scratch { rotated: zeros(dim), raw: zeros(2 * dim), q: zeros(row), scores: Vec::new() };
-    set.run(|| {
-        for (t, out) in out.chunks_exact_mut(row).enumerate().take(input.len) {
-            take(input, table, t, &mut scratch);
-            attend::<F, K>(input, table, t, &mut scratch, out);
-        }
-    });
+    set.run(
+        #[inline(always)]
+        || {
+            for (t, out) in out.chunks_exact_mut(row).enumerate().take(input.len) {
+                take(input, table, t, &mut scratch);
+                attend::<F, K>(input, table, t, &mut scratch, out);
+            }
+        },
+    );
 }
 
 /// Carries out what token t of the input causes.
