@@ -143,6 +143,16 @@ impl<O: CacheOps> PagePool<O> {
         self.made.1 - lock(&self.free).states.len()
     }
 
+    /// What the full cache of a sequence of `tokens` holds: every token a slot, in whole pages of this pool's elements.
+    pub fn dense_usage(&self, ops: &O, tokens: usize) -> Usage {
+        let element = ops.block_bytes(&self.pages) / self.rule.page_len(self.heads.dim);
+        Usage {
+            slot_pages: self.layers * self.heads.kv * tokens.div_ceil(PAGE_SLOTS),
+            page_bytes: Rule::Keep.page_len(self.heads.dim) * element,
+            ..Usage::default()
+        }
+    }
+
     /// What a sequence holds, in this pool's bytes.
     pub fn usage(&self, ops: &O, sequence: &SequenceCache) -> Usage {
         let mut usage = Usage {

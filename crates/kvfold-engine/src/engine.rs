@@ -107,6 +107,11 @@ impl<O: CacheOps> Engine<O> {
         self.pool.usage(&self.model.ops, &sequence.cache)
     }
 
+    /// Bytes and pages that the full cache of a sequence of `tokens` holds.
+    pub fn dense_usage(&self, tokens: usize) -> Usage {
+        self.pool.dense_usage(&self.model.ops, tokens)
+    }
+
     /// Logits `[tokens, V]` of every new token of one sequence, chunk by chunk.
     pub fn logits(&mut self, sequence: &mut Sequence, tokens: &[u32]) -> Result<Vec<f32>, EngineError> {
         let mut all = Vec::with_capacity(tokens.len() * self.model.shape.vocab);

@@ -6,8 +6,10 @@
 
 mod compare;
 mod error;
+mod speed;
 mod windows;
 
 pub use compare::{Comparison, compare};
 pub use error::EvalError;
+pub use speed::{Workload, decode_speed};
 pub use windows::{Measured, Perplexity, cut, perplexity};

@@ -21,10 +21,12 @@ pub struct Measured {
     tokens: usize,
     slots: Vec<Vec<usize>>,
     usage: Vec<Usage>,
+    dense_bytes: usize,
 }
 
 impl Measured {
-    pub(crate) fn add(&mut self, held: &Held, usage: Usage) {
+    pub(crate) fn add(&mut self, held: &Held, usage: Usage, dense: Usage) {
+        self.dense_bytes += dense.bytes();
         self.windows += 1;
         self.tokens += held.tokens;
         if self.slots.is_empty() {
@@ -47,6 +49,12 @@ impl Measured {
     pub fn heads(&self) -> Vec<Vec<f64>> {
         let ratio = |&slots: &usize| self.tokens as f64 / slots.max(1) as f64;
         self.slots.iter().map(|layer| layer.iter().map(ratio).collect()).collect()
+    }
+
+    /// Bytes of the full caches over bytes held, pages and open states counted.
+    pub fn physical_ratio(&self) -> f64 {
+        let held: usize = self.usage.iter().map(Usage::bytes).sum();
+        self.dense_bytes as f64 / held.max(1) as f64
     }
 
     /// Mean over windows of a part of the memory that the allocator had given out at the end.
@@ -103,7 +111,7 @@ pub(crate) fn run<O: CacheOps>(
     }
     let mut sequence = engine.sequence();
     let logits = engine.logits(&mut sequence, window)?;
-    measured.add(&sequence.held(), engine.usage(&sequence));
+    measured.add(&sequence.held(), engine.usage(&sequence), engine.dense_usage(window.len()));
     Ok(logits)
 }
 

@@ -7,10 +7,13 @@
 /// The files of a model: name and content.
 pub(crate) type Files = &'static [(&'static str, &'static [u8])];
 
-/// The names of the models that [`Checkpoint::open`](crate::Checkpoint::open) knows without a directory.
-pub const NAMES: &[&str] = &["stories260k"];
+/// The name of the embedded teller of children's stories.
+pub const STORIES260K: &str = "stories260k";
 
-static STORIES260K: Files = &[
+/// The names of the models that [`Checkpoint::open`](crate::Checkpoint::open) knows without a directory.
+pub const NAMES: &[&str] = &[STORIES260K];
+
+static STORIES260K_FILES: Files = &[
     ("config.json", include_bytes!("../models/stories260k/config.json")),
     ("model.safetensors", include_bytes!("../models/stories260k/model.safetensors")),
     ("tokenizer.json", include_bytes!("../models/stories260k/tokenizer.json")),
@@ -20,5 +23,5 @@ static STORIES260K: Files = &[
 
 /// The files of the embedded model of this name.
 pub(crate) fn find(name: &str) -> Option<Files> {
-    (name == NAMES[0]).then_some(STORIES260K)
+    (name == STORIES260K).then_some(STORIES260K_FILES)
 }

@@ -157,7 +157,7 @@ impl Card {
         if let Some(m) = &self.memory {
             let _ = writeln!(
                 out,
-                "One sequence of {} tokens takes {} of cache, page tables and unused slots included; \
+                "One sequence of {} tokens takes {} of cache, unused slots and open states included; \
                  the original model takes {}.\n",
                 format::exact(m.context_tokens),
                 format::bytes(m.kv_bytes),
@@ -325,7 +325,7 @@ mod tests {
 
         ## Measured
 
-        One sequence of 512 tokens takes 44.0 KiB of cache, page tables and unused slots included; the original model takes 160 KiB.
+        One sequence of 512 tokens takes 44.0 KiB of cache, unused slots and open states included; the original model takes 160 KiB.
 
         Compared with the original model at 16,352 held-out positions:
 

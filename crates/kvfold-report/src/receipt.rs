@@ -128,15 +128,12 @@ pub struct KvBytes {
     /// Exact recent tokens, where they are kept outside the pages.
     #[serde(default)]
     pub ring: u64,
-    /// Page tables and counters.
-    #[serde(default)]
-    pub tables: u64,
 }
 
 impl KvBytes {
     /// All parts together.
     pub fn total(&self) -> u64 {
-        self.pages + self.open_state + self.ring + self.tables
+        self.pages + self.open_state + self.ring
     }
 }
 
@@ -346,8 +343,7 @@ mod tests {
           "kv_bytes_detail": {
             "pages": 40960,
             "open_state": 3072,
-            "ring": 0,
-            "tables": 1024
+            "ring": 1024
           },
           "heads": [
             [

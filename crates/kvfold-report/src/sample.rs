@@ -9,7 +9,7 @@ use crate::receipt::{
 pub(crate) fn receipt() -> Receipt {
     let heads = vec![vec![4.0, 8.0], vec![16.0, 10.0], vec![1.0625, 12.0]];
     let held: f64 = heads.iter().flatten().map(|ratio| 1.0 / ratio).sum();
-    let kv_bytes_detail = KvBytes { pages: 40_960, open_state: 3_072, ring: 0, tables: 1_024 };
+    let kv_bytes_detail = KvBytes { pages: 40_960, open_state: 3_072, ring: 1_024 };
     Receipt {
         schema: Schema::V1,
         kvfold_version: "0.1.0".to_owned(),

@@ -188,12 +188,7 @@ fn method(receipt: &Receipt) -> String {
 }
 
 fn parts(detail: &KvBytes) -> String {
-    let named = [
-        ("pages", detail.pages),
-        ("open state", detail.open_state),
-        ("exact recent tokens", detail.ring),
-        ("tables", detail.tables),
-    ];
+    let named = [("pages", detail.pages), ("open state", detail.open_state), ("exact recent tokens", detail.ring)];
     let parts: Vec<String> = named
         .iter()
         // Pages are always named: a cache without any would be news.
@@ -231,7 +226,7 @@ mod tests {
           logical ratio     3.84x (74.0 % removed)
           physical ratio    3.64x (72.5 % removed)
           full cache        160 KiB
-          compressed cache  44.0 KiB = pages 40.0 KiB + open state 3.00 KiB + tables
+          compressed cache  44.0 KiB = pages 40.0 KiB + open state 3.00 KiB + ring
                             1.00 KiB
 
         Quality (16,352 held-out positions)
@@ -333,7 +328,7 @@ mod tests {
     #[test]
     fn parts_without_bytes_are_left_out() {
         insta::assert_snapshot!(parts(&KvBytes { pages: 4096, ..KvBytes::default() }), @"pages 4.00 KiB");
-        insta::assert_snapshot!(parts(&sample::receipt().memory.kv_bytes_detail), @"pages 40.0 KiB + open state 3.00 KiB + tables 1.00 KiB");
+        insta::assert_snapshot!(parts(&sample::receipt().memory.kv_bytes_detail), @"pages 40.0 KiB + open state 3.00 KiB + ring 1.00 KiB");
     }
 
     fn strip(text: &str) -> String {

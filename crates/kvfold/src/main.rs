@@ -1,3 +1,40 @@
-//! The command line.
+//! The `kvfold` command: parse, run, and say with the exit code how it went.
 
-fn main() {}
+mod cli;
+mod commands;
+mod error;
+mod interrupt;
+mod output;
+
+use clap::Parser;
+use cli::{Cli, Command, EvalCommand};
+use error::AppError;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(&cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // A reader that closed the pipe has what it wanted.
+            if !error.is_broken_pipe() {
+                eprintln!("kvfold: {error}");
+            }
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<(), AppError> {
+    let mut pool = rayon::ThreadPoolBuilder::new();
+    if let Some(threads) = cli.threads {
+        pool = pool.num_threads(threads.get());
+    }
+    pool.build_global().map_err(|error| AppError::Setup { what: "start the threads", reason: error.to_string() })?;
+    match &cli.command {
+        Command::Demo(args) => commands::demo::run(args),
+        Command::Retrofit(args) => commands::retrofit::run(args),
+        Command::Generate(args) => commands::generate::run(args),
+        Command::Eval { command: EvalCommand::Ppl(args) } => commands::eval_ppl::run(args),
+    }
+}

@@ -1,0 +1,329 @@
+//! The arguments, with the help a newcomer reads.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use kvfold_kernels::dmc::Share;
+use kvfold_kernels::ops::{KlDirection, Over, Scope};
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+const AFTER_HELP: &str = "\
+A MODEL is a Hugging Face directory (config.json, model.safetensors, tokenizer.json), or the name of the embedded \
+model: stories260k.
+
+Exit codes:
+  0    done
+  1    the machine failed: a disk, a permission
+  2    the arguments are wrong
+  3    the input cannot be used: a model, a text, a setting
+  4    training failed: a loss that is not a number
+  130  interrupted; what can be resumed is saved";
+
+/// Dynamic Memory Compression for Llama-family models: teach a model to keep a smaller cache, and prove what it costs.
+#[derive(Debug, Parser)]
+#[command(version, after_help = AFTER_HELP, arg_required_else_help = true, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+
+    /// Threads to compute with [default: one per core]; results do not depend on it
+    #[arg(long, global = true, value_name = "N")]
+    pub(crate) threads: Option<NonZeroUsize>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Retrofit the embedded model to 4x in a minute or two, and print a receipt
+    ///
+    /// Samples training text from the model itself, teaches it to fold its cache, evaluates it on held-out text, tells
+    /// the same story with the full and the compressed cache, and prints every number that a doubter would ask for.
+    Demo(DemoArgs),
+    /// Teach a model to compress its cache
+    ///
+    /// Writes a complete model directory: weights, config, tokenizer, model card, training curve. An interrupted run goes
+    /// on with --resume and ends with the same weights.
+    Retrofit(Box<RetrofitArgs>),
+    /// Continue a prompt
+    Generate(GenerateArgs),
+    /// Measure how good a model is, through the cache that serves it
+    Eval {
+        #[command(subcommand)]
+        command: EvalCommand,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum EvalCommand {
+    /// Perplexity of a text
+    ///
+    /// The text is tokenised once, without special tokens, and cut into consecutive windows; a last incomplete one is
+    /// dropped. In each window the first token is given and the others are predicted.
+    Ppl(PplArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DemoArgs {
+    /// Also write the receipt as JSON
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<PathBuf>,
+
+    /// Seed of everything random
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub(crate) seed: u64,
+
+    /// Keep the retrofitted model in this new directory
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GenerateArgs {
+    /// Model directory, or stories260k
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) model: String,
+
+    /// Text to continue
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) prompt: String,
+
+    /// New tokens at most [default: 256, or what the model's context leaves]
+    #[arg(long, value_name = "N")]
+    pub(crate) max_new_tokens: Option<usize>,
+
+    /// 0 takes the most likely token; higher is more varied
+    #[arg(long, default_value_t = 0.0, value_name = "T", value_parser = temperature)]
+    pub(crate) temperature: f64,
+
+    /// Seed of the draws
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub(crate) seed: u64,
+
+    /// Print one JSON document instead of the text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PplArgs {
+    /// Model directory, or stories260k
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) model: String,
+
+    /// Text to predict (UTF-8)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) text: PathBuf,
+
+    /// Tokens of a window [default: 1024, or the model's context if shorter]
+    #[arg(long, value_name = "N")]
+    pub(crate) window: Option<usize>,
+
+    /// Tokens of the text that are used at most
+    #[arg(long, value_name = "TOKENS")]
+    pub(crate) limit: Option<usize>,
+
+    /// Print one JSON document instead of a table
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Where decisions come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DecisionSource {
+    /// A linear layer of its own, which leaves the original model untouched at the start
+    Head,
+    /// The last channel of keys and queries (the paper); costs more training
+    Borrowed,
+}
+
+/// What the model is asked to keep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LossKind {
+    /// The original model's predictions (KL divergence)
+    Distill,
+    /// The text's own next tokens (the paper)
+    Lm,
+}
+
+/// Which distribution leads the divergence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Kl {
+    /// KL(original || compressed)
+    Forward,
+    /// KL(compressed || original)
+    Reverse,
+}
+
+impl From<Kl> for KlDirection {
+    fn from(kl: Kl) -> Self {
+        match kl {
+            Kl::Forward => KlDirection::Forward,
+            Kl::Reverse => KlDirection::Reverse,
+        }
+    }
+}
+
+/// Heads that share one target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ScopeArg {
+    /// All together: the model chooses where to compress (the paper)
+    Global,
+    /// Each layer by itself
+    Layer,
+    /// Each KV head by itself
+    Head,
+}
+
+impl From<ScopeArg> for Scope {
+    fn from(scope: ScopeArg) -> Self {
+        match scope {
+            ScopeArg::Global => Scope::Global,
+            ScopeArg::Layer => Scope::Layer,
+            ScopeArg::Head => Scope::Head,
+        }
+    }
+}
+
+/// Tokens that share one target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OverArg {
+    /// Each sequence by itself (the paper's code)
+    Sequence,
+    /// The whole batch (the paper's formula)
+    Batch,
+}
+
+impl From<OverArg> for Over {
+    fn from(over: OverArg) -> Self {
+        match over {
+            OverArg::Sequence => Over::Sequence,
+            OverArg::Batch => Over::Batch,
+        }
+    }
+}
+
+/// Who decides together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ShareArg {
+    /// Every KV head for itself
+    Head,
+    /// All KV heads of a layer together, so their caches stay equally long
+    Layer,
+}
+
+impl From<ShareArg> for Share {
+    fn from(share: ShareArg) -> Self {
+        match share {
+            ShareArg::Head => Share::Head,
+            ShareArg::Layer => Share::Layer,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RetrofitArgs {
+    /// Model directory, or stories260k
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) model: String,
+
+    /// New directory for the retrofitted model
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+
+    /// Compression: tokens seen per slot held, exact recent tokens counted; 4 keeps a quarter
+    #[arg(long, value_name = "R")]
+    pub(crate) ratio: f64,
+
+    /// Training text (UTF-8), one or more files [default: the model writes its own]
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub(crate) text: Vec<PathBuf>,
+
+    /// What the model is asked to keep
+    #[arg(long, value_enum, default_value_t = LossKind::Distill)]
+    pub(crate) loss: LossKind,
+
+    /// Where the decision to append or to fold comes from
+    #[arg(long, value_enum, default_value_t = DecisionSource::Head)]
+    pub(crate) decision: DecisionSource,
+
+    /// Optimiser steps
+    #[arg(long, default_value_t = 100, value_name = "N")]
+    pub(crate) steps: u64,
+
+    /// Seed of everything random
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub(crate) seed: u64,
+
+    /// Go on with the interrupted run of --out; the other arguments must be the same
+    #[arg(long)]
+    pub(crate) resume: bool,
+
+    /// Print one JSON document at the end
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// Newest tokens that stay exact before they are folded; 0 folds at once (the paper)
+    #[arg(long, value_name = "TOKENS", default_value_t = 16, help_heading = "How to compress")]
+    pub(crate) delay: usize,
+
+    /// A slot averages this many newest tokens at most; 0 averages all (the paper's code: 12)
+    #[arg(long, value_name = "TOKENS", default_value_t = 0, help_heading = "How to compress")]
+    pub(crate) pool_window: usize,
+
+    /// Add the log of a slot's mass to its score; costs a float per slot
+    #[arg(long, help_heading = "How to compress")]
+    pub(crate) log_mass: bool,
+
+    /// Who decides together
+    #[arg(long, value_enum, default_value_t = ShareArg::Head, help_heading = "How to compress")]
+    pub(crate) share: ShareArg,
+
+    /// Factor on the decision logit [default: 4 for head, 10 for borrowed; the paper: 1]
+    #[arg(long, value_name = "X", help_heading = "How to compress")]
+    pub(crate) decision_scale: Option<f64>,
+
+    /// Subtracted from the decision logit, so that nothing folds at the start [the paper: 5]
+    #[arg(long, value_name = "X", default_value_t = 3.0, help_heading = "How to compress")]
+    pub(crate) decision_offset: f64,
+
+    /// Sequences of a step
+    #[arg(long, value_name = "N", default_value_t = 8, help_heading = "How to train")]
+    pub(crate) batch: usize,
+
+    /// Tokens of a sequence [default: 512, or the model's context if shorter]
+    #[arg(long, value_name = "N", help_heading = "How to train")]
+    pub(crate) length: Option<usize>,
+
+    /// Texts that the model writes when there is no --text
+    #[arg(long, value_name = "N", default_value_t = 256, help_heading = "How to train")]
+    pub(crate) samples: usize,
+
+    /// Highest learning rate [default: 0.12 / hidden size]
+    #[arg(long, value_name = "X", help_heading = "How to train")]
+    pub(crate) lr: Option<f64>,
+
+    /// Direction of the distillation's divergence
+    #[arg(long, value_enum, default_value_t = Kl::Forward, help_heading = "How to train")]
+    pub(crate) kl: Kl,
+
+    /// Heads that must reach the ratio together
+    #[arg(long, value_enum, default_value_t = ScopeArg::Global, help_heading = "How to train")]
+    pub(crate) scope: ScopeArg,
+
+    /// Tokens that must reach the ratio together
+    #[arg(long, value_enum, default_value_t = OverArg::Batch, help_heading = "How to train")]
+    pub(crate) over: OverArg,
+
+    /// Recompute each block in the backward pass: less memory, more time
+    #[arg(long, help_heading = "How to train")]
+    pub(crate) recompute: bool,
+
+    /// Steps between checkpoints of the run
+    #[arg(long, value_name = "N", default_value_t = 25, help_heading = "How to train")]
+    pub(crate) checkpoint_every: u64,
+}
+
+fn temperature(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(t) if t.is_finite() && t >= 0.0 => Ok(t),
+        _ => Err("a number of at least 0 is expected".into()),
+    }
+}

@@ -1,0 +1,238 @@
+//! `kvfold retrofit`.
+
+use super::measure::measure;
+use super::train::{SelfText, Trained, curve, self_text, train};
+use super::{start_token, tokens_of};
+use crate::cli::{DecisionSource, LossKind, RetrofitArgs};
+use crate::error::AppError;
+use crate::interrupt::Interrupt;
+use crate::output;
+use kvfold_engine::Engine;
+use kvfold_kernels::FastCpu;
+use kvfold_kernels::dmc::{Decision, Dmc};
+use kvfold_model::shape::Shape;
+use kvfold_model::{Checkpoint, embedded, ensure_absent};
+use kvfold_report::card::Recipe;
+use kvfold_report::receipt::{self, Memory, Quality, Training};
+use kvfold_report::{Card, format};
+use kvfold_retrofit::settings::Loss;
+use kvfold_retrofit::{Corpus, RetrofitError, RunDir, Settings, Trainer};
+use serde::Serialize;
+use std::path::Path;
+
+/// Sequences that are kept from training to measure on: at most this many, at most a tenth of the text.
+const HELD_OUT: usize = 16;
+
+#[derive(Serialize)]
+struct Output<'a> {
+    schema: &'static str,
+    out: String,
+    model: &'a str,
+    ratio_asked: f64,
+    #[serde(flatten)]
+    memory: &'a Memory,
+    #[serde(flatten)]
+    quality: &'a Quality,
+    training: Training,
+    command: String,
+}
+
+pub(crate) fn run(args: &RetrofitArgs) -> Result<(), AppError> {
+    ensure_absent(&args.out)?;
+    let base = Checkpoint::open(&args.model)?;
+    let settings = settings(args, &base)?;
+    let mut trainer = Trainer::new(FastCpu::new(), &base, settings)?;
+    let run = RunDir::of(&args.out);
+    if run.exists() && !args.resume {
+        return Err(RetrofitError::Unfinished { dir: run.path().display().to_string() }.into());
+    }
+    let mut original = Engine::new(FastCpu::new(), &base);
+    let (corpus, reports) = if args.resume {
+        let resumed = run.resume(&base, &mut trainer)?;
+        for reason in &resumed.damaged {
+            eprintln!("kvfold: {reason}; going on from the checkpoint before it");
+        }
+        eprintln!("going on after step {} of {}", trainer.steps(), trainer.settings().stages.total());
+        (resumed.corpus, resumed.reports)
+    } else {
+        let corpus = corpus(args, &base, &mut original, trainer.settings().length)?;
+        run.create(&base, trainer.settings(), &corpus)?;
+        (corpus, Vec::new())
+    };
+    let (training_text, held_out) = split(&corpus)?;
+
+    let interrupt = Interrupt::listen()?;
+    let trained = train(&mut trainer, &training_text, reports, args.json, |trainer, reports| {
+        let stop = interrupt.asked() && !trainer.finished();
+        if stop || trainer.steps().is_multiple_of(args.checkpoint_every.max(1)) || trainer.finished() {
+            run.save(trainer, reports)?;
+        }
+        match stop {
+            true => Err(AppError::Interrupted(format!(
+                "interrupted after step {}; the run is saved in {}: go on with --resume",
+                trainer.steps(),
+                run.path().display()
+            ))),
+            false => Ok(()),
+        }
+    })?;
+
+    let model = trainer.checkpoint(&base)?;
+    let mut compressed = Engine::new(FastCpu::new(), &model);
+    let windows: Vec<&[u32]> = held_out.iter().map(Vec::as_slice).collect();
+    let (memory, quality) = measure((&mut original, &mut compressed), &windows, args.json)?;
+    save(
+        &args.out,
+        &model,
+        &Outcome { args, trainer: &trainer, trained: &trained, memory: &memory, quality: &quality },
+    )?;
+    run.remove()?;
+
+    let result = Output {
+        schema: "kvfold.retrofit/1",
+        out: args.out.display().to_string(),
+        model: &args.model,
+        ratio_asked: args.ratio,
+        memory: &memory,
+        quality: &quality,
+        training: training(&trainer, &trained),
+        command: output::command_line(),
+    };
+    if args.json {
+        return output::json(&result);
+    }
+    output::line(&format!(
+        "{}: {} logical, {} physical; perplexity {:.3} -> {:.3} ({}) on {} held-out tokens",
+        result.out,
+        format::ratio(memory.logical_ratio),
+        format::ratio(memory.physical_ratio),
+        quality.perplexity.dense,
+        quality.perplexity.compressed,
+        format::change(quality.perplexity.rise()),
+        format::exact(quality.evaluated_tokens),
+    ))
+}
+
+/// The run that the arguments define.
+fn settings(args: &RetrofitArgs, base: &Checkpoint) -> Result<Settings, AppError> {
+    let shape = Shape::of(&base.config);
+    let offset = args.decision_offset;
+    let decision = match args.decision {
+        DecisionSource::Head => Decision::Head { scale: args.decision_scale.unwrap_or(4.0), offset },
+        DecisionSource::Borrowed => Decision::Borrowed { scale: args.decision_scale.unwrap_or(10.0), offset },
+    };
+    let dmc = Dmc {
+        decision,
+        delay: args.delay,
+        pool_window: (args.pool_window > 0).then_some(args.pool_window),
+        log_mass: args.log_mass,
+        share: args.share.into(),
+    };
+    let mut settings = Settings::recipe(&shape, dmc, args.ratio, args.steps);
+    settings.loss = match args.loss {
+        LossKind::Lm => Loss::Lm,
+        LossKind::Distill => Loss::Distill { direction: args.kl.into() },
+    };
+    settings.pressure.scope = args.scope.into();
+    settings.pressure.over = args.over.into();
+    settings.learning.rate = args.lr.unwrap_or(settings.learning.rate);
+    settings.length = args.length.unwrap_or(settings.length);
+    settings.batch = args.batch;
+    settings.seed = args.seed;
+    settings.recompute = args.recompute;
+    settings.validate(&shape)?;
+    Ok(settings)
+}
+
+/// Sequences to train on and to measure on: the user's texts, or the model's own.
+fn corpus(
+    args: &RetrofitArgs,
+    base: &Checkpoint,
+    original: &mut Engine<FastCpu>,
+    length: usize,
+) -> Result<Corpus, AppError> {
+    if args.text.is_empty() {
+        let wanted = SelfText { texts: args.samples.max(2), length, seed: args.seed };
+        let texts = self_text(original, base, wanted, args.json)?;
+        return Ok(Corpus::cut(texts.into_iter().flatten().collect(), length)?);
+    }
+    let mut tokens = Vec::new();
+    for path in &args.text {
+        tokens.extend(start_token(base).ok());
+        tokens.extend(tokens_of(path, &base.tokenizer)?);
+    }
+    Ok(Corpus::cut(tokens, length)?)
+}
+
+/// Keeps the last sequences from training. A text too short to share is trained and measured on.
+fn split(corpus: &Corpus) -> Result<(Corpus, Vec<Vec<u32>>), AppError> {
+    let held = (corpus.len() / 10).min(HELD_OUT);
+    let kept = corpus.len() - held;
+    let held_out: Vec<Vec<u32>> = match held {
+        0 => vec![corpus.sequence(0).to_vec()],
+        _ => (kept..corpus.len()).map(|n| corpus.sequence(n).to_vec()).collect(),
+    };
+    let training = Corpus::cut(corpus.tokens()[..kept * corpus.length()].to_vec(), corpus.length())?;
+    Ok((training, held_out))
+}
+
+/// What the files beside the weights tell.
+struct Outcome<'a> {
+    args: &'a RetrofitArgs,
+    trainer: &'a Trainer<FastCpu>,
+    trained: &'a Trained,
+    memory: &'a Memory,
+    quality: &'a Quality,
+}
+
+fn training(trainer: &Trainer<FastCpu>, trained: &Trained) -> Training {
+    let settings = trainer.settings();
+    let tokens = trained.steps * (settings.batch * settings.length) as u64;
+    let seconds = trained.elapsed.as_secs_f64();
+    Training { steps: trained.steps, tokens, seconds, tokens_per_second: tokens as f64 / seconds }
+}
+
+fn save(out: &Path, model: &Checkpoint, outcome: &Outcome<'_>) -> Result<(), AppError> {
+    let Outcome { args, trainer, trained, memory, quality } = outcome;
+    let settings = trainer.settings();
+    let steps = trainer.steps();
+    let card = Card {
+        name: out.file_name().unwrap_or(out.as_os_str()).to_string_lossy().into_owned(),
+        base_model: args.model.clone(),
+        license: (args.model == embedded::STORIES260K).then(|| "mit".to_owned()),
+        architecture: model.config.architecture().to_owned(),
+        recipe: Recipe {
+            ratio_asked: args.ratio,
+            ratio_trained: trained.reports.last().map_or(1.0, |report| report.ratio),
+            context_tokens: settings.length as u64,
+            delay: settings.dmc.delay as u64,
+            decision: decision(args.decision),
+            loss: match args.loss {
+                LossKind::Lm => "lm".to_owned(),
+                LossKind::Distill => "distill".to_owned(),
+            },
+            steps,
+            tokens: steps * (settings.batch * settings.length) as u64,
+            seed: args.seed,
+            text: match args.text.is_empty() {
+                true => format!("{} texts that the model wrote itself", args.samples),
+                false => args.text.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", "),
+            },
+        },
+        memory: Some((*memory).clone()),
+        quality: Some(**quality),
+        command: output::command_line(),
+        kvfold_version: env!("CARGO_PKG_VERSION").to_owned(),
+    };
+    let curve = curve(trainer, trained)?.to_json();
+    model.save(out, &[("README.md", card.render().as_bytes()), ("training_curve.json", curve.as_bytes())])?;
+    Ok(())
+}
+
+/// The report's name for a decision source.
+pub(crate) fn decision(source: DecisionSource) -> receipt::Decision {
+    match source {
+        DecisionSource::Head => receipt::Decision::Head,
+        DecisionSource::Borrowed => receipt::Decision::Borrowed,
+    }
+}

@@ -1,0 +1,101 @@
+//! Sampling and training with progress bars, shared by `retrofit` and `demo`.
+
+use super::start_token;
+use crate::error::AppError;
+use crate::output;
+use kvfold_engine::{Engine, Sampler, sample_corpus};
+use kvfold_kernels::FastCpu;
+use kvfold_model::Checkpoint;
+use kvfold_report::{Curve, Point, format};
+use kvfold_retrofit::{Corpus, StepReport, Trainer};
+use std::time::{Duration, Instant};
+
+/// Texts that a model writes about itself.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SelfText {
+    /// Number of texts.
+    pub(crate) texts: usize,
+    /// Tokens of each.
+    pub(crate) length: usize,
+    /// Seed of the draws.
+    pub(crate) seed: u64,
+}
+
+/// Lets the model write `wanted.texts` texts at temperature 1, its own distribution.
+pub(crate) fn self_text(
+    engine: &mut Engine<FastCpu>,
+    checkpoint: &Checkpoint,
+    wanted: SelfText,
+    quiet: bool,
+) -> Result<Vec<Vec<u32>>, AppError> {
+    let SelfText { texts, length, seed } = wanted;
+    let start = start_token(checkpoint)?;
+    let bar = output::bar("sampling its own text", texts * (length - 1), "tokens", quiet);
+    let sampler = Sampler { temperature: 1.0, seed };
+    let corpus = sample_corpus(engine, sampler, (texts, length), start, |done| bar.set_position(done as u64))?;
+    bar.finish_and_clear();
+    Ok(corpus)
+}
+
+/// A training loop's end.
+#[derive(Debug)]
+pub(crate) struct Trained {
+    /// One report per step.
+    pub(crate) reports: Vec<StepReport>,
+    /// Time of this process's steps.
+    pub(crate) elapsed: Duration,
+    /// Steps that this process took.
+    pub(crate) steps: u64,
+}
+
+/// Trains to the end. `after_step` sees all reports so far and may stop the run with an error.
+pub(crate) fn train(
+    trainer: &mut Trainer<FastCpu>,
+    corpus: &Corpus,
+    mut reports: Vec<StepReport>,
+    quiet: bool,
+    mut after_step: impl FnMut(&Trainer<FastCpu>, &[StepReport]) -> Result<(), AppError>,
+) -> Result<Trained, AppError> {
+    let total = trainer.settings().stages.total();
+    let bar = output::bar("retrofitting", total as usize, "steps", quiet);
+    bar.set_position(trainer.steps());
+    bar.reset_eta();
+    let (started, first) = (Instant::now(), trainer.steps());
+    while !trainer.finished() {
+        let report = trainer.step(corpus)?;
+        reports.push(report);
+        bar.set_message(format!(
+            "loss {:.4}  ratio {} of {}",
+            report.task_loss,
+            format::ratio(report.ratio),
+            format::ratio(report.ratio_target)
+        ));
+        bar.set_position(report.step);
+        after_step(trainer, &reports)?;
+    }
+    bar.finish_and_clear();
+    Ok(Trained { reports, elapsed: started.elapsed(), steps: trainer.steps() - first })
+}
+
+/// The training curve, as it stands beside the model.
+pub(crate) fn curve(trainer: &Trainer<FastCpu>, trained: &Trained) -> Result<Curve, AppError> {
+    let settings = trainer.settings();
+    let value = serde_json::to_value(settings).map_err(|error| AppError::Output(error.into()))?;
+    let per_step = (settings.batch * settings.length) as u64;
+    let speed = (trained.steps * per_step) as f64 / trained.elapsed.as_secs_f64();
+    let mut curve = Curve::new(value);
+    curve.points.extend(trained.reports.iter().map(|report| Point {
+        step: report.step,
+        tokens: report.step * per_step,
+        stage: report.stage.name().to_owned(),
+        loss: report.loss,
+        task_loss: report.task_loss,
+        hinge: report.hinge,
+        ratio_target: report.ratio_target,
+        ratio: report.ratio,
+        grad_norm: report.grad_norm,
+        lr: report.rate,
+        tokens_per_second: speed,
+    }));
+    Ok(curve)
+}

@@ -1,0 +1,81 @@
+//! What commands print: progress on standard error, results on standard output, JSON where asked.
+
+use crate::error::AppError;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use kvfold_report::Style;
+use kvfold_report::receipt::Machine;
+use serde::Serialize;
+use std::io::{IsTerminal, Write};
+use std::path::Path;
+
+/// A progress bar on standard error, hidden when that is no terminal or `quiet`.
+pub(crate) fn bar(label: &'static str, length: usize, unit: &str, quiet: bool) -> ProgressBar {
+    let target = if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+    let bar = ProgressBar::with_draw_target(Some(length as u64), target);
+    let template =
+        format!("{{prefix:<22}} {{bar:28}} {{human_pos}}/{{human_len}} {unit}  {{elapsed}}, {{eta}} left  {{msg}}");
+    bar.set_style(ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar.set_prefix(label);
+    bar
+}
+
+/// Prints a line of results.
+pub(crate) fn line(text: &str) -> Result<(), AppError> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{text}")?;
+    Ok(out.flush()?)
+}
+
+/// Prints a result as one JSON document.
+pub(crate) fn json(value: &impl Serialize) -> Result<(), AppError> {
+    let text = serde_json::to_string_pretty(value).map_err(|error| AppError::Output(error.into()))?;
+    line(&text)
+}
+
+/// Writes a file that the user asked for, under a temporary name and renamed.
+pub(crate) fn file(path: &Path, text: &str) -> Result<(), AppError> {
+    kvfold_tensor::atomic::write(path, |w: &mut dyn Write| w.write_all(text.as_bytes()))
+        .map_err(|source| AppError::File { file: path.display().to_string(), action: "write", source })
+}
+
+/// How to render for this terminal: colour only where somebody looks at it and has not said no.
+pub(crate) fn style() -> Style {
+    let terminal = std::io::stdout().is_terminal();
+    let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    let width = terminal_size::terminal_size().filter(|_| terminal).map_or(100, |(width, _)| usize::from(width.0));
+    Style { color: terminal && !refused, width }
+}
+
+/// The command line as the user typed it.
+pub(crate) fn command_line() -> String {
+    let quoted = |arg: String| match arg.is_empty() || arg.contains(|c: char| c.is_whitespace() || "'\"$\\".contains(c))
+    {
+        true => format!("'{}'", arg.replace('\'', r"'\''")),
+        false => arg,
+    };
+    let mut args = std::env::args();
+    args.next();
+    std::iter::once("kvfold".to_owned()).chain(args.map(quoted)).collect::<Vec<_>>().join(" ")
+}
+
+/// This machine, for receipts.
+pub(crate) fn machine() -> Machine {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let field = |text: &str, key: &str| {
+        let line = text.lines().find(|line| line.starts_with(key));
+        line.and_then(|line| line.split_once(':')).map(|(_, value)| value.trim().to_owned())
+    };
+    let memory = field(&read("/proc/meminfo"), "MemTotal");
+    let kib = memory.and_then(|text| text.split_whitespace().next()?.parse::<u64>().ok());
+    Machine {
+        cpu: field(&read("/proc/cpuinfo"), "model name").unwrap_or_else(|| "unknown".into()),
+        cores: std::thread::available_parallelism().map_or(0, |n| n.get() as u64),
+        memory_bytes: kib.unwrap_or(0) * 1024,
+        os: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
+    }
+}
+
+/// Now, in ISO 8601.
+pub(crate) fn now() -> String {
+    humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string()
+}
