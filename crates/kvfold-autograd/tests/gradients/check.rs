@@ -140,14 +140,16 @@ fn differences(inputs: &[Tensor], seeds: &[Tensor], value: impl Fn(&[Tensor]) ->
         let dot = |(out, seed): (&Tensor, &Tensor)| out.data().iter().zip(seed.data()).map(|(x, s)| x * s).sum();
         value(&moved).iter().zip(seeds).map(dot).collect()
     };
-    let mut derivatives = vec![inputs.iter().map(|x| vec![0.0; x.data().len()]).collect::<Vec<_>>(); seeds.len()];
+    let derivative = |i: usize, e: usize| -> Vec<f64> {
+        let [near, minus_near] = [STEP, -STEP].map(|step| at(i, e, step));
+        let [far, minus_far] = [2.0 * STEP, -2.0 * STEP].map(|step| at(i, e, step));
+        let difference = |n: usize| 8.0 * (near[n] - minus_near[n]) - (far[n] - minus_far[n]);
+        (0..seeds.len()).map(|n| difference(n) / (12.0 * STEP)).collect()
+    };
+    let mut derivatives = vec![vec![Vec::new(); inputs.len()]; seeds.len()];
     for (i, input) in inputs.iter().enumerate() {
         for e in 0..input.data().len() {
-            let [near, minus_near] = [STEP, -STEP].map(|step| at(i, e, step));
-            let [far, minus_far] = [2.0 * STEP, -2.0 * STEP].map(|step| at(i, e, step));
-            for n in 0..seeds.len() {
-                derivatives[n][i][e] = (8.0 * (near[n] - minus_near[n]) - (far[n] - minus_far[n])) / (12.0 * STEP);
-            }
+            derivatives.iter_mut().zip(derivative(i, e)).for_each(|(of, derivative)| of[i].push(derivative));
         }
     }
     derivatives

@@ -59,7 +59,7 @@ impl View {
         let mut next = || rest.next().expect("as many inputs as the view has");
         let mut keys = || Keys { k: next(), v: next(), mass: self.mass.then(&mut next) };
         let exact = self.exact.then(&mut keys);
-        let pooled = self.pooled.then(|| keys());
+        let pooled = self.pooled.then(keys);
         let pooled = pooled.map(|keys| Pooled { keys, close: x.last().expect("pooled views end with close").clone() });
         Visible { exact, pooled, delay: self.delay }
     }
