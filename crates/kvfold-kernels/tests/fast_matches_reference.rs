@@ -7,7 +7,7 @@ use kvfold_kernels::ops::{
     PoolShape, Pooled, Scope, Spans, Visible,
 };
 use kvfold_kernels::simd::Level;
-use kvfold_kernels::{FastCpu, Grad, Reference};
+use kvfold_kernels::{FastCpu, Grad, Ops, Reference};
 
 /// Largest difference of an f32 result from the f64 reference, relative to the largest element of the result (or to
 /// 0.1, where all are smaller).
@@ -350,6 +350,30 @@ fn assert_close(case: &Case) {
                 let error = if got == want { 0.0 } else { (got - want).abs() / largest };
                 assert!(error <= tolerance, "{level:?} {name} {i}: {got}, not {want} (error {error:.1e}) in {case:?}");
             }
+        }
+    }
+}
+
+/// Sums of products by the definition: `sum_p a(i, p) b(p, j)`.
+fn product([m, n, k]: [usize; 3], a: impl Fn(usize, usize) -> f64, b: impl Fn(usize, usize) -> f64) -> Vec<f64> {
+    (0..m * n).map(|at| (0..k).map(|p| a(at / n, p) * b(p, at % n)).sum()).collect()
+}
+
+/// How products divide into tasks is the same in every backend, so no backend can check another here.
+#[test]
+fn products_are_their_definition_across_the_borders_of_tasks() {
+    let ops = Reference::<f64>::reference();
+    for [n, k, m] in [[1, 300, 450], [1, 3, 5], [70, 33, 100], [603, 20, 37], [1025, 3, 70], [130, 64, 1]] {
+        let numbers = |seed: u64, len: usize| (0..len as u64).map(|i| unit(hash(&[seed, i])) - 0.5).collect::<Vec<_>>();
+        let (x, w, d) = (numbers(1, n * k), numbers(2, m * k), numbers(3, n * m));
+        let arrays = (ops.array(&[n, k], x.clone()), ops.array(&[m, k], w.clone()), ops.array(&[n, m], d.clone()));
+        for (got, expected) in [
+            (ops.linear(&arrays.0, &arrays.1), product([n, m, k], |i, p| x[i * k + p], |p, j| w[j * k + p])),
+            (ops.linear_grad_x(&arrays.1, &arrays.2), product([n, k, m], |i, p| d[i * m + p], |p, j| w[p * k + j])),
+            (ops.linear_grad_w(&arrays.0, &arrays.2), product([m, k, n], |i, p| d[p * m + i], |p, j| x[p * k + j])),
+        ] {
+            let error = got.data().iter().zip(&expected).fold(0f64, |m, (got, want)| m.max((got - want).abs()));
+            assert!(got.data().len() == expected.len() && error < 1e-12, "{n} rows by [{m},{k}]: {error}");
         }
     }
 }
