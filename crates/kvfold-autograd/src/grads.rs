@@ -3,7 +3,7 @@
 use crate::tape::Var;
 use kvfold_kernels::Grad;
 
-/// Gradients of a tape's variables; sums where a variable was used more than once.
+/// Gradients of a tape's parameters; sums where one was used more than once.
 #[derive(Debug)]
 pub struct Grads<T> {
     by_id: Vec<Option<T>>,
@@ -14,13 +14,26 @@ impl<T: Clone> Grads<T> {
         Self { by_id: vec![None; variables] }
     }
 
-    /// The gradient of a variable; `None` when the result does not depend on it.
+    /// The gradient of a parameter; `None` when the result does not depend on it. Gradients of what an op computed are
+    /// gone by the end of the backward pass.
     pub fn get(&self, var: &Var<T>) -> Option<&T> {
         var.id.and_then(|id| self.by_id[id].as_ref())
     }
 
     pub(crate) fn take(&mut self, id: Option<usize>) -> Option<T> {
         id.and_then(|id| self.by_id[id].take())
+    }
+
+    /// The gradients of an op's outputs, zeros for those that the result does not depend on; `None` when it depends on
+    /// none of them.
+    pub(crate) fn take_or_zeros<O: Grad<Tensor = T>, const N: usize>(
+        &mut self,
+        ops: &O,
+        outs: [Var<T>; N],
+    ) -> Option<[T; N]> {
+        let taken = outs.map(|out| (self.take(out.id), out.value));
+        let any = taken.iter().any(|(grad, _)| grad.is_some());
+        any.then(|| taken.map(|(grad, value)| grad.unwrap_or_else(|| ops.zeros_like(&value))))
     }
 
     /// Adds what `grad` computes to a variable's gradient; constants cost nothing.

@@ -124,7 +124,7 @@ where
                 .collect();
             let outs = f(&again, &leaves);
             let seeds = outs.iter().zip(seeds).filter_map(|(out, seed)| Some((out, seed?))).collect::<Vec<_>>();
-            let mut inner = again.backward_from(&seeds);
+            let mut inner = again.backward_seeded(&seeds);
             for (input, leaf) in inputs.iter().zip(&leaves) {
                 if let Some(grad) = inner.take(leaf.id) {
                     grads.give(ops, input.id, || grad);
@@ -134,13 +134,14 @@ where
         outs
     }
 
-    /// Gradients of a scalar `[1]` by every variable of this tape.
+    /// Gradients of a scalar `[1]` by every parameter of this tape.
     pub fn backward(self, loss: &Var<O::Tensor>) -> Grads<O::Tensor> {
         let one = self.ops.tensor(&[1], &[1.0]);
-        self.backward_from(&[(loss, one)])
+        self.backward_seeded(&[(loss, one)])
     }
 
-    fn backward_from(self, seeds: &[(&Var<O::Tensor>, O::Tensor)]) -> Grads<O::Tensor> {
+    /// Gradients by every parameter of the sum of `seed * output` over some outputs.
+    pub fn backward_seeded(self, seeds: &[(&Var<O::Tensor>, O::Tensor)]) -> Grads<O::Tensor> {
         let mut grads = Grads::new(self.variables.get());
         for (out, seed) in seeds {
             grads.give(&self.ops, out.id, || seed.clone());

@@ -156,12 +156,10 @@ where
         let Decided { alpha, close } = self.ops.decide_soft(&relaxed.value, spans);
         let [alpha, close] = self.outputs(&[relaxed], [alpha, close]);
         if alpha.id.is_some() {
-            let (saved, spans, a, c) = (relaxed.clone(), spans.clone(), alpha.clone(), close.clone());
+            let (saved, spans, outs) = (relaxed.clone(), spans.clone(), [alpha.clone(), close.clone()]);
             self.record(move |ops, grads| {
-                let (d_alpha, d_close) = (grads.take(a.id), grads.take(c.id));
-                if d_alpha.is_some() || d_close.is_some() {
-                    let or_zeros = |d: Option<_>| d.unwrap_or_else(|| ops.zeros_like(&saved.value));
-                    let d = Decided { alpha: or_zeros(d_alpha), close: or_zeros(d_close) };
+                if let Some([alpha, close]) = grads.take_or_zeros(ops, outs) {
+                    let d = Decided { alpha, close };
                     grads.give(ops, saved.id, || ops.decide_soft_grad(&saved.value, &spans, &d));
                 }
             });
@@ -203,7 +201,7 @@ where
             let (inputs, outs) = ([k, v, alpha, omega].map(|x| x.id), [&k_out, &v_out, &mass].map(Var::clone));
             let spans = spans.clone();
             self.record(move |ops, grads| {
-                let [k, v, mass] = outs.map(|out| grads.take(out.id).unwrap_or_else(|| ops.zeros_like(&out.value)));
+                let Some([k, v, mass]) = grads.take_or_zeros(ops, outs) else { return };
                 let d = ops.pool_grad(&saved, &spans, shape, &PoolOutput { k, v, mass });
                 for (id, grad) in inputs.into_iter().zip([d.k, d.v, d.alpha, d.omega]) {
                     grads.give(ops, id, || grad);
@@ -264,11 +262,11 @@ where
     ) -> Gate<Var<O::Tensor>> {
         let [logit, omega] = self.outputs(inputs, [gate.logit, gate.omega]);
         if logit.id.is_some() {
-            let (l, w) = (logit.clone(), omega.clone());
+            let outs = [logit.clone(), omega.clone()];
             self.record(move |ops, grads| {
-                let mut take = |out: Var<O::Tensor>| grads.take(out.id).unwrap_or_else(|| ops.zeros_like(&out.value));
-                let d = Gate { logit: take(l), omega: take(w) };
-                back(ops, d, grads);
+                if let Some([logit, omega]) = grads.take_or_zeros(ops, outs) {
+                    back(ops, Gate { logit, omega }, grads);
+                }
             });
         }
         Gate { logit, omega }

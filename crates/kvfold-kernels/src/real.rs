@@ -115,16 +115,44 @@ fn fold_lanes<F: Real>(mut lanes: [F; LANES]) -> F {
     lanes[0]
 }
 
-/// Logistic function, without overflow for any input. `exp` is the kernel set's own.
+/// Logistic function, without overflow and with full relative precision for any input. `exp` is the kernel set's own.
 #[inline(always)]
 pub fn sigmoid<F: Real>(exp: impl Fn(F) -> F, x: F) -> F {
     let e = exp(-x.abs());
     let p = F::one() / (F::one() + e);
-    if x >= F::zero() { p } else { F::one() - p }
+    if x >= F::zero() { p } else { e * p }
 }
 
 /// `log(1 + exp(x))`, without overflow for any input.
 #[inline(always)]
 pub fn softplus<F: Real>(x: F) -> F {
     x.max(F::zero()) + (-x.abs()).exp().ln_1p()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sigmoid_keeps_its_precision_far_below_zero() {
+        for n in -8000..=1000 {
+            let x = n as f32 * 0.01;
+            let (got, want) = (sigmoid(f32::exp, x).f64(), 1.0 / (1.0 + (-x.f64()).exp()));
+            assert!((got - want).abs() <= 3e-7 * want, "sigmoid({x}): {got} {want}");
+        }
+        assert_eq!(sigmoid(f32::exp, f32::NEG_INFINITY), 0.0);
+        assert_eq!(sigmoid(f32::exp, f32::INFINITY), 1.0);
+    }
+
+    #[test]
+    fn sums_of_lanes_and_tails_add_everything_once() {
+        for len in 0..70 {
+            let xs: Vec<f64> = (0..len).map(|i| (i * i % 17) as f64 - 5.0).collect();
+            let expected: f64 = xs.iter().sum();
+            assert_eq!(total(&xs), expected);
+            assert_eq!(sum(xs.iter().copied()), expected);
+            assert_eq!(sum_squares(&xs), xs.iter().map(|x| x * x).sum::<f64>());
+            assert_eq!(max(&xs), xs.iter().copied().fold(f64::NEG_INFINITY, f64::max));
+        }
+    }
 }

@@ -242,13 +242,14 @@ impl Tile {
     #[inline(always)]
     unsafe fn sum<V: Vector, const NV: usize, const MR: usize, const FULL: bool>(self) {
         let valid = |j: usize| self.cols.saturating_sub(j * V::LANES).min(V::LANES);
+        // A vector with no valid lane may begin beyond its array, so places are computed wrapping.
         // SAFETY: partial vectors touch `valid(j)` lanes only, so all accesses stay inside the tile.
         unsafe {
             let mut acc = [[V::zero(); NV]; MR];
             if self.accumulate {
                 for (i, row) in acc.iter_mut().enumerate() {
                     for (j, sum) in row.iter_mut().enumerate() {
-                        let p = self.c.add(i * self.c_row + j * V::LANES);
+                        let p = self.c.wrapping_add(i * self.c_row + j * V::LANES);
                         *sum = if FULL { V::load(p) } else { V::load_part(p, valid(j)) };
                     }
                 }
@@ -256,7 +257,7 @@ impl Tile {
             for p in 0..self.k {
                 let mut b = [V::zero(); NV];
                 for (j, b) in b.iter_mut().enumerate() {
-                    let at = self.b.add(p * self.b_row + j * V::LANES);
+                    let at = self.b.wrapping_add(p * self.b_row + j * V::LANES);
                     *b = if FULL { V::load(at) } else { V::load_part(at, valid(j)) };
                 }
                 for (i, row) in acc.iter_mut().enumerate() {
@@ -268,7 +269,7 @@ impl Tile {
             }
             for (i, row) in acc.iter().enumerate() {
                 for (j, &sum) in row.iter().enumerate() {
-                    let p = self.c.add(i * self.c_row + j * V::LANES);
+                    let p = self.c.wrapping_add(i * self.c_row + j * V::LANES);
                     if FULL { sum.store(p) } else { sum.store_part(p, valid(j)) }
                 }
             }

@@ -14,6 +14,8 @@
 
 pub(crate) mod blocked;
 mod reference;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use reference::{reference, reference_grad};
 

@@ -1,0 +1,108 @@
+//! The ops of an ordinary transformer.
+
+use crate::check::{check, gradients, ragged, uniform};
+use kvfold_autograd::Var;
+use kvfold_kernels::Reference;
+use kvfold_kernels::ops::{KlDirection, NO_TARGET, Ops, Spans};
+
+const UNIT: (f64, f64) = (-1.0, 1.0);
+
+#[test]
+fn linear() {
+    for (n, k, m) in [(3, 5, 7), (1, 4, 33), (2, 1, 1)] {
+        let inputs = [uniform(1, &[n, k], UNIT), uniform(2, &[m, k], UNIT)];
+        check("linear", &inputs, |t, x| vec![t.linear(&x[0], &x[1])]);
+    }
+}
+
+#[test]
+fn embed_sums_over_repeated_ids() {
+    check("embed", &[uniform(1, &[5, 3], UNIT)], |t, x| vec![t.embed(&[4, 0, 4, 4, 1], &x[0])]);
+}
+
+#[test]
+fn rms_norm() {
+    for (rows, cols) in [(3, 5), (1, 1), (2, 37)] {
+        let inputs = [uniform(1, &[rows, cols], UNIT), uniform(2, &[cols], UNIT)];
+        check("rms_norm", &inputs, |t, x| vec![t.rms_norm(&x[0], &x[1], 0.1)]);
+    }
+}
+
+#[test]
+fn rms_norm_sums_the_weight_gradient_over_more_rows_than_a_task_has() {
+    let inputs = [uniform(1, &[259, 1], (0.3, 1.0)), uniform(2, &[1], UNIT)];
+    check("rms_norm", &inputs, |t, x| vec![t.rms_norm(&x[0], &x[1], 0.1)]);
+}
+
+#[test]
+fn rope_at_positions_that_each_sequence_counts_for_itself() {
+    for spans in [ragged(), Spans::of_chunks([(5, 0), (1, 3), (2, 6)])] {
+        check("rope", &[uniform(1, &[spans.rows(), 3 * 6], UNIT)], |t, x| {
+            let table = t.rope_table(&[1.0, 0.3, 0.01], 8);
+            vec![t.rope(&x[0], &table, &spans)]
+        });
+    }
+}
+
+#[test]
+fn scale_last_channel() {
+    for factor in [0.0, 0.7] {
+        check("scale_last_channel", &[uniform(1, &[3, 10], UNIT)], |t, x| vec![t.scale_last_channel(&x[0], 5, factor)]);
+    }
+}
+
+#[test]
+fn swiglu() {
+    let inputs = [uniform(1, &[3, 7], (-6.0, 6.0)), uniform(2, &[3, 7], UNIT)];
+    check("swiglu", &inputs, |t, x| vec![t.swiglu(&x[0], &x[1])]);
+}
+
+#[test]
+fn add_with_a_factor_and_to_itself() {
+    let inputs = [uniform(1, &[3, 5], UNIT), uniform(2, &[3, 5], UNIT)];
+    for factor in [1.0, -0.3] {
+        check("add", &inputs, |t, x| vec![t.add(&x[0], &x[1], factor)]);
+        check("add", &inputs[..1], |t, x| vec![t.add(&x[0], &x[0], factor)]);
+    }
+}
+
+#[test]
+fn ln() {
+    check("ln", &[uniform(1, &[3, 5], (0.5, 3.0))], |t, x| vec![t.ln(&x[0])]);
+}
+
+#[test]
+fn cross_entropy_passes_over_rows_without_a_target() {
+    let logits = uniform(1, &[5, 7], (-3.0, 3.0));
+    check("cross_entropy", std::slice::from_ref(&logits), |t, x| {
+        vec![t.cross_entropy(&x[0], &[2, NO_TARGET, 6, 0, NO_TARGET])]
+    });
+    let seed = Some(Reference::reference().array(&[1], vec![1.0]));
+    let none = gradients(&[logits], |_| true, &[seed], |t, x| vec![t.cross_entropy(&x[0], &[NO_TARGET; 5])]);
+    assert!(none[0].iter().all(|&d| d == 0.0));
+}
+
+#[test]
+fn kl_in_both_directions() {
+    let teacher = uniform(2, &[3, 7], (-3.0, 3.0));
+    for direction in [KlDirection::Forward, KlDirection::Reverse] {
+        check("kl", &[uniform(1, &[3, 7], (-3.0, 3.0))], |t, x| {
+            vec![t.kl(&x[0], &Var::constant(teacher.clone()), direction)]
+        });
+    }
+}
+
+#[test]
+fn kl_of_equal_logits_has_no_gradient() {
+    let logits = uniform(1, &[3, 7], (-3.0, 3.0));
+    let seed = Some(Reference::reference().array(&[1], vec![1.0]));
+    for direction in [KlDirection::Forward, KlDirection::Reverse] {
+        let grads = gradients(
+            std::slice::from_ref(&logits),
+            |_| true,
+            std::slice::from_ref(&seed),
+            |t, x| vec![t.kl(&x[0], &Var::constant(logits.clone()), direction)],
+        );
+        assert!(grads[0].iter().all(|d| d.abs() < 1e-16), "{direction:?}: {grads:?}");
+    }
+}

@@ -1,0 +1,427 @@
+//! The fast kernels compute what the reference does, whatever the instruction set; and no result depends on threads, on
+//! old buffers or on what else is in the batch (promise I3).
+
+use kvfold_kernels::noise::{hash, unit};
+use kvfold_kernels::ops::{
+    AdamW, Borrowed, Decided, Gate, Heads, Hinge, Keys, KlDirection, Moments, NO_TARGET, Over, PoolInput, PoolOutput,
+    PoolShape, Pooled, Scope, Spans, Visible,
+};
+use kvfold_kernels::simd::Level;
+use kvfold_kernels::{FastCpu, Grad, Ops, Reference};
+
+/// Largest difference of an f32 result from the f64 reference, relative to the largest element of the result (or to
+/// 0.1, where all are smaller).
+const TOLERANCES: [(&str, f32); 31] = [
+    ("linear", 2e-6),
+    ("linear_grad", 2e-6),
+    ("embed", 0.0),
+    ("embed_grad", 5e-7),
+    ("rms_norm", 5e-7),
+    ("rms_norm_grad", 2e-6),
+    ("rope", 3e-7),
+    ("rope_grad", 3e-7),
+    ("scale_last_channel", 2e-7),
+    ("swiglu", 5e-7),
+    ("swiglu_grad", 1e-6),
+    ("add", 2e-7),
+    ("scale", 2e-7),
+    ("ln", 3e-7),
+    ("ln_grad", 3e-7),
+    ("cross_entropy", 3e-7),
+    ("cross_entropy_grad", 3e-7),
+    ("kl", 5e-7),
+    ("kl_grad", 3e-6),
+    ("gate", 3e-7),
+    ("gate_grad", 1e-6),
+    ("share_columns", 3e-7),
+    ("relax", 3e-7),
+    ("decide", 2e-7),
+    ("decide_grad", 5e-7),
+    ("fold_rate", 2e-7),
+    ("hinge", 3e-7),
+    ("pool", 5e-6),
+    ("attention", 1e-6),
+    ("attention_grad", 5e-6),
+    ("optimizer", 1e-6),
+];
+
+/// A batch and its sizes.
+#[derive(Clone, Debug)]
+struct Case {
+    lengths: Vec<usize>,
+    heads: Heads,
+    /// Model dim, feed-forward dim, vocabulary.
+    sizes: [usize; 3],
+    delay: usize,
+    window: usize,
+    /// Place of the first row in the batch that this one is taken from.
+    first: usize,
+}
+
+impl Case {
+    fn new(lengths: &[usize], (query, kv, dim): (usize, usize, usize), sizes: [usize; 3], delay: usize) -> Self {
+        let heads = Heads { query, kv, dim };
+        Self { lengths: lengths.to_vec(), heads, sizes, delay, window: 3, first: 0 }
+    }
+
+    /// Any sizes, all of them odd ones.
+    fn random(seed: u64) -> Self {
+        let mut place = 0;
+        let mut draw = |lo: usize, hi: usize| {
+            place += 1;
+            lo + (hash(&[seed, place]) % (hi - lo) as u64) as usize
+        };
+        let lengths = (0..draw(1, 5)).map(|_| draw(1, 70)).collect();
+        let (kv, group, dim) = (draw(1, 4), draw(1, 5), 2 * draw(1, 20));
+        let heads = Heads { query: kv * group, kv, dim };
+        let sizes = [draw(1, 100), draw(1, 100), draw(2, 100)];
+        Self { lengths, heads, sizes, delay: draw(0, 40), window: draw(1, 20), first: 0 }
+    }
+
+    /// Sizes that cross the borders of blocks, tiles and tasks, and enough elements for threads to share.
+    fn borders() -> Vec<Self> {
+        vec![
+            Self::new(&[1, 5, 2], (2, 1, 6), [7, 5, 11], 2),
+            Self::new(&[1], (1, 1, 2), [1, 1, 2], 0),
+            Self::new(&[33, 1, 65], (4, 2, 8), [33, 70, 37], 5),
+            Self::new(&[129, 1, 161], (4, 1, 64), [130, 260, 129], 33),
+            Self::new(&[40, 1, 31], (2, 2, 80), [520, 264, 300], 20),
+            Self::new(&[600, 3], (3, 1, 20), [64, 96, 64], 140),
+        ]
+    }
+
+    /// The sequences of a batch, each as a batch of its own.
+    fn apart(&self) -> Vec<Self> {
+        let spans = Spans::of_lengths(&self.lengths);
+        spans.iter().map(|span| Self { lengths: vec![span.len], first: span.start, ..self.clone() }).collect()
+    }
+}
+
+/// What an op computed.
+struct Outcome {
+    /// The op, and which of its outputs.
+    name: String,
+    /// One row per token; other outcomes sum over the batch.
+    per_token: bool,
+    cols: usize,
+    data: Vec<f32>,
+}
+
+/// Runs ops on numbers that depend on their name and place only.
+struct Bench<'a, O: Grad> {
+    ops: &'a O,
+    case: &'a Case,
+    rows: usize,
+    outcomes: Vec<Outcome>,
+}
+
+impl<O: Grad> Bench<'_, O> {
+    fn numbers(&self, name: &str, first: usize, len: usize, (lo, hi): (f64, f64)) -> Vec<f32> {
+        let name = name.bytes().fold(0, |h, byte| hash(&[h, u64::from(byte)]));
+        (first..first + len).map(|place| (lo + (hi - lo) * unit(hash(&[name, place as u64]))) as f32).collect()
+    }
+
+    /// An array that does not depend on the batch.
+    fn weight(&self, name: &str, shape: &[usize]) -> O::Tensor {
+        self.ops.tensor(shape, &self.numbers(name, 0, shape.iter().product(), (-1.0, 1.0)))
+    }
+
+    /// A row per token.
+    fn tokens(&self, name: &str, cols: usize, range: (f64, f64)) -> O::Tensor {
+        self.ops.tensor(&[self.rows, cols], &self.numbers(name, self.case.first * cols, self.rows * cols, range))
+    }
+
+    fn units(&self, name: &str, cols: usize) -> O::Tensor {
+        self.tokens(name, cols, (-1.0, 1.0))
+    }
+
+    fn keep(&mut self, name: &str, per_token: bool, x: &O::Tensor) {
+        let (shape, data) = (self.ops.shape(x), self.ops.to_host(x));
+        assert_eq!(shape.iter().product::<usize>(), data.len());
+        assert!(!per_token || shape[0] == self.rows, "{name}: {shape:?}");
+        let cols = data.len() / shape[0];
+        self.outcomes.push(Outcome { name: name.into(), per_token, cols, data });
+    }
+
+    fn keep_tokens<'x>(&mut self, name: &str, xs: impl IntoIterator<Item = &'x O::Tensor>)
+    where
+        O::Tensor: 'x,
+    {
+        for (n, x) in xs.into_iter().enumerate() {
+            self.keep(&format!("{name} {n}"), true, x);
+        }
+    }
+
+    fn layers(&mut self) {
+        let (ops, [dim, wide, vocab]) = (self.ops, self.case.sizes);
+        let (x, w, d) = (self.units("x", dim), self.weight("w", &[wide, dim]), self.units("d", wide));
+        self.keep("linear", true, &ops.linear(&x, &w));
+        self.keep("linear_grad x", true, &ops.linear_grad_x(&w, &d));
+        self.keep("linear_grad w", false, &ops.linear_grad_w(&x, &d));
+
+        let first = self.case.first;
+        let ids: Vec<u32> = (0..self.rows).map(|row| (hash(&[(first + row) as u64]) % vocab as u64) as u32).collect();
+        let (table, d) = (self.weight("table", &[vocab, dim]), self.units("d embed", dim));
+        self.keep("embed", true, &ops.embed(&ids, &table));
+        self.keep("embed_grad", false, &ops.embed_grad(&ids, &table, &d));
+
+        let (w, d) = (self.weight("norm", &[dim]), self.units("d norm", dim));
+        self.keep("rms_norm", true, &ops.rms_norm(&x, &w, 1e-5));
+        let (dx, dw) = ops.rms_norm_grad(&x, &w, 1e-5, &d);
+        self.keep("rms_norm_grad x", true, &dx);
+        self.keep("rms_norm_grad w", false, &dw);
+
+        let (gate, up, d) = (self.tokens("gate", wide, (-9.0, 9.0)), self.units("up", wide), self.units("d ff", wide));
+        self.keep("swiglu", true, &ops.swiglu(&gate, &up));
+        let (d_gate, d_up) = ops.swiglu_grad(&gate, &up, &d);
+        self.keep_tokens("swiglu_grad", [&d_gate, &d_up]);
+        self.keep("add", true, &ops.add(&gate, &up, 0.3));
+        self.keep("scale", true, &ops.scale(&gate, 0.3));
+        self.keep("scale zeros", true, &ops.zeros_like(&gate));
+        let mass = self.tokens("mass", wide, (0.01, 90.0));
+        self.keep("ln", true, &ops.ln(&mass));
+        self.keep("ln_grad", true, &ops.ln_grad(&mass, &d));
+    }
+
+    fn rotation(&mut self, spans: &Spans) {
+        let (ops, Heads { query, dim, .. }) = (self.ops, self.case.heads);
+        let x = self.units("rope", query * dim);
+        let inv_freq: Vec<f64> = (0..dim / 2).map(|d| 10_000f64.powf(-2.0 * d as f64 / dim as f64)).collect();
+        let table = ops.rope_table(&inv_freq, self.rows);
+        self.keep("rope", true, &ops.rope(&x, &table, spans));
+        self.keep("rope_grad", true, &ops.rope_grad(&table, spans, &x));
+        self.keep("scale_last_channel", true, &ops.scale_last_channel(&x, dim, 0.7));
+    }
+
+    fn losses(&mut self) {
+        let (ops, vocab) = (self.ops, self.case.sizes[2]);
+        let (logits, teacher) = (self.tokens("logits", vocab, (-9.0, 9.0)), self.tokens("teacher", vocab, (-9.0, 9.0)));
+        let target = |row: usize| match hash(&[row as u64, 5]) {
+            skip if skip % 5 == 0 => NO_TARGET,
+            place => (place % vocab as u64) as u32,
+        };
+        let targets: Vec<u32> = (0..self.rows).map(|row| target(self.case.first + row)).collect();
+        // A gradient of as much as the loss is divided by: that of a row no longer depends on the batch.
+        let counted = targets.iter().filter(|&&t| t != NO_TARGET).count().max(1);
+        let share = |n: usize| ops.tensor(&[1], &[n as f32]);
+        self.keep("cross_entropy", false, &ops.cross_entropy(&logits, &targets));
+        self.keep("cross_entropy_grad", true, &ops.cross_entropy_grad(&logits, &targets, &share(counted)));
+        for direction in [KlDirection::Forward, KlDirection::Reverse] {
+            self.keep(&format!("kl {direction:?}"), false, &ops.kl(&logits, &teacher, direction));
+            let d = ops.kl_grad(&logits, &teacher, direction, &share(self.rows));
+            self.keep(&format!("kl_grad {direction:?}"), true, &d);
+        }
+    }
+
+    fn gates(&mut self, spans: &Spans) {
+        let (ops, heads @ Heads { query, kv, dim }, delay) = (self.ops, self.case.heads, self.case.delay);
+        let logits = (-9.0, 9.0);
+        let (q, k) = (self.tokens("gate q", query * dim, logits), self.tokens("gate k", kv * dim, logits));
+        let by = Borrowed { scale: 1.3, offset: 0.4 };
+        let gate = ops.borrowed_gate(&q, &k, heads, by);
+        let d = Gate { logit: self.units("d logit", kv), omega: self.units("d omega", kv) };
+        let (dq, dk) = ops.borrowed_gate_grad((&q, &k), heads, by, &d);
+        self.keep_tokens("gate borrowed", [&gate.logit, &gate.omega]);
+        self.keep_tokens("gate_grad borrowed", [&dq, &dk]);
+        let r = self.tokens("r", 2 * kv, (-3.0, 3.0));
+        let gate = ops.head_gate(&r, 2.0, 0.4);
+        self.keep_tokens("gate head", [&gate.logit, &gate.omega]);
+        self.keep("gate_grad head", true, &ops.head_gate_grad(&r, 2.0, &d));
+
+        let (logit, noise) = (self.tokens("logit", kv, logits), self.units("noise", kv));
+        self.keep("share_columns", true, &ops.share_columns(&logit));
+        self.keep("relax", true, &ops.relax(&logit, &noise, 0.3));
+        let (soft, hard) = (ops.decide_soft(&logit, spans), ops.decide_hard(&logit, spans));
+        self.keep_tokens("decide", [&soft.alpha, &soft.close, &hard.alpha, &hard.close]);
+        let d = Decided { alpha: d.logit, close: d.omega };
+        self.keep("decide_grad", true, &ops.decide_soft_grad(&logit, spans, &d));
+
+        let rate = ops.fold_rate(&logit, spans, delay);
+        self.keep("fold_rate", false, &rate);
+        let d = self.weight("d rate", &[spans.len(), kv]);
+        self.keep("fold_rate grad", false, &ops.fold_rate_grad(&logit, spans, delay, &d));
+        let rates = [rate, ops.fold_rate(&ops.share_columns(&logit), spans, 0)];
+        for (scope, over) in [(Scope::Global, Over::Sequence), (Scope::Layer, Over::Batch), (Scope::Head, Over::Batch)]
+        {
+            let hinge = Hinge { target: 0.47, scope, over };
+            self.keep("hinge", false, &ops.hinge(&rates, spans, hinge));
+            for d in ops.hinge_grad(&rates, spans, hinge, &ops.tensor(&[1], &[0.7])) {
+                self.keep("hinge grad", false, &d);
+            }
+        }
+    }
+
+    fn memory(&mut self, spans: &Spans, hard: bool) {
+        let (ops, heads @ Heads { kv, dim, .. }) = (self.ops, self.case.heads);
+        let name = if hard { "hard" } else { "soft" };
+        let logit = self.tokens("fold", kv, (-3.0, 3.0));
+        let Decided { alpha, close } =
+            if hard { ops.decide_hard(&logit, spans) } else { ops.decide_soft(&logit, spans) };
+        let (k, v) = (self.units("k", kv * dim), self.units("v", kv * dim));
+        let omega = self.tokens("omega", kv, (0.1, 1.0));
+        let d =
+            PoolOutput { k: self.units("d k", kv * dim), v: self.units("d v", kv * dim), mass: self.units("d z", kv) };
+        let input = PoolInput { k: k.clone(), v: v.clone(), alpha, omega: omega.clone() };
+        for window in [None, Some(self.case.window)] {
+            let shape = PoolShape { heads, window };
+            let out = ops.pool(&input, spans, shape);
+            self.keep_tokens(&format!("pool {name} {window:?}"), [&out.k, &out.v, &out.mass]);
+            let back = ops.pool_grad(&input, spans, shape, &d);
+            self.keep_tokens(&format!("pool {name} {window:?} grad"), [&back.k, &back.v, &back.alpha, &back.omega]);
+        }
+        let pooled = ops.pool(&input, spans, PoolShape { heads, window: None });
+        let exact = Keys { k, v, mass: Some(ops.ln(&omega)) };
+        let states = Keys { k: pooled.k, v: pooled.v, mass: Some(ops.ln(&pooled.mass)) };
+        let states = Pooled { keys: states, close };
+        let view = |exact: Option<&Keys<_>>, pooled: Option<&Pooled<_>>, delay: usize| Visible {
+            exact: exact.cloned(),
+            pooled: pooled.cloned(),
+            delay,
+        };
+        self.attend(&format!("{name} plain"), &view(Some(&Keys { mass: None, ..exact.clone() }), None, 0), spans);
+        self.attend(&format!("{name} at once"), &view(None, Some(&states), 0), spans);
+        self.attend(&format!("{name} delayed"), &view(Some(&exact), Some(&states), self.case.delay), spans);
+    }
+
+    fn attend(&mut self, name: &str, visible: &Visible<O::Tensor>, spans: &Spans) {
+        let (ops, heads) = (self.ops, self.case.heads);
+        let q = self.tokens("q", heads.query * heads.dim, (-2.0, 2.0));
+        let d = self.units("d attention", heads.query * heads.dim);
+        let saved = ops.attention_saving(&q, visible, spans, heads);
+        let out = ops.attention(&q, visible, spans, heads);
+        self.keep_tokens(&format!("attention {name}"), [&out, &saved.out, &saved.lse]);
+        let back = ops.attention_grad((&q, visible), &saved, spans, heads, &d);
+        self.keep(&format!("attention_grad {name} q"), true, &back.q);
+        let close = back.pooled.as_ref().map(|pooled| &pooled.close);
+        for (side, keys) in [("exact", &back.exact), ("pooled", &back.pooled.as_ref().map(|p| p.keys.clone()))] {
+            let Some(keys) = keys else { continue };
+            let all = [Some(&keys.k), Some(&keys.v), keys.mass.as_ref()];
+            self.keep_tokens(&format!("attention_grad {name} {side}"), all.into_iter().flatten());
+        }
+        self.keep_tokens(&format!("attention_grad {name} close"), close);
+    }
+
+    fn optimizer(&mut self) {
+        let (ops, [dim, wide, _]) = (self.ops, self.case.sizes);
+        let mut param = self.weight("param", &[wide, dim]);
+        let zeros = || ops.zeros_like(&param);
+        let mut moments = Moments { m: zeros(), v: zeros() };
+        let before = param.clone();
+        for step in 1..=3 {
+            let grad = self.weight(&format!("step {step}"), &[wide, dim]);
+            let rates =
+                AdamW { lr: 0.01, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step, grad_scale: 0.5 };
+            ops.adamw(&mut param, &grad, &mut moments, rates);
+            let norm = ops.sum_squares(&grad);
+            self.keep("optimizer norm", false, &ops.tensor(&[1], &[norm as f32]));
+        }
+        let mut zeroed = param.clone();
+        ops.zero_rows(&mut zeroed, &[0, wide - 1]);
+        for x in [&param, &moments.m, &moments.v, &zeroed, &before] {
+            self.keep("optimizer", false, x);
+        }
+    }
+}
+
+/// Every op and every adjoint.
+fn every_op<O: Grad>(ops: &O, case: &Case) -> Vec<Outcome> {
+    let spans = Spans::of_lengths(&case.lengths);
+    let mut bench = Bench { ops, case, rows: spans.rows(), outcomes: Vec::new() };
+    bench.layers();
+    bench.rotation(&spans);
+    bench.losses();
+    bench.gates(&spans);
+    bench.memory(&spans, false);
+    bench.memory(&spans, true);
+    bench.optimizer();
+    bench.outcomes
+}
+
+/// Every level against the reference.
+fn assert_close(case: &Case) {
+    let expected = every_op(&Reference::<f64>::reference(), case);
+    for level in Level::available() {
+        for (want, got) in expected.iter().zip(every_op(&FastCpu::at_level(level), case)) {
+            let name = &want.name;
+            let op = name.split(' ').next();
+            let tolerance = TOLERANCES.iter().find(|(name, _)| Some(*name) == op).expect("every op has a tolerance").1;
+            let largest = want.data.iter().filter(|x| x.is_finite()).fold(0.1f32, |m, x| m.max(x.abs()));
+            for (i, (&want, &got)) in want.data.iter().zip(&got.data).enumerate() {
+                let error = if got == want { 0.0 } else { (got - want).abs() / largest };
+                assert!(error <= tolerance, "{level:?} {name} {i}: {got}, not {want} (error {error:.1e}) in {case:?}");
+            }
+        }
+    }
+}
+
+/// Sums of products by the definition: `sum_p a(i, p) b(p, j)`.
+fn product([m, n, k]: [usize; 3], a: impl Fn(usize, usize) -> f64, b: impl Fn(usize, usize) -> f64) -> Vec<f64> {
+    (0..m * n).map(|at| (0..k).map(|p| a(at / n, p) * b(p, at % n)).sum()).collect()
+}
+
+/// How products divide into tasks is the same in every backend, so no backend can check another here.
+#[test]
+fn products_are_their_definition_across_the_borders_of_tasks() {
+    let ops = Reference::<f64>::reference();
+    for [n, k, m] in [[1, 300, 450], [1, 3, 5], [70, 33, 100], [603, 20, 37], [1025, 3, 70], [130, 64, 1]] {
+        let numbers = |seed: u64, len: usize| (0..len as u64).map(|i| unit(hash(&[seed, i])) - 0.5).collect::<Vec<_>>();
+        let (x, w, d) = (numbers(1, n * k), numbers(2, m * k), numbers(3, n * m));
+        let arrays = (ops.array(&[n, k], x.clone()), ops.array(&[m, k], w.clone()), ops.array(&[n, m], d.clone()));
+        for (got, expected) in [
+            (ops.linear(&arrays.0, &arrays.1), product([n, m, k], |i, p| x[i * k + p], |p, j| w[j * k + p])),
+            (ops.linear_grad_x(&arrays.1, &arrays.2), product([n, k, m], |i, p| d[i * m + p], |p, j| w[p * k + j])),
+            (ops.linear_grad_w(&arrays.0, &arrays.2), product([m, k, n], |i, p| d[p * m + i], |p, j| x[p * k + j])),
+        ] {
+            let error = got.data().iter().zip(&expected).fold(0f64, |m, (got, want)| m.max((got - want).abs()));
+            assert!(got.data().len() == expected.len() && error < 1e-12, "{n} rows by [{m},{k}]: {error}");
+        }
+    }
+}
+
+fn bits(outcome: &Outcome) -> Vec<u32> {
+    outcome.data.iter().map(|x| x.to_bits()).collect()
+}
+
+#[test]
+fn every_level_computes_the_reference_at_every_border() {
+    Case::borders().iter().for_each(assert_close);
+}
+
+#[test]
+fn every_level_computes_the_reference_for_any_sizes() {
+    (0..30).for_each(|seed| assert_close(&Case::random(seed)));
+}
+
+/// Twice on one backend: the second time, buffers hold what the first time left there.
+#[test]
+fn no_result_depends_on_threads_or_on_old_buffers() {
+    for case in Case::borders() {
+        for level in Level::available() {
+            let ops = FastCpu::at_level(level);
+            let expected = every_op(&ops, &case);
+            for threads in [1, 2, 3] {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let got = pool.install(|| every_op(&ops, &case));
+                for (want, got) in expected.iter().zip(&got) {
+                    assert!(bits(want) == bits(got), "{level:?}, {threads} threads: {} in {case:?}", want.name);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn no_row_depends_on_what_else_is_in_the_batch() {
+    for case in Case::borders().into_iter().chain((0..10).map(Case::random)) {
+        for level in Level::available() {
+            let ops = FastCpu::at_level(level);
+            let together = every_op(&ops, &case);
+            for alone in case.apart() {
+                for (all, one) in together.iter().zip(every_op(&ops, &alone)).filter(|(all, _)| all.per_token) {
+                    let rows = &bits(all)[alone.first * all.cols..][..one.data.len()];
+                    assert!(rows == bits(&one), "{level:?}: {} of {alone:?} in {case:?}", all.name);
+                }
+            }
+        }
+    }
+}
