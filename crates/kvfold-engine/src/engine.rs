@@ -4,6 +4,7 @@ use crate::attend::CachedAttend;
 use kvfold_cache::{CacheError, CachePolicy, Dense, Folding, Held, PagePool, SequenceCache, Usage};
 use kvfold_kernels::CacheOps;
 use kvfold_kernels::ops::Spans;
+use kvfold_model::shape::Shape;
 use kvfold_model::{Checkpoint, Loaded};
 
 /// What can go wrong while sequences run.
@@ -73,13 +74,20 @@ impl<O: CacheOps> Engine<O> {
 
     /// An engine for a model under a policy of the caller's choice.
     pub fn with_policy(model: Loaded<O>, policy: Box<dyn CachePolicy>) -> Self {
-        let pool = PagePool::new(&model.ops, (model.shape.layers, model.shape.heads), policy.rule(), usize::MAX);
+        let Shape { layers, heads, .. } = model.shape;
+        let pool = PagePool::new(&model.ops, (layers, heads), policy.rule(), usize::MAX);
         Self { model, policy, pool, chunk: CHUNK }
     }
 
     /// The same engine with another limit on the tokens that a sequence takes in one pass.
     pub fn with_chunk(self, chunk: usize) -> Self {
         Self { chunk: chunk.max(1), ..self }
+    }
+
+    /// The same engine with an empty pool of at most `pages` pages.
+    pub fn with_page_limit(self, pages: usize) -> Self {
+        let Shape { layers, heads, .. } = self.model.shape;
+        Self { pool: PagePool::new(&self.model.ops, (layers, heads), self.policy.rule(), pages), ..self }
     }
 
     /// The model.
@@ -111,9 +119,15 @@ impl<O: CacheOps> Engine<O> {
     pub fn logits(&mut self, sequence: &mut Sequence, tokens: &[u32]) -> Result<Vec<f32>, EngineError> {
         let mut all = Vec::with_capacity(tokens.len() * self.model.shape.vocab);
         for chunk in tokens.chunks(self.chunk) {
-            all.extend(self.step(&mut [(sequence, chunk)], Want::All)?);
+            let logits = self.pass(&mut [(sequence, chunk)])?;
+            all.extend(self.model.ops.to_host(&logits));
         }
         Ok(all)
+    }
+
+    /// Logits `[N, V]` of every new token of a ragged batch, in one pass and in the backend's own precision.
+    pub fn pass(&mut self, batch: &mut [(&mut Sequence, &[u32])]) -> Result<O::Tensor, EngineError> {
+        self.step(batch, Want::All)
     }
 
     /// Logits `[S, V]` of the last new token of each sequence of a ragged batch.
@@ -131,6 +145,7 @@ impl<O: CacheOps> Engine<O> {
                 }
             }
             let logits = self.step(&mut step, Want::Last)?;
+            let logits = self.model.ops.to_host(&logits);
             for (member, logits) in members.into_iter().zip(logits.chunks_exact(vocab)) {
                 last[member * vocab..][..vocab].copy_from_slice(logits);
             }
@@ -139,7 +154,7 @@ impl<O: CacheOps> Engine<O> {
     }
 
     /// One pass over a ragged batch. On an error no sequence has changed.
-    fn step(&mut self, batch: &mut [(&mut Sequence, &[u32])], want: Want) -> Result<Vec<f32>, EngineError> {
+    fn step(&mut self, batch: &mut [(&mut Sequence, &[u32])], want: Want) -> Result<O::Tensor, EngineError> {
         let context = self.model.shape.context;
         for (sequence, tokens) in batch.iter() {
             let tokens = sequence.tokens() + tokens.len();
@@ -159,7 +174,7 @@ impl<O: CacheOps> Engine<O> {
             let last: Vec<u32> = spans.iter().map(|span| (span.start + span.len - 1) as u32).collect();
             x = ops.embed(&last, &x);
         }
-        Ok(ops.to_host(&pass.logits(weights, &x)))
+        Ok(pass.logits(weights, &x))
     }
 }
 
