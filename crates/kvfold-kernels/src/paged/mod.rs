@@ -200,14 +200,18 @@ fn absorb<F: Real>(
     let dim = input.heads.dim;
     let Rule::Fold { delay, pool_window, log_mass } = input.rule else { return };
     table.slots += usize::from(!folds);
-    let keep = if folds { F::one() } else { F::zero() };
     let state = state(input, table);
     let (sums, rest) = state.split_at_mut(2 * dim);
     let (counts, rest) = rest.split_at_mut(2);
+    if !folds {
+        // Not by a factor of 0: the state may come from another sequence, and 0 times infinity is not 0.
+        sums.fill(F::zero());
+        counts.fill(F::zero());
+    }
     match pool_window {
         None => {
-            accumulate(sums, keep, omega, &scratch.raw);
-            counts[0] = keep * counts[0] + omega;
+            accumulate(sums, F::one(), omega, &scratch.raw);
+            counts[0] += omega;
         }
         Some(window) => {
             let ring = &mut rest[delay..];
@@ -215,8 +219,7 @@ fn absorb<F: Real>(
             let newest = &mut ring[seat(position)..][..2 * dim + 1];
             newest[..2 * dim].copy_from_slice(&scratch.raw);
             newest[2 * dim] = omega;
-            let segment = keep * counts[1] + F::one();
-            counts[1] = segment.min(F::of(window as f64));
+            counts[1] = (counts[1] + F::one()).min(F::of(window as f64));
             sums.fill(F::zero());
             counts[0] = F::zero();
             let mut p = position;
