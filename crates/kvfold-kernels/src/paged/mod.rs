@@ -233,8 +233,11 @@ fn absorb<F: Real>(
             }
         }
     }
-    let share = F::one() / counts[0];
-    scratch.raw.iter_mut().zip(&*sums).for_each(|(mean, &sum)| *mean = sum * share);
+    // A slot of one token is that token, to the last bit (promise I2).
+    if folds {
+        let share = F::one() / counts[0];
+        scratch.raw.iter_mut().zip(&*sums).for_each(|(mean, &sum)| *mean = sum * share);
+    }
     let mass = log_mass.then(|| counts[0].ln());
     let (k, v) = scratch.raw.split_at(dim);
     rotate(k, angles(input, position), F::one(), &mut scratch.rotated);
