@@ -115,23 +115,28 @@ impl<O: CacheOps> Engine<O> {
         self.pool.usage(&self.model.ops, &sequence.cache)
     }
 
-    /// Logits `[tokens, V]` of every new token of one sequence, chunk by chunk.
+    /// Logits `[tokens, V]` of every new token of one sequence, chunk by chunk. On an error it has taken none of them.
     pub fn logits(&mut self, sequence: &mut Sequence, tokens: &[u32]) -> Result<Vec<f32>, EngineError> {
+        self.admit(&[(sequence, tokens)])?;
         let mut all = Vec::with_capacity(tokens.len() * self.model.shape.vocab);
         for chunk in tokens.chunks(self.chunk) {
-            let logits = self.pass(&mut [(sequence, chunk)])?;
+            let logits = self.step(&mut [(sequence, chunk)], Want::All);
             all.extend(self.model.ops.to_host(&logits));
         }
         Ok(all)
     }
 
-    /// Logits `[N, V]` of every new token of a ragged batch, in one pass and in the backend's own precision.
+    /// Logits `[N, V]` of every new token of a ragged batch, in one pass and in the backend's own precision. On an error
+    /// no sequence has changed.
     pub fn pass(&mut self, batch: &mut [(&mut Sequence, &[u32])]) -> Result<O::Tensor, EngineError> {
-        self.step(batch, Want::All)
+        self.admit(batch)?;
+        Ok(self.step(batch, Want::All))
     }
 
-    /// Logits `[S, V]` of the last new token of each sequence of a ragged batch.
+    /// Logits `[S, V]` of the last new token of each sequence of a ragged batch, each with at least one; chunk by chunk.
+    /// On an error no sequence has changed.
     pub fn last_logits(&mut self, batch: &mut [(&mut Sequence, &[u32])]) -> Result<Vec<f32>, EngineError> {
+        self.admit(batch)?;
         let vocab = self.model.shape.vocab;
         let mut last = vec![0.0; batch.len() * vocab];
         let longest = batch.iter().map(|(_, tokens)| tokens.len()).max().unwrap_or(0);
@@ -144,7 +149,7 @@ impl<O: CacheOps> Engine<O> {
                     step.push((sequence, &tokens[start..tokens.len().min(start + self.chunk)]));
                 }
             }
-            let logits = self.step(&mut step, Want::Last)?;
+            let logits = self.step(&mut step, Want::Last);
             let logits = self.model.ops.to_host(&logits);
             for (member, logits) in members.into_iter().zip(logits.chunks_exact(vocab)) {
                 last[member * vocab..][..vocab].copy_from_slice(logits);
@@ -153,16 +158,23 @@ impl<O: CacheOps> Engine<O> {
         Ok(last)
     }
 
-    /// One pass over a ragged batch. On an error no sequence has changed.
-    fn step(&mut self, batch: &mut [(&mut Sequence, &[u32])], want: Want) -> Result<O::Tensor, EngineError> {
+    /// Says whether the model and the pool can take a batch to its end, even if nothing folds.
+    ///
+    /// All of it is asked for at the start, since tokens that were folded cannot be taken back. A caller that would
+    /// rather try a prompt that fits only once it has folded can hand it over in pieces.
+    fn admit(&self, batch: &[(&mut Sequence, &[u32])]) -> Result<(), EngineError> {
         let context = self.model.shape.context;
-        for (sequence, tokens) in batch.iter() {
+        for (sequence, tokens) in batch {
             let tokens = sequence.tokens() + tokens.len();
             if tokens > context {
                 return Err(EngineError::TooLong { tokens, context });
             }
         }
-        self.pool.admit(batch.iter().map(|(sequence, tokens)| (&sequence.cache, tokens.len())))?;
+        Ok(self.pool.admit(batch.iter().map(|(sequence, tokens)| (&sequence.cache, tokens.len())))?)
+    }
+
+    /// One pass over a ragged batch that was admitted.
+    fn step(&mut self, batch: &mut [(&mut Sequence, &[u32])], want: Want) -> O::Tensor {
         let spans = Spans::of_chunks(batch.iter().map(|(sequence, tokens)| (tokens.len(), sequence.tokens())));
         let ids: Vec<u32> = batch.iter().flat_map(|(_, tokens)| tokens.iter().copied()).collect();
         let caches = batch.iter_mut().map(|(sequence, _)| &mut sequence.cache).collect();
@@ -174,7 +186,7 @@ impl<O: CacheOps> Engine<O> {
             let last: Vec<u32> = spans.iter().map(|span| (span.start + span.len - 1) as u32).collect();
             x = ops.embed(&last, &x);
         }
-        Ok(pass.logits(weights, &x))
+        pass.logits(weights, &x)
     }
 }
 
