@@ -93,8 +93,9 @@ impl<O: CacheOps> PagePool<O> {
     /// Gives a layer of a sequence the pages that `more` tokens can need at most.
     ///
     /// # Panics
-    /// When the pool runs out, which [`PagePool::admit`] rules out.
+    /// When the pool runs out, which [`PagePool::admit`] rules out, or when the sequence is not of this pool.
     pub fn reserve(&mut self, ops: &O, sequence: &mut SequenceCache, (layer, more): (usize, usize)) {
+        assert!(Arc::ptr_eq(&self.free, &sequence.free), "a sequence of another pool");
         let mut free = lock(&self.free);
         for table in &mut sequence.layers[layer] {
             let (slots, ring) = table.worst_pages(self.rule, more);

@@ -4,6 +4,7 @@ use crate::attend::CachedAttend;
 use kvfold_cache::{CacheError, CachePolicy, Dense, Folding, Held, PagePool, SequenceCache, Usage};
 use kvfold_kernels::CacheOps;
 use kvfold_kernels::ops::Spans;
+use kvfold_model::shape::Shape;
 use kvfold_model::{Checkpoint, Loaded};
 
 /// What can go wrong while sequences run.
@@ -73,13 +74,20 @@ impl<O: CacheOps> Engine<O> {
 
     /// An engine for a model under a policy of the caller's choice.
     pub fn with_policy(model: Loaded<O>, policy: Box<dyn CachePolicy>) -> Self {
-        let pool = PagePool::new(&model.ops, (model.shape.layers, model.shape.heads), policy.rule(), usize::MAX);
+        let Shape { layers, heads, .. } = model.shape;
+        let pool = PagePool::new(&model.ops, (layers, heads), policy.rule(), usize::MAX);
         Self { model, policy, pool, chunk: CHUNK }
     }
 
     /// The same engine with another limit on the tokens that a sequence takes in one pass.
     pub fn with_chunk(self, chunk: usize) -> Self {
         Self { chunk: chunk.max(1), ..self }
+    }
+
+    /// The same engine with an empty pool of at most `pages` pages.
+    pub fn with_page_limit(self, pages: usize) -> Self {
+        let Shape { layers, heads, .. } = self.model.shape;
+        Self { pool: PagePool::new(&self.model.ops, (layers, heads), self.policy.rule(), pages), ..self }
     }
 
     /// The model.
@@ -112,17 +120,28 @@ impl<O: CacheOps> Engine<O> {
         self.pool.dense_usage(&self.model.ops, tokens)
     }
 
-    /// Logits `[tokens, V]` of every new token of one sequence, chunk by chunk.
+    /// Logits `[tokens, V]` of every new token of one sequence, chunk by chunk. On an error it has taken none of them.
     pub fn logits(&mut self, sequence: &mut Sequence, tokens: &[u32]) -> Result<Vec<f32>, EngineError> {
+        self.admit(&[(sequence, tokens)])?;
         let mut all = Vec::with_capacity(tokens.len() * self.model.shape.vocab);
         for chunk in tokens.chunks(self.chunk) {
-            all.extend(self.step(&mut [(sequence, chunk)], Want::All)?);
+            let logits = self.step(&mut [(sequence, chunk)], Want::All);
+            all.extend(self.model.ops.to_host(&logits));
         }
         Ok(all)
     }
 
-    /// Logits `[S, V]` of the last new token of each sequence of a ragged batch.
+    /// Logits `[N, V]` of every new token of a ragged batch, in one pass and in the backend's own precision. On an error
+    /// no sequence has changed.
+    pub fn pass(&mut self, batch: &mut [(&mut Sequence, &[u32])]) -> Result<O::Tensor, EngineError> {
+        self.admit(batch)?;
+        Ok(self.step(batch, Want::All))
+    }
+
+    /// Logits `[S, V]` of the last new token of each sequence of a ragged batch, each with at least one; chunk by chunk.
+    /// On an error no sequence has changed.
     pub fn last_logits(&mut self, batch: &mut [(&mut Sequence, &[u32])]) -> Result<Vec<f32>, EngineError> {
+        self.admit(batch)?;
         let vocab = self.model.shape.vocab;
         let mut last = vec![0.0; batch.len() * vocab];
         let longest = batch.iter().map(|(_, tokens)| tokens.len()).max().unwrap_or(0);
@@ -135,7 +154,8 @@ impl<O: CacheOps> Engine<O> {
                     step.push((sequence, &tokens[start..tokens.len().min(start + self.chunk)]));
                 }
             }
-            let logits = self.step(&mut step, Want::Last)?;
+            let logits = self.step(&mut step, Want::Last);
+            let logits = self.model.ops.to_host(&logits);
             for (member, logits) in members.into_iter().zip(logits.chunks_exact(vocab)) {
                 last[member * vocab..][..vocab].copy_from_slice(logits);
             }
@@ -143,16 +163,23 @@ impl<O: CacheOps> Engine<O> {
         Ok(last)
     }
 
-    /// One pass over a ragged batch. On an error no sequence has changed.
-    fn step(&mut self, batch: &mut [(&mut Sequence, &[u32])], want: Want) -> Result<Vec<f32>, EngineError> {
+    /// Says whether the model and the pool can take a batch to its end, even if nothing folds.
+    ///
+    /// All of it is asked for at the start, since tokens that were folded cannot be taken back. A caller that would
+    /// rather try a prompt that fits only once it has folded can hand it over in pieces.
+    fn admit(&self, batch: &[(&mut Sequence, &[u32])]) -> Result<(), EngineError> {
         let context = self.model.shape.context;
-        for (sequence, tokens) in batch.iter() {
+        for (sequence, tokens) in batch {
             let tokens = sequence.tokens() + tokens.len();
             if tokens > context {
                 return Err(EngineError::TooLong { tokens, context });
             }
         }
-        self.pool.admit(batch.iter().map(|(sequence, tokens)| (&sequence.cache, tokens.len())))?;
+        Ok(self.pool.admit(batch.iter().map(|(sequence, tokens)| (&sequence.cache, tokens.len())))?)
+    }
+
+    /// One pass over a ragged batch that was admitted.
+    fn step(&mut self, batch: &mut [(&mut Sequence, &[u32])], want: Want) -> O::Tensor {
         let spans = Spans::of_chunks(batch.iter().map(|(sequence, tokens)| (tokens.len(), sequence.tokens())));
         let ids: Vec<u32> = batch.iter().flat_map(|(_, tokens)| tokens.iter().copied()).collect();
         let caches = batch.iter_mut().map(|(sequence, _)| &mut sequence.cache).collect();
@@ -164,7 +191,7 @@ impl<O: CacheOps> Engine<O> {
             let last: Vec<u32> = spans.iter().map(|span| (span.start + span.len - 1) as u32).collect();
             x = ops.embed(&last, &x);
         }
-        Ok(ops.to_host(&pass.logits(weights, &x)))
+        pass.logits(weights, &x)
     }
 }
 

@@ -48,15 +48,20 @@ pub(crate) fn forward<F: Real>(job: &PoolJob<'_, F>, mean: &mut [F], mass: &mut 
     let mut sum = vec![F::zero(); width];
     let mut z = F::zero();
     for i in 0..mass.len() {
+        let (x, mean) = (&job.x[i * width..][..width], &mut mean[i * width..][..width]);
         if job.window.is_some() {
             (sum, z) = windowed_sum(job, i);
         } else {
-            accumulate(&mut sum, job.alpha[i], job.omega[i], &job.x[i * width..][..width]);
+            accumulate(&mut sum, job.alpha[i], job.omega[i], x);
             z = job.alpha[i] * z + job.omega[i];
         }
-        let share = F::one() / z;
-        mean[i * width..][..width].iter_mut().zip(&sum).for_each(|(mean, &sum)| *mean = sum * share);
         mass[i] = z;
+        if job.alpha[i] == F::zero() {
+            mean.copy_from_slice(x); // the mean of one token is that token, to the last bit (promise I2)
+        } else {
+            let share = F::one() / z;
+            mean.iter_mut().zip(&sum).for_each(|(mean, &sum)| *mean = sum * share);
+        }
     }
 }
 

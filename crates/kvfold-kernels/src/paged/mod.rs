@@ -203,14 +203,18 @@ fn absorb<F: Real>(
     let dim = input.heads.dim;
     let Rule::Fold { delay, pool_window, log_mass } = input.rule else { return };
     table.slots += usize::from(!folds);
-    let keep = if folds { F::one() } else { F::zero() };
     let state = state(input, table);
     let (sums, rest) = state.split_at_mut(2 * dim);
     let (counts, rest) = rest.split_at_mut(2);
+    if !folds {
+        // Not by a factor of 0: the state may come from another sequence, and 0 times infinity is not 0.
+        sums.fill(F::zero());
+        counts.fill(F::zero());
+    }
     match pool_window {
         None => {
-            accumulate(sums, keep, omega, &scratch.raw);
-            counts[0] = keep * counts[0] + omega;
+            accumulate(sums, F::one(), omega, &scratch.raw);
+            counts[0] += omega;
         }
         Some(window) => {
             let ring = &mut rest[delay..];
@@ -218,8 +222,7 @@ fn absorb<F: Real>(
             let newest = &mut ring[seat(position)..][..2 * dim + 1];
             newest[..2 * dim].copy_from_slice(&scratch.raw);
             newest[2 * dim] = omega;
-            let segment = keep * counts[1] + F::one();
-            counts[1] = segment.min(F::of(window as f64));
+            counts[1] = (counts[1] + F::one()).min(F::of(window as f64));
             sums.fill(F::zero());
             counts[0] = F::zero();
             let mut p = position;
@@ -233,8 +236,11 @@ fn absorb<F: Real>(
             }
         }
     }
-    let share = F::one() / counts[0];
-    scratch.raw.iter_mut().zip(&*sums).for_each(|(mean, &sum)| *mean = sum * share);
+    // A slot of one token is that token, to the last bit (promise I2).
+    if folds {
+        let share = F::one() / counts[0];
+        scratch.raw.iter_mut().zip(&*sums).for_each(|(mean, &sum)| *mean = sum * share);
+    }
     let mass = log_mass.then(|| counts[0].ln());
     let (k, v) = scratch.raw.split_at(dim);
     rotate(k, angles(input, position), F::one(), &mut scratch.rotated);
