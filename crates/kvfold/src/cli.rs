@@ -276,7 +276,7 @@ pub(crate) struct RetrofitArgs {
     #[arg(long, value_enum, default_value_t = ShareArg::Head, help_heading = "How to compress")]
     pub(crate) share: ShareArg,
 
-    /// Factor on the decision logit [default: 4 for head, 10 for borrowed; the paper: 1]
+    /// Factor on the decision logit [default: 4 for head, 20 for borrowed; the paper: 1]
     #[arg(long, value_name = "X", help_heading = "How to compress")]
     pub(crate) decision_scale: Option<f64>,
 

@@ -119,7 +119,7 @@ fn settings(args: &RetrofitArgs, base: &Checkpoint) -> Result<Settings, AppError
     let offset = args.decision_offset;
     let decision = match args.decision {
         DecisionSource::Head => Decision::Head { scale: args.decision_scale.unwrap_or(4.0), offset },
-        DecisionSource::Borrowed => Decision::Borrowed { scale: args.decision_scale.unwrap_or(10.0), offset },
+        DecisionSource::Borrowed => Decision::Borrowed { scale: args.decision_scale.unwrap_or(20.0), offset },
     };
     let dmc = Dmc {
         decision,
