@@ -97,7 +97,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<(), AppError> {
     }
     output::line("")?;
     eprintln!(
-        "\n{} tokens at {} tokens/s; cache {} of {} ({} logical, {} physical)",
+        "\n{} tokens at {}; cache {} of {} ({} logical, {} physical)",
         result.new_tokens,
         format::rate(result.tokens_per_second),
         format::bytes(result.kv_bytes as u64),
