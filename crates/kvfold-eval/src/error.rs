@@ -31,6 +31,12 @@ pub enum EvalError {
         /// Longest sequence of the model.
         context: usize,
     },
+    /// There is nothing to time.
+    #[error("decoding cannot be timed: {reason}")]
+    Workload {
+        /// What is missing.
+        reason: String,
+    },
     /// The engine failed.
     #[error(transparent)]
     Engine(#[from] EngineError),
