@@ -35,7 +35,7 @@ pub struct Pressure {
 /// Steps of each stage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stages {
-    /// Steps in which the borrowed channel fades out; 0 for a decision head.
+    /// Steps in which the borrowed channel fades out, 0 to zero it before the first; 0 for a decision head.
     pub zeroing: u64,
     /// Steps in which the target rises linearly from 1.
     pub ramp: u64,
