@@ -189,7 +189,7 @@ where
             rate: at.rate,
         };
         let not_finite =
-            |what, value| Err(RetrofitError::NotFinite { step, what, value, sequences: sequences.clone() });
+            |what, value| Err(RetrofitError::NotFinite { step: step + 1, what, value, sequences: sequences.clone() });
         if !report.loss.is_finite() {
             return not_finite("the loss", report.loss);
         }
