@@ -65,7 +65,8 @@ pub struct Resumed {
 impl RunDir {
     /// The run directory of an output directory.
     pub fn of(out: &Path) -> Self {
-        let mut name = out.as_os_str().to_owned();
+        // Through its components, so that `out/` does not become a hidden file in the output directory itself.
+        let mut name = out.components().collect::<PathBuf>().into_os_string();
         name.push(".kvfold-run");
         Self { dir: name.into() }
     }
