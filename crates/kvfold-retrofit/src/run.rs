@@ -148,12 +148,10 @@ impl RunDir {
         let tensors: BTreeMap<String, HostTensor> = trainer.state().into_iter().collect();
         let metadata = BTreeMap::from([("digest".to_owned(), digest(&tensors))]);
         safetensors::write(&self.dir.join(checkpoint_name(trainer.steps())), &tensors, &metadata)?;
-        let steps = self.checkpoints()?;
-        for &old in &steps[..steps.len().saturating_sub(KEPT)] {
-            let name = checkpoint_name(old);
-            fs::remove_file(self.dir.join(&name)).map_err(|source| self.io("remove", &name, source))?;
-        }
-        Ok(())
+        // Checkpoints ahead of this one are damaged ones that were passed over; they must not push out whole ones.
+        let (past, ahead): (Vec<_>, Vec<_>) = self.checkpoints()?.into_iter().partition(|&step| step <= trainer.steps());
+        let old = &past[..past.len().saturating_sub(KEPT)];
+        old.iter().chain(&ahead).try_for_each(|&step| self.remove_file(&checkpoint_name(step)))
     }
 
     /// Removes the directory of a finished run.
@@ -184,7 +182,8 @@ impl RunDir {
             let name = entry.map_err(|source| self.io("read", "", source))?.file_name();
             let name = name.to_string_lossy();
             let step = name.strip_prefix("step-").and_then(|rest| rest.strip_suffix(".safetensors"));
-            steps.extend(step.and_then(|step| step.parse::<u64>().ok()));
+            let step = step.and_then(|step| step.parse::<u64>().ok());
+            steps.extend(step.filter(|&step| checkpoint_name(step) == name));
         }
         steps.sort_unstable();
         Ok(steps)
@@ -219,6 +218,10 @@ impl RunDir {
     fn write(&self, name: &str, bytes: &[u8]) -> Result<(), RetrofitError> {
         atomic::write(&self.dir.join(name), |w: &mut dyn Write| w.write_all(bytes))
             .map_err(|source| self.io("write", name, source))
+    }
+
+    fn remove_file(&self, name: &str) -> Result<(), RetrofitError> {
+        fs::remove_file(self.dir.join(name)).map_err(|source| self.io("remove", name, source))
     }
 
     fn label(&self) -> String {
