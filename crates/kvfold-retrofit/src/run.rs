@@ -87,6 +87,11 @@ impl RunDir {
             return Err(RetrofitError::Unfinished { dir: self.label() });
         }
         fs::create_dir_all(&self.dir).map_err(|source| self.io("create", "", source))?;
+        // What is left of another run whose removal was cut short must not become part of this one.
+        self.checkpoints()?.into_iter().try_for_each(|step| self.remove_file(&checkpoint_name(step)))?;
+        if self.dir.join(CURVE).exists() {
+            self.remove_file(CURVE)?;
+        }
         let bytes: Vec<u8> = corpus.tokens().iter().flat_map(|id| id.to_le_bytes()).collect();
         self.write(CORPUS, &bytes)?;
         let identity = identity(base, settings, corpus);
@@ -154,8 +159,9 @@ impl RunDir {
         old.iter().chain(&ahead).try_for_each(|&step| self.remove_file(&checkpoint_name(step)))
     }
 
-    /// Removes the directory of a finished run.
+    /// Removes the directory of a finished run. What makes it a run goes first.
     pub fn remove(self) -> Result<(), RetrofitError> {
+        self.remove_file(RUN)?;
         fs::remove_dir_all(&self.dir).map_err(|source| self.io("remove", "", source))
     }
 
