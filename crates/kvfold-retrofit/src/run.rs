@@ -20,7 +20,7 @@ use kvfold_kernels::Grad;
 use kvfold_model::Checkpoint;
 use kvfold_tensor::{HostTensor, atomic, safetensors};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fs;
@@ -40,6 +40,7 @@ const KEPT: usize = 2;
 struct Identity {
     version: u32,
     base_model: String,
+    base_config_digest: String,
     base_digest: String,
     corpus_digest: String,
     settings: Settings,
@@ -94,7 +95,7 @@ impl RunDir {
         }
         let bytes: Vec<u8> = corpus.tokens().iter().flat_map(|id| id.to_le_bytes()).collect();
         self.write(CORPUS, &bytes)?;
-        let identity = identity(base, settings, corpus);
+        let identity = identity(base, settings, corpus.digest());
         let json = serde_json::to_vec_pretty(&identity).map_err(|e| self.io("write", RUN, e.into()))?;
         self.write(RUN, &json)
     }
@@ -111,13 +112,14 @@ impl RunDir {
         if !self.exists() {
             return Err(RetrofitError::NothingToResume { dir: self.label() });
         }
-        let found: Value = serde_json::from_slice(&self.read(RUN)?).map_err(|e| self.damaged(RUN, e.to_string()))?;
-        let bytes = self.read(CORPUS)?;
-        let tokens = bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
-        let corpus = Corpus::cut(tokens, trainer.settings().length)?;
-        let wanted = serde_json::to_value(identity(base, trainer.settings(), &corpus))
+        let found: Map<String, Value> =
+            serde_json::from_slice(&self.read(RUN)?).map_err(|e| self.damaged(RUN, e.to_string()))?;
+        // The corpus is the run's own: it can be damaged, and not be another.
+        let digest = found.get("corpus_digest").and_then(Value::as_str).unwrap_or_default().to_owned();
+        let wanted = serde_json::to_value(identity(base, trainer.settings(), digest.clone()))
             .map_err(|e| self.damaged(RUN, e.to_string()))?;
-        self.check_same(&found, &wanted, "")?;
+        self.check_same(&Value::Object(found), &wanted, "")?;
+        let corpus = self.corpus(trainer.settings().length, &digest)?;
 
         let mut damaged = Vec::new();
         for step in self.checkpoints()?.into_iter().rev() {
@@ -165,6 +167,14 @@ impl RunDir {
         fs::remove_dir_all(&self.dir).map_err(|source| self.io("remove", "", source))
     }
 
+    /// The training tokens, if they are those that were written.
+    fn corpus(&self, length: usize, digest: &str) -> Result<Corpus, RetrofitError> {
+        let bytes = self.read(CORPUS)?;
+        let tokens = bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+        let corpus = Corpus::cut(tokens, length).ok().filter(|corpus| corpus.digest() == digest);
+        corpus.ok_or_else(|| self.damaged(CORPUS, format!("its tokens do not have the digest that {RUN} states")))
+    }
+
     fn load<O: Grad + Clone + 'static>(&self, step: u64, trainer: &mut Trainer<O>) -> Result<(), RetrofitError>
     where
         O::Tensor: 'static,
@@ -198,9 +208,9 @@ impl RunDir {
     /// Compares two identities leaf by leaf, so that the error names the field.
     fn check_same(&self, found: &Value, wanted: &Value, path: &str) -> Result<(), RetrofitError> {
         if let (Value::Object(found), Value::Object(wanted)) = (found, wanted) {
-            let keys: std::collections::BTreeSet<_> = found.keys().chain(wanted.keys()).collect();
-            for key in keys {
-                let at = |map: &serde_json::Map<String, Value>| map.get(key).cloned().unwrap_or(Value::Null);
+            let more = found.keys().filter(|key| !wanted.contains_key(*key));
+            for key in wanted.keys().chain(more) {
+                let at = |map: &Map<String, Value>| map.get(key).cloned().unwrap_or(Value::Null);
                 let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
                 self.check_same(&at(found), &at(wanted), &path)?;
             }
@@ -247,13 +257,15 @@ fn checkpoint_name(step: u64) -> String {
     format!("step-{step:08}.safetensors")
 }
 
-fn identity(base: &Checkpoint, settings: &Settings, corpus: &Corpus) -> Identity {
+fn identity(base: &Checkpoint, settings: &Settings, corpus_digest: String) -> Identity {
     Identity {
         version: VERSION,
         base_model: base.source.clone(),
+        base_config_digest: hex(&Sha256::digest(base.config.to_json())),
         base_digest: digest(&base.tensors),
-        corpus_digest: corpus.digest(),
-        settings: settings.clone(),
+        corpus_digest,
+        // Recomputation changes no bit of the result, so a run that ran out of memory may go on with it.
+        settings: Settings { recompute: false, ..settings.clone() },
     }
 }
 
