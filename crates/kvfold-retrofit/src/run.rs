@@ -10,7 +10,7 @@
 //! ```
 //!
 //! Every file is written under a temporary name, synced and renamed, so whatever kills the run leaves whole files. A
-//! checkpoint whose digest does not fit is passed over for the one before it.
+//! checkpoint whose digest does not fit is passed over for the one before it, and when there is none the run starts over.
 
 use crate::corpus::{Corpus, hex};
 use crate::error::RetrofitError;
@@ -57,9 +57,9 @@ pub struct RunDir {
 pub struct Resumed {
     /// The training tokens.
     pub corpus: Corpus,
-    /// Reports of the steps done.
+    /// Reports of the steps done; fewer when the curve is damaged.
     pub reports: Vec<StepReport>,
-    /// Checkpoints that were passed over, and why.
+    /// Checkpoints that were passed over and a curve that is incomplete, and why.
     pub damaged: Vec<String>,
 }
 
@@ -101,6 +101,9 @@ impl RunDir {
     }
 
     /// Goes on with a run: checks that it is the same one, and restores the newest whole checkpoint.
+    ///
+    /// Without a whole checkpoint the trainer stays at its first step: settings, model and corpus are known to be right,
+    /// so all that is lost is time, and the run ends with the same weights. [`Resumed::damaged`] says what was lost.
     pub fn resume<O: Grad + Clone + 'static>(
         &self,
         base: &Checkpoint,
@@ -131,8 +134,12 @@ impl RunDir {
         let mut reports = Vec::new();
         if self.dir.join(CURVE).exists() {
             let text = String::from_utf8_lossy(&self.read(CURVE)?).into_owned();
-            reports.extend(text.lines().map_while(|line| serde_json::from_str::<StepReport>(line).ok()));
-            reports.truncate(trainer.steps() as usize);
+            let lines = text.lines().map_while(|line| serde_json::from_str::<StepReport>(line).ok());
+            reports.extend(lines.zip(1..=trainer.steps()).map_while(|(r, step)| (r.step == step).then_some(r)));
+        }
+        if (reports.len() as u64) < trainer.steps() {
+            let reason = format!("it tells of {} steps of {}", reports.len(), trainer.steps());
+            damaged.push(self.damaged(CURVE, reason).to_string());
         }
         Ok(Resumed { corpus, reports, damaged })
     }
