@@ -31,7 +31,11 @@ pub fn decode_speed<O: CacheOps>(
         return nothing("prompt, decoded tokens, rounds and windows are each at least 1".into());
     }
     if let Some(short) = windows.iter().find(|window| window.len() < prompt + decode) {
-        return nothing(format!("a window has {} tokens and prompt and decoding take {}", short.len(), prompt + decode));
+        return nothing(format!(
+            "a window has {} tokens and prompt and decoding take {}",
+            short.len(),
+            prompt + decode
+        ));
     }
     let mut rates = vec![Vec::new(); engines.len()];
     for _ in 0..rounds {

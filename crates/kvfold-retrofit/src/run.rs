@@ -163,7 +163,8 @@ impl RunDir {
         let metadata = BTreeMap::from([("digest".to_owned(), digest(&tensors))]);
         safetensors::write(&self.dir.join(checkpoint_name(trainer.steps())), &tensors, &metadata)?;
         // Checkpoints ahead of this one are damaged ones that were passed over; they must not push out whole ones.
-        let (past, ahead): (Vec<_>, Vec<_>) = self.checkpoints()?.into_iter().partition(|&step| step <= trainer.steps());
+        let (past, ahead): (Vec<_>, Vec<_>) =
+            self.checkpoints()?.into_iter().partition(|&step| step <= trainer.steps());
         let old = &past[..past.len().saturating_sub(KEPT)];
         old.iter().chain(&ahead).try_for_each(|&step| self.remove_file(&checkpoint_name(step)))
     }

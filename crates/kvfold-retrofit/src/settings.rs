@@ -156,7 +156,8 @@ impl Settings {
         let in_context = (2..=context).contains(&length);
         must(in_context, "length", length.to_string(), format!("2 to {context}, the model's context"))?;
         let (delay, highest) = (self.dmc.delay, self.highest_ratio());
-        let expected = format!("less than {length}, the tokens of a sequence: no token of a longer delay is ever folded");
+        let expected =
+            format!("less than {length}, the tokens of a sequence: no token of a longer delay is ever folded");
         must(delay < length, "delay", delay.to_string(), expected)?;
         let expected = format!("at most {highest:.2}: of {length} tokens, {delay} stay exact and a slot is needed");
         must(self.ratio <= highest, "ratio", self.ratio.to_string(), expected)?;
