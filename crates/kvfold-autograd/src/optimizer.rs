@@ -42,6 +42,11 @@ impl<T: Clone> Optimizer<T> {
         &self.moments
     }
 
+    /// Moments in parameter order, to change them when a parameter is changed by something else than a step.
+    pub fn moments_mut(&mut self) -> &mut [Moments<T>] {
+        &mut self.moments
+    }
+
     /// Steps taken.
     pub fn steps(&self) -> u64 {
         self.steps

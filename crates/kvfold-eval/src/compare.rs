@@ -47,9 +47,10 @@ pub fn compare<O: CacheOps>(
                 let (log_p, log_q) = (f64::from(p) - p_log, f64::from(q) - q_log);
                 log_p.exp() * (log_p - log_q)
             });
-            // Rounding can take a divergence of nothing a hair below zero.
-            result.kl.push(divergence.sum::<f64>().max(0.0));
-            result.agreed += usize::from(argmax(p) == argmax(q));
+            let divergence: f64 = divergence.sum();
+            // Rounding can take a divergence of nothing a hair below zero. Not `f64::max`, which would call a NaN perfect.
+            result.kl.push(if divergence < 0.0 { 0.0 } else { divergence });
+            result.agreed += usize::from(argmax(p).is_some_and(|top| argmax(q) == Some(top)));
         }
         result.original.predicted += window.len() - 1;
         result.compressed.predicted += window.len() - 1;
@@ -58,6 +59,8 @@ pub fn compare<O: CacheOps>(
     Ok(result)
 }
 
-fn argmax(row: &[f32]) -> usize {
-    (1..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best })
+/// The first of the largest; none when something is not a number.
+fn argmax(row: &[f32]) -> Option<usize> {
+    let best = (1..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best });
+    (!row.iter().any(|x| x.is_nan())).then_some(best)
 }

@@ -7,10 +7,19 @@ use kvfold_engine::EngineError;
 #[non_exhaustive]
 pub enum EvalError {
     /// The text does not fill one window.
-    #[error("the text has {tokens} tokens and one window takes {window}; give more text or a smaller --window")]
+    #[error(
+        "{tokens} tokens of text are to be evaluated and one window takes {window}; \
+         give more text, a higher --limit or a smaller --window"
+    )]
     TooLittleText {
-        /// Tokens of the text.
+        /// Tokens of the text, up to the limit.
         tokens: usize,
+        /// Tokens of a window.
+        window: usize,
+    },
+    /// A window in which nothing is predicted.
+    #[error("in a window of {window} tokens nothing is predicted; it takes at least 2")]
+    SmallWindow {
         /// Tokens of a window.
         window: usize,
     },
@@ -21,6 +30,12 @@ pub enum EvalError {
         window: usize,
         /// Longest sequence of the model.
         context: usize,
+    },
+    /// There is nothing to time.
+    #[error("decoding cannot be timed: {reason}")]
+    Workload {
+        /// What is missing.
+        reason: String,
     },
     /// The engine failed.
     #[error(transparent)]

@@ -25,8 +25,20 @@ pub fn decode_speed<O: CacheOps>(
     work: Workload,
     mut on_run: impl FnMut(),
 ) -> Result<Vec<f64>, EvalError> {
+    let Workload { prompt, decode, rounds } = work;
+    let nothing = |reason: String| Err(EvalError::Workload { reason });
+    if prompt == 0 || decode == 0 || rounds == 0 || windows.is_empty() {
+        return nothing("prompt, decoded tokens, rounds and windows are each at least 1".into());
+    }
+    if let Some(short) = windows.iter().find(|window| window.len() < prompt + decode) {
+        return nothing(format!(
+            "a window has {} tokens and prompt and decoding take {}",
+            short.len(),
+            prompt + decode
+        ));
+    }
     let mut rates = vec![Vec::new(); engines.len()];
-    for _ in 0..work.rounds {
+    for _ in 0..rounds {
         for (engine, rates) in engines.iter_mut().zip(&mut rates) {
             rates.push(run(engine, windows, work)?);
             on_run();
@@ -51,5 +63,6 @@ fn run<O: CacheOps>(engine: &mut Engine<O>, windows: &[&[u32]], work: Workload) 
 
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
+    let half = values.len() / 2;
+    if values.len() % 2 == 1 { values[half] } else { (values[half - 1] + values[half]) / 2.0 }
 }

@@ -8,7 +8,10 @@ use kvfold_kernels::CacheOps;
 /// Cuts tokens into consecutive windows of `window`, an incomplete last one dropped, at most `limit` tokens in all.
 pub fn cut(tokens: &[u32], window: usize, limit: Option<usize>) -> Result<Vec<&[u32]>, EvalError> {
     let tokens = &tokens[..tokens.len().min(limit.unwrap_or(usize::MAX))];
-    if tokens.len() < window || window < 2 {
+    if window < 2 {
+        return Err(EvalError::SmallWindow { window });
+    }
+    if tokens.len() < window {
         return Err(EvalError::TooLittleText { tokens: tokens.len(), window });
     }
     Ok(tokens.chunks_exact(window).collect())

@@ -14,6 +14,10 @@ pub struct Corpus {
 impl Corpus {
     /// Cuts a stream of tokens into consecutive sequences; an incomplete last one is dropped.
     pub fn cut(mut tokens: Vec<u32>, length: usize) -> Result<Self, RetrofitError> {
+        if length == 0 {
+            let expected = "at least 1 token".into();
+            return Err(RetrofitError::Setting { setting: "length", found: "0".into(), expected });
+        }
         if tokens.len() < length {
             return Err(RetrofitError::TooLittleText { tokens: tokens.len(), length });
         }

@@ -32,7 +32,7 @@ pub enum RetrofitError {
          try a lower --lr"
     )]
     NotFinite {
-        /// The step.
+        /// The step that failed, as reports count them: the first is 1.
         step: u64,
         /// Loss or gradient norm.
         what: &'static str,

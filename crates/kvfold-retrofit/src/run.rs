@@ -10,7 +10,7 @@
 //! ```
 //!
 //! Every file is written under a temporary name, synced and renamed, so whatever kills the run leaves whole files. A
-//! checkpoint whose digest does not fit is passed over for the one before it.
+//! checkpoint whose digest does not fit is passed over for the one before it, and when there is none the run starts over.
 
 use crate::corpus::{Corpus, hex};
 use crate::error::RetrofitError;
@@ -20,7 +20,7 @@ use kvfold_kernels::Grad;
 use kvfold_model::Checkpoint;
 use kvfold_tensor::{HostTensor, atomic, safetensors};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fs;
@@ -40,6 +40,7 @@ const KEPT: usize = 2;
 struct Identity {
     version: u32,
     base_model: String,
+    base_config_digest: String,
     base_digest: String,
     corpus_digest: String,
     settings: Settings,
@@ -56,16 +57,17 @@ pub struct RunDir {
 pub struct Resumed {
     /// The training tokens.
     pub corpus: Corpus,
-    /// Reports of the steps done.
+    /// Reports of the steps done; fewer when the curve is damaged.
     pub reports: Vec<StepReport>,
-    /// Checkpoints that were passed over, and why.
+    /// Checkpoints that were passed over and a curve that is incomplete, and why.
     pub damaged: Vec<String>,
 }
 
 impl RunDir {
     /// The run directory of an output directory.
     pub fn of(out: &Path) -> Self {
-        let mut name = out.as_os_str().to_owned();
+        // Through its components, so that `out/` does not become a hidden file in the output directory itself.
+        let mut name = out.components().collect::<PathBuf>().into_os_string();
         name.push(".kvfold-run");
         Self { dir: name.into() }
     }
@@ -86,14 +88,22 @@ impl RunDir {
             return Err(RetrofitError::Unfinished { dir: self.label() });
         }
         fs::create_dir_all(&self.dir).map_err(|source| self.io("create", "", source))?;
+        // What is left of another run whose removal was cut short must not become part of this one.
+        self.checkpoints()?.into_iter().try_for_each(|step| self.remove_file(&checkpoint_name(step)))?;
+        if self.dir.join(CURVE).exists() {
+            self.remove_file(CURVE)?;
+        }
         let bytes: Vec<u8> = corpus.tokens().iter().flat_map(|id| id.to_le_bytes()).collect();
         self.write(CORPUS, &bytes)?;
-        let identity = identity(base, settings, corpus);
+        let identity = identity(base, settings, corpus.digest());
         let json = serde_json::to_vec_pretty(&identity).map_err(|e| self.io("write", RUN, e.into()))?;
         self.write(RUN, &json)
     }
 
     /// Goes on with a run: checks that it is the same one, and restores the newest whole checkpoint.
+    ///
+    /// Without a whole checkpoint the trainer stays at its first step: settings, model and corpus are known to be right,
+    /// so all that is lost is time, and the run ends with the same weights. [`Resumed::damaged`] says what was lost.
     pub fn resume<O: Grad + Clone + 'static>(
         &self,
         base: &Checkpoint,
@@ -105,13 +115,14 @@ impl RunDir {
         if !self.exists() {
             return Err(RetrofitError::NothingToResume { dir: self.label() });
         }
-        let found: Value = serde_json::from_slice(&self.read(RUN)?).map_err(|e| self.damaged(RUN, e.to_string()))?;
-        let bytes = self.read(CORPUS)?;
-        let tokens = bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
-        let corpus = Corpus::cut(tokens, trainer.settings().length)?;
-        let wanted = serde_json::to_value(identity(base, trainer.settings(), &corpus))
+        let found: Map<String, Value> =
+            serde_json::from_slice(&self.read(RUN)?).map_err(|e| self.damaged(RUN, e.to_string()))?;
+        // The corpus is the run's own: it can be damaged, and not be another.
+        let digest = found.get("corpus_digest").and_then(Value::as_str).unwrap_or_default().to_owned();
+        let wanted = serde_json::to_value(identity(base, trainer.settings(), digest.clone()))
             .map_err(|e| self.damaged(RUN, e.to_string()))?;
-        self.check_same(&found, &wanted, "")?;
+        self.check_same(&Value::Object(found), &wanted, "")?;
+        let corpus = self.corpus(trainer.settings().length, &digest)?;
 
         let mut damaged = Vec::new();
         for step in self.checkpoints()?.into_iter().rev() {
@@ -123,8 +134,12 @@ impl RunDir {
         let mut reports = Vec::new();
         if self.dir.join(CURVE).exists() {
             let text = String::from_utf8_lossy(&self.read(CURVE)?).into_owned();
-            reports.extend(text.lines().map_while(|line| serde_json::from_str::<StepReport>(line).ok()));
-            reports.truncate(trainer.steps() as usize);
+            let lines = text.lines().map_while(|line| serde_json::from_str::<StepReport>(line).ok());
+            reports.extend(lines.zip(1..=trainer.steps()).map_while(|(r, step)| (r.step == step).then_some(r)));
+        }
+        if (reports.len() as u64) < trainer.steps() {
+            let reason = format!("it tells of {} steps of {}", reports.len(), trainer.steps());
+            damaged.push(self.damaged(CURVE, reason).to_string());
         }
         Ok(Resumed { corpus, reports, damaged })
     }
@@ -147,17 +162,25 @@ impl RunDir {
         let tensors: BTreeMap<String, HostTensor> = trainer.state().into_iter().collect();
         let metadata = BTreeMap::from([("digest".to_owned(), digest(&tensors))]);
         safetensors::write(&self.dir.join(checkpoint_name(trainer.steps())), &tensors, &metadata)?;
-        let steps = self.checkpoints()?;
-        for &old in &steps[..steps.len().saturating_sub(KEPT)] {
-            let name = checkpoint_name(old);
-            fs::remove_file(self.dir.join(&name)).map_err(|source| self.io("remove", &name, source))?;
-        }
-        Ok(())
+        // Checkpoints ahead of this one are damaged ones that were passed over; they must not push out whole ones.
+        let (past, ahead): (Vec<_>, Vec<_>) =
+            self.checkpoints()?.into_iter().partition(|&step| step <= trainer.steps());
+        let old = &past[..past.len().saturating_sub(KEPT)];
+        old.iter().chain(&ahead).try_for_each(|&step| self.remove_file(&checkpoint_name(step)))
     }
 
-    /// Removes the directory of a finished run.
+    /// Removes the directory of a finished run. What makes it a run goes first.
     pub fn remove(self) -> Result<(), RetrofitError> {
+        self.remove_file(RUN)?;
         fs::remove_dir_all(&self.dir).map_err(|source| self.io("remove", "", source))
+    }
+
+    /// The training tokens, if they are those that were written.
+    fn corpus(&self, length: usize, digest: &str) -> Result<Corpus, RetrofitError> {
+        let bytes = self.read(CORPUS)?;
+        let tokens = bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+        let corpus = Corpus::cut(tokens, length).ok().filter(|corpus| corpus.digest() == digest);
+        corpus.ok_or_else(|| self.damaged(CORPUS, format!("its tokens do not have the digest that {RUN} states")))
     }
 
     fn load<O: Grad + Clone + 'static>(&self, step: u64, trainer: &mut Trainer<O>) -> Result<(), RetrofitError>
@@ -183,7 +206,8 @@ impl RunDir {
             let name = entry.map_err(|source| self.io("read", "", source))?.file_name();
             let name = name.to_string_lossy();
             let step = name.strip_prefix("step-").and_then(|rest| rest.strip_suffix(".safetensors"));
-            steps.extend(step.and_then(|step| step.parse::<u64>().ok()));
+            let step = step.and_then(|step| step.parse::<u64>().ok());
+            steps.extend(step.filter(|&step| checkpoint_name(step) == name));
         }
         steps.sort_unstable();
         Ok(steps)
@@ -192,9 +216,9 @@ impl RunDir {
     /// Compares two identities leaf by leaf, so that the error names the field.
     fn check_same(&self, found: &Value, wanted: &Value, path: &str) -> Result<(), RetrofitError> {
         if let (Value::Object(found), Value::Object(wanted)) = (found, wanted) {
-            let keys: std::collections::BTreeSet<_> = found.keys().chain(wanted.keys()).collect();
-            for key in keys {
-                let at = |map: &serde_json::Map<String, Value>| map.get(key).cloned().unwrap_or(Value::Null);
+            let more = found.keys().filter(|key| !wanted.contains_key(*key));
+            for key in wanted.keys().chain(more) {
+                let at = |map: &Map<String, Value>| map.get(key).cloned().unwrap_or(Value::Null);
                 let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
                 self.check_same(&at(found), &at(wanted), &path)?;
             }
@@ -220,6 +244,10 @@ impl RunDir {
             .map_err(|source| self.io("write", name, source))
     }
 
+    fn remove_file(&self, name: &str) -> Result<(), RetrofitError> {
+        fs::remove_file(self.dir.join(name)).map_err(|source| self.io("remove", name, source))
+    }
+
     fn label(&self) -> String {
         self.dir.display().to_string()
     }
@@ -237,13 +265,15 @@ fn checkpoint_name(step: u64) -> String {
     format!("step-{step:08}.safetensors")
 }
 
-fn identity(base: &Checkpoint, settings: &Settings, corpus: &Corpus) -> Identity {
+fn identity(base: &Checkpoint, settings: &Settings, corpus_digest: String) -> Identity {
     Identity {
         version: VERSION,
         base_model: base.source.clone(),
+        base_config_digest: hex(&Sha256::digest(base.config.to_json())),
         base_digest: digest(&base.tensors),
-        corpus_digest: corpus.digest(),
-        settings: settings.clone(),
+        corpus_digest,
+        // Recomputation changes no bit of the result, so a run that ran out of memory may go on with it.
+        settings: Settings { recompute: false, ..settings.clone() },
     }
 }
 

@@ -63,7 +63,7 @@ pub fn place(settings: &Settings, step: u64) -> Place {
 fn rate(settings: &Settings, step: u64) -> f64 {
     let learning = settings.learning;
     let warm = ((step + 1) as f64 / learning.warmup.max(1) as f64).min(1.0);
-    let done = step as f64 / settings.stages.total() as f64;
+    let done = (step as f64 / settings.stages.total().max(1) as f64).min(1.0);
     let cosine = 0.5 * (1.0 + (std::f64::consts::PI * done).cos());
     learning.rate * warm * (learning.floor + (1.0 - learning.floor) * cosine)
 }

@@ -35,7 +35,7 @@ pub struct Pressure {
 /// Steps of each stage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stages {
-    /// Steps in which the borrowed channel fades out; 0 for a decision head.
+    /// Steps in which the borrowed channel fades out, 0 to zero it before the first; 0 for a decision head.
     pub zeroing: u64,
     /// Steps in which the target rises linearly from 1.
     pub ramp: u64,
@@ -139,7 +139,7 @@ impl Settings {
 
     /// The highest ratio that the delay leaves possible at this length: the ring and one slot.
     pub fn highest_ratio(&self) -> f64 {
-        self.length as f64 / (self.dmc.delay.min(self.length) + 1) as f64
+        self.length as f64 / (self.dmc.delay.min(self.length.saturating_sub(1)) + 1) as f64
     }
 
     /// Checks a run's definition for a model.
@@ -156,19 +156,35 @@ impl Settings {
         let in_context = (2..=context).contains(&length);
         must(in_context, "length", length.to_string(), format!("2 to {context}, the model's context"))?;
         let (delay, highest) = (self.dmc.delay, self.highest_ratio());
+        let expected =
+            format!("less than {length}, the tokens of a sequence: no token of a longer delay is ever folded");
+        must(delay < length, "delay", delay.to_string(), expected)?;
         let expected = format!("at most {highest:.2}: of {length} tokens, {delay} stay exact and a slot is needed");
         must(self.ratio <= highest, "ratio", self.ratio.to_string(), expected)?;
         must(self.batch > 0, "batch", "0".into(), "at least 1 sequence".into())?;
         must(self.stages.total() > 0, "steps", "0".into(), "at least 1 step".into())?;
-        let window = self.dmc.pool_window;
-        must(window != Some(0), "pool_window", "0".into(), "at least 1 token, or none for the whole segment".into())?;
+        let (borrows, zeroing) = (self.dmc.decision.borrows_channel(), self.stages.zeroing);
+        let expected = "0: a decision head borrows no channel".into();
+        must(borrows || zeroing == 0, "zeroing steps", zeroing.to_string(), expected)?;
+        if let Some(window) = self.dmc.pool_window {
+            let expected = format!("1 to {context}, the model's context, or none for the whole segment");
+            must((1..=context).contains(&window), "pool_window", window.to_string(), expected)?;
+        }
         number(self.temperature, 1e-6, "temperature")?;
         number(self.pressure.weight, 0.0, "hinge weight")?;
         number(self.pressure.margin, 0.0, "margin")?;
-        number(self.learning.rate, 0.0, "lr")?;
+        let learning = self.learning;
+        number(learning.rate, 0.0, "lr")?;
+        must((0.0..=1.0).contains(&learning.floor), "lr floor", learning.floor.to_string(), "0 to 1".into())?;
+        number(learning.decide_factor, 0.0, "decision lr factor")?;
+        for (beta, setting) in [(learning.beta1, "beta1"), (learning.beta2, "beta2")] {
+            must((0.0..1.0).contains(&beta), setting, beta.to_string(), "at least 0 and below 1".into())?;
+        }
+        number(learning.weight_decay, 0.0, "weight decay")?;
+        number(learning.clip, 1e-12, "clip")?;
         let (Decision::Borrowed { scale, offset } | Decision::Head { scale, offset }) = self.dmc.decision;
         number(scale, 1e-6, "decision scale")?;
-        number(offset.abs(), 0.0, "decision offset")
+        must(offset.is_finite(), "decision offset", offset.to_string(), "a finite number".into())
     }
 }
 

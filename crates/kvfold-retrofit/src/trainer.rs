@@ -121,7 +121,12 @@ where
         let teacher = matches!(settings.loss, Loss::Distill { .. }).then(|| load(&plain));
         let optimizer = Optimizer::new(&ops, &weights.list());
         let angles = ops.rope_table(&shape.inv_freq(), settings.length);
-        Ok(Self { angles, weights, teacher, optimizer, shape, settings, ops })
+        let mut trainer = Self { angles, weights, teacher, optimizer, shape, settings, ops };
+        let Settings { dmc, stages, .. } = &trainer.settings;
+        if dmc.decision.borrows_channel() && stages.zeroing == 0 {
+            trainer.zero_borrowed_rows();
+        }
+        Ok(trainer)
     }
 
     /// The run's definition.
@@ -184,7 +189,7 @@ where
             rate: at.rate,
         };
         let not_finite =
-            |what, value| Err(RetrofitError::NotFinite { step, what, value, sequences: sequences.clone() });
+            |what, value| Err(RetrofitError::NotFinite { step: step + 1, what, value, sequences: sequences.clone() });
         if !report.loss.is_finite() {
             return not_finite("the loss", report.loss);
         }
@@ -281,12 +286,20 @@ where
     }
 
     /// Ends the zeroing stage: the rows that make the borrowed channel become 0, so every logit starts at `-offset`.
+    /// Their moments go with them: they are those of a channel with another meaning.
     fn zero_borrowed_rows(&mut self) {
         let heads = self.shape.heads;
         let rows = |count: usize| (1..=count).map(|head| head * heads.dim - 1).collect::<Vec<_>>();
-        for block in &mut self.weights.blocks {
-            self.ops.zero_rows(&mut block.q, &rows(heads.query));
-            self.ops.zero_rows(&mut block.k, &rows(heads.kv));
+        let (query, kv) = (rows(heads.query), rows(heads.kv));
+        let names = Weights::<()>::expected(&self.shape);
+        let params = self.weights.list_mut().into_iter().zip(self.optimizer.moments_mut());
+        for ((name, _), (weight, moments)) in names.iter().zip(params) {
+            let rows = match name {
+                name if name.contains(names::Q_PROJ) => &query,
+                name if name.contains(names::K_PROJ) => &kv,
+                _ => continue,
+            };
+            [weight, &mut moments.m, &mut moments.v].into_iter().for_each(|x| self.ops.zero_rows(x, rows));
         }
     }
 

@@ -50,7 +50,7 @@ pub(crate) fn run(args: &RetrofitArgs) -> Result<(), AppError> {
     let (corpus, reports) = if args.resume {
         let resumed = run.resume(&base, &mut trainer)?;
         for reason in &resumed.damaged {
-            eprintln!("kvfold: {reason}; going on from the checkpoint before it");
+            eprintln!("kvfold: {reason}; going on without it");
         }
         eprintln!("going on after step {} of {}", trainer.steps(), trainer.settings().stages.total());
         (resumed.corpus, resumed.reports)
