@@ -14,6 +14,14 @@ pub enum EvalError {
         /// Tokens of a window.
         window: usize,
     },
+    /// The limit does not leave one window.
+    #[error("a limit of {limit} tokens is less than one window, {window}; raise --limit or lower --window")]
+    Limit {
+        /// Tokens that may be used.
+        limit: usize,
+        /// Tokens of a window.
+        window: usize,
+    },
     /// The window cannot be evaluated.
     #[error("a window of {window} tokens cannot be evaluated; it takes 2 to {context}, the model's context")]
     Window {
