@@ -328,7 +328,7 @@ mod tests {
     #[test]
     fn parts_without_bytes_are_left_out() {
         insta::assert_snapshot!(parts(&KvBytes { pages: 4096, ..KvBytes::default() }), @"pages 4.00 KiB");
-        insta::assert_snapshot!(parts(&sample::receipt().memory.kv_bytes_detail), @"pages 40.0 KiB + open state 3.00 KiB + ring 1.00 KiB");
+        insta::assert_snapshot!(parts(&sample::receipt().memory.kv_bytes_detail), @"pages 40.0 KiB + open state 3.00 KiB + exact recent tokens 1.00 KiB");
     }
 
     fn strip(text: &str) -> String {

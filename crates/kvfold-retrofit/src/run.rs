@@ -225,6 +225,9 @@ impl RunDir {
     fn same_run(&self, base: &Checkpoint, settings: &Settings) -> Result<Corpus, RetrofitError> {
         let json = self.read(RUN)?;
         let found: Identity = serde_json::from_slice(&json).map_err(|e| self.damaged(RUN, e.to_string()))?;
+        // Named first: a schedule of numbers follows from it.
+        let (steps, asked) = (found.settings.stages.total(), settings.stages.total());
+        self.check_same(&steps.into(), &asked.into(), "steps")?;
         let wanted = identity(base, settings, found.corpus_digest.clone());
         // Both as they are read, so that a number is compared with itself.
         let read = |identity: &Identity| -> serde_json::Result<Value> {

@@ -89,7 +89,7 @@ pub(crate) struct GenerateArgs {
     pub(crate) max_new_tokens: Option<usize>,
 
     /// 0 takes the most likely token; higher is more varied
-    #[arg(long, default_value_t = 0.0, value_name = "T", value_parser = temperature)]
+    #[arg(long, default_value_t = 0.0, value_name = "T", value_parser = temperature, allow_negative_numbers = true)]
     pub(crate) temperature: f64,
 
     /// Seed of the draws

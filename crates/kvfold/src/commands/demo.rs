@@ -2,7 +2,8 @@
 
 use super::generate::{stop_tokens, stream_after};
 use super::measure::measure;
-use super::train::{SelfText, curve, self_text, train};
+use super::papers::{Papers, decision};
+use super::train::{SelfText, self_text, train};
 use crate::cli::DemoArgs;
 use crate::error::AppError;
 use crate::output;
@@ -12,7 +13,7 @@ use kvfold_kernels::FastCpu;
 use kvfold_kernels::dmc::{Decision, Dmc, Share};
 use kvfold_model::shape::Shape;
 use kvfold_model::{Checkpoint, embedded, ensure_absent};
-use kvfold_report::receipt::{self, Memory, Speed, Story, Training};
+use kvfold_report::receipt::{self, Memory, Speed, Story};
 use kvfold_report::{Receipt, format, render};
 use kvfold_retrofit::settings::Text;
 use kvfold_retrofit::{Corpus, Settings, Trainer};
@@ -79,9 +80,8 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), AppError> {
         dense: continued(&mut original, &base)?,
         compressed: continued(&mut compressed, &base)?,
     };
-    let settings = trainer.settings();
-    let seen = trained.steps * (settings.batch * settings.length) as u64;
-    let seconds = trained.elapsed.as_secs_f64();
+    let papers =
+        Papers { base: &base, trainer: &trainer, trained: &trained, memory: &memory, quality: &quality, text: &[] };
     let receipt = Receipt {
         schema: receipt::Schema::V1,
         kvfold_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -92,22 +92,15 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), AppError> {
         model: name.to_owned(),
         seed: args.seed,
         delay: dmc.delay as u64,
-        decision: receipt::Decision::Head,
-        memory,
+        decision: decision(dmc.decision),
+        memory: memory.clone(),
         quality,
         tokens_per_second: speed,
-        training: Some(Training {
-            steps: trained.steps,
-            tokens: seen,
-            seconds,
-            tokens_per_second: seen as f64 / seconds,
-        }),
+        training: Some(papers.training()),
         story: Some(story),
     };
     if let Some(out) = &args.out {
-        let curve = curve(&trainer, &trained)?.to_json();
-        model
-            .save(out, &[("training_curve.json", curve.as_bytes()), ("receipt.json", receipt.to_json().as_bytes())])?;
+        papers.save(&model, (out, out), &[("receipt.json", receipt.to_json().as_bytes())])?;
     }
     if let Some(path) = &args.json {
         output::file(path, &receipt.to_json())?;

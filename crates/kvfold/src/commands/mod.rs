@@ -4,6 +4,7 @@ pub(crate) mod demo;
 pub(crate) mod eval_ppl;
 pub(crate) mod generate;
 mod measure;
+mod papers;
 pub(crate) mod retrofit;
 mod train;
 

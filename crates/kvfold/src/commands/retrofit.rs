@@ -1,7 +1,8 @@
 //! `kvfold retrofit`.
 
 use super::measure::measure;
-use super::train::{SelfText, Trained, curve, self_text, train};
+use super::papers::Papers;
+use super::train::{SelfText, self_text, train};
 use super::{start_token, tokens_of};
 use crate::cli::{DecisionSource, LossKind, RetrofitArgs};
 use crate::error::AppError;
@@ -11,14 +12,12 @@ use kvfold_engine::Engine;
 use kvfold_kernels::FastCpu;
 use kvfold_kernels::dmc::{Decision, Dmc};
 use kvfold_model::shape::Shape;
-use kvfold_model::{Checkpoint, embedded, ensure_absent};
-use kvfold_report::card::Recipe;
-use kvfold_report::receipt::{self, Memory, Quality, Training};
-use kvfold_report::{Card, format};
+use kvfold_model::{Checkpoint, ensure_absent};
+use kvfold_report::format;
+use kvfold_report::receipt::{Memory, Quality, Training};
 use kvfold_retrofit::settings::{Loss, Text};
 use kvfold_retrofit::{Corpus, RetrofitError, RunDir, Settings, Trainer};
 use serde::Serialize;
-use std::path::Path;
 
 /// Sequences that are kept from training to measure on: a tenth of the text, at least one and at most this many.
 const HELD_OUT: usize = 16;
@@ -84,8 +83,15 @@ pub(crate) fn run(args: &RetrofitArgs, interrupt: &Interrupt) -> Result<(), AppE
     let mut compressed = Engine::new(FastCpu::new(), &model);
     let windows: Vec<&[u32]> = held_out.iter().map(Vec::as_slice).collect();
     let (memory, quality) = measure((&mut original, &mut compressed), &windows, args.json)?;
-    let outcome = Outcome { args, trainer: &trainer, trained: &trained, memory: &memory, quality: &quality };
-    save(&run.staging(), &model, &outcome)?;
+    let papers = Papers {
+        base: &base,
+        trainer: &trainer,
+        trained: &trained,
+        memory: &memory,
+        quality: &quality,
+        text: &args.text,
+    };
+    papers.save(&model, (&run.staging(), &args.out), &[])?;
     run.publish(&args.out)?;
 
     let result = Output {
@@ -97,7 +103,7 @@ pub(crate) fn run(args: &RetrofitArgs, interrupt: &Interrupt) -> Result<(), AppE
         ratio_asked: args.ratio,
         memory: &memory,
         quality: &quality,
-        training: training(&trainer, &trained),
+        training: papers.training(),
         command: output::command_line(),
     };
     if args.json {
@@ -209,66 +215,4 @@ fn split(corpus: &Corpus) -> Result<(Corpus, Vec<Vec<u32>>), AppError> {
     let held_out = (kept..corpus.len()).map(|n| corpus.sequence(n).to_vec()).collect();
     let training = Corpus::cut(corpus.tokens()[..kept * corpus.length()].to_vec(), corpus.length())?;
     Ok((training, held_out))
-}
-
-/// What the files beside the weights tell.
-struct Outcome<'a> {
-    args: &'a RetrofitArgs,
-    trainer: &'a Trainer<FastCpu>,
-    trained: &'a Trained,
-    memory: &'a Memory,
-    quality: &'a Quality,
-}
-
-fn training(trainer: &Trainer<FastCpu>, trained: &Trained) -> Training {
-    let settings = trainer.settings();
-    let tokens = trained.steps * (settings.batch * settings.length) as u64;
-    let seconds = trained.elapsed.as_secs_f64();
-    Training { steps: trained.steps, tokens, seconds, tokens_per_second: tokens as f64 / seconds }
-}
-
-/// Writes the whole model directory.
-fn save(dir: &Path, model: &Checkpoint, outcome: &Outcome<'_>) -> Result<(), AppError> {
-    let Outcome { args, trainer, trained, memory, quality } = outcome;
-    let settings = trainer.settings();
-    let steps = trainer.steps();
-    let card = Card {
-        name: args.out.file_name().unwrap_or(args.out.as_os_str()).to_string_lossy().into_owned(),
-        base_model: args.model.clone(),
-        license: (args.model == embedded::STORIES260K).then(|| "mit".to_owned()),
-        architecture: model.config.architecture().to_owned(),
-        recipe: Recipe {
-            ratio_asked: args.ratio,
-            ratio_trained: trained.reports.last().map_or(1.0, |report| report.ratio),
-            context_tokens: settings.length as u64,
-            delay: settings.dmc.delay as u64,
-            decision: decision(args.decision),
-            loss: match args.loss {
-                LossKind::Lm => "lm".to_owned(),
-                LossKind::Distill => "distill".to_owned(),
-            },
-            steps,
-            tokens: steps * (settings.batch * settings.length) as u64,
-            seed: args.seed,
-            text: match args.text.is_empty() {
-                true => format!("{} texts that the model wrote itself", args.samples),
-                false => args.text.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", "),
-            },
-        },
-        memory: Some((*memory).clone()),
-        quality: Some(**quality),
-        command: output::command_line(),
-        kvfold_version: output::VERSION.to_owned(),
-    };
-    let curve = curve(trainer, trained)?.to_json();
-    model.save(dir, &[("README.md", card.render().as_bytes()), ("training_curve.json", curve.as_bytes())])?;
-    Ok(())
-}
-
-/// The report's name for a decision source.
-pub(crate) fn decision(source: DecisionSource) -> receipt::Decision {
-    match source {
-        DecisionSource::Head => receipt::Decision::Head,
-        DecisionSource::Borrowed => receipt::Decision::Borrowed,
-    }
 }

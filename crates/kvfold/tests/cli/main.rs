@@ -7,4 +7,5 @@ mod eval_ppl;
 mod generate;
 mod help;
 mod retrofit;
+#[cfg(unix)] // signals
 mod runs;
