@@ -3,6 +3,7 @@
 use crate::engine::{Engine, EngineError, Sequence};
 use crate::sampler::Sampler;
 use kvfold_kernels::CacheOps;
+use std::ops::ControlFlow;
 
 /// When to stop.
 #[derive(Clone, Debug, Default)]
@@ -33,21 +34,25 @@ pub struct Generation {
     pub sequence: Sequence,
 }
 
-/// Continues a prompt; `on_token` sees each new token as it is chosen.
+/// Whether a prompt and `max_new_tokens` after it fit the model: what [`generate`] would refuse, before anything is shown.
+pub fn ensure_fits<O: CacheOps>(engine: &Engine<O>, prompt: &[u32], max_new_tokens: usize) -> Result<(), EngineError> {
+    let context = engine.model().shape.context;
+    let tokens = prompt.len().saturating_add(max_new_tokens);
+    match () {
+        () if prompt.is_empty() => Err(EngineError::EmptyPrompt),
+        () if tokens > context => Err(EngineError::TooLong { tokens, context }),
+        () => Ok(()),
+    }
+}
+
+/// Continues a prompt; `on_token` sees each new token as it is chosen, and may break off.
 pub fn generate<O: CacheOps>(
     engine: &mut Engine<O>,
     prompt: &[u32],
     options: &Options,
-    mut on_token: impl FnMut(u32),
+    mut on_token: impl FnMut(u32) -> ControlFlow<()>,
 ) -> Result<Generation, EngineError> {
-    let context = engine.model().shape.context;
-    let tokens = prompt.len() + options.stop.max_new_tokens;
-    if prompt.is_empty() {
-        return Err(EngineError::EmptyPrompt);
-    }
-    if tokens > context {
-        return Err(EngineError::TooLong { tokens, context });
-    }
+    ensure_fits(engine, prompt, options.stop.max_new_tokens)?;
     let mut sequence = engine.sequence();
     let mut tokens = Vec::new();
     let mut stopped = false;
@@ -60,8 +65,7 @@ pub fn generate<O: CacheOps>(
                 break;
             }
             tokens.push(token);
-            on_token(token);
-            if tokens.len() == options.stop.max_new_tokens {
+            if on_token(token).is_break() || tokens.len() == options.stop.max_new_tokens {
                 break;
             }
             logits = engine.last_logits(&mut [(&mut sequence, &[token])])?;

@@ -11,5 +11,5 @@ mod sampler;
 
 pub use attend::CachedAttend;
 pub use engine::{Engine, EngineError, Sequence};
-pub use generate::{Generation, Options, Stop, generate, sample_corpus};
+pub use generate::{Generation, Options, Stop, ensure_fits, generate, sample_corpus};
 pub use sampler::Sampler;

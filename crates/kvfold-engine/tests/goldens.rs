@@ -3,6 +3,7 @@
 use kvfold_engine::{Engine, Options, Sampler, Stop, generate};
 use kvfold_kernels::FastCpu;
 use kvfold_model::Checkpoint;
+use std::ops::ControlFlow;
 
 fn ids(value: &serde_json::Value) -> Vec<u32> {
     value.as_array().expect("a list").iter().map(|id| id.as_u64().expect("an id") as u32).collect()
@@ -20,7 +21,7 @@ fn greedy_decoding_tells_the_golden_story() {
     for chunk in [1, 7, 128] {
         let mut engine = Engine::new(FastCpu::new(), &checkpoint).with_chunk(chunk);
         let options = Options { sampler: Sampler::GREEDY, stop: stop.clone() };
-        let story = generate(&mut engine, &prompt, &options, |_| {}).expect("a story");
+        let story = generate(&mut engine, &prompt, &options, |_| ControlFlow::Continue(())).expect("a story");
         assert_eq!(story.tokens, ids(&golden["tokens"]), "chunk {chunk}");
         let all: Vec<u32> = prompt.iter().chain(&story.tokens).copied().collect();
         assert_eq!(checkpoint.tokenizer.decode(&all, true).expect("text"), golden["text"].as_str().expect("text"));

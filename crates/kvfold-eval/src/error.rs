@@ -7,13 +7,18 @@ use kvfold_engine::EngineError;
 #[non_exhaustive]
 pub enum EvalError {
     /// The text does not fill one window.
-    #[error(
-        "{tokens} tokens of text are to be evaluated and one window takes {window}; \
-         give more text, a higher --limit or a smaller --window"
-    )]
+    #[error("the text has {tokens} tokens and one window takes {window}; give more text or a smaller --window")]
     TooLittleText {
-        /// Tokens of the text, up to the limit.
+        /// Tokens of the text.
         tokens: usize,
+        /// Tokens of a window.
+        window: usize,
+    },
+    /// The limit does not leave one window.
+    #[error("a limit of {limit} tokens is less than one window, {window}; raise --limit or lower --window")]
+    Limit {
+        /// Tokens that may be used.
+        limit: usize,
         /// Tokens of a window.
         window: usize,
     },

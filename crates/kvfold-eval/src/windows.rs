@@ -7,6 +7,9 @@ use kvfold_kernels::CacheOps;
 
 /// Cuts tokens into consecutive windows of `window`, an incomplete last one dropped, at most `limit` tokens in all.
 pub fn cut(tokens: &[u32], window: usize, limit: Option<usize>) -> Result<Vec<&[u32]>, EvalError> {
+    if let Some(limit) = limit.filter(|&limit| limit < window) {
+        return Err(EvalError::Limit { limit, window });
+    }
     let tokens = &tokens[..tokens.len().min(limit.unwrap_or(usize::MAX))];
     if window < 2 {
         return Err(EvalError::SmallWindow { window });

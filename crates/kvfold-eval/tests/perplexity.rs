@@ -53,7 +53,7 @@ fn text_is_cut_into_consecutive_windows_without_an_incomplete_last_one() {
     assert_eq!(cut(&tokens, 4, Some(7)).unwrap(), [&[0, 1, 2, 3]]);
     assert_eq!(cut(&tokens, 11, Some(11)).unwrap(), [&tokens[..]]);
     assert!(matches!(cut(&tokens, 12, None), Err(EvalError::TooLittleText { tokens: 11, window: 12 })));
-    assert!(matches!(cut(&tokens, 4, Some(3)), Err(EvalError::TooLittleText { tokens: 3, window: 4 })));
+    assert!(matches!(cut(&tokens, 4, Some(3)), Err(EvalError::Limit { limit: 3, window: 4 })));
     assert!(matches!(cut(&[], 2, None), Err(EvalError::TooLittleText { tokens: 0, window: 2 })));
     for window in [0, 1] {
         let error = cut(&tokens, window, None).unwrap_err();

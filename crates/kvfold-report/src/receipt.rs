@@ -21,6 +21,9 @@ pub struct Receipt {
     pub schema: Schema,
     /// The version of kvfold that measured.
     pub kvfold_version: String,
+    /// The commit that this kvfold was built from: a short hash, `-dirty` after
+    /// it if the sources differed, or `unknown`.
+    pub commit: String,
     /// The command line, such that running it again measures again.
     pub command: String,
     /// When it was measured, in ISO 8601.
@@ -323,6 +326,7 @@ mod tests {
         {
           "schema": "kvfold.receipt/1",
           "kvfold_version": "0.1.0",
+          "commit": "abc1234",
           "command": "kvfold demo --seed 7 --json receipt.json",
           "date": "2026-11-23T14:40:00Z",
           "machine": {

@@ -13,6 +13,7 @@ pub(crate) fn receipt() -> Receipt {
     Receipt {
         schema: Schema::V1,
         kvfold_version: "0.1.0".to_owned(),
+        commit: "abc1234".to_owned(),
         command: "kvfold demo --seed 7 --json receipt.json".to_owned(),
         date: "2026-11-23T14:40:00Z".to_owned(),
         machine: Machine {

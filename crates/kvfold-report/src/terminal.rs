@@ -45,7 +45,7 @@ impl Page {
         self.out.push_str(&self.style.bold(&format!("kvfold receipt: {model}")));
         self.out.push('\n');
         let machine = &receipt.machine;
-        self.row("measured", &format!("{} by kvfold {}", receipt.date, receipt.kvfold_version));
+        self.row("measured", &format!("{} by kvfold {} ({})", receipt.date, receipt.kvfold_version, receipt.commit));
         self.row(
             "on",
             &format!(
@@ -217,7 +217,7 @@ mod tests {
     fn eighty_columns() {
         insta::assert_snapshot!(render(&sample::receipt(), &Style::PLAIN), @"
         kvfold receipt: stories260k
-          measured          2026-11-23T14:40:00Z by kvfold 0.1.0
+          measured          2026-11-23T14:40:00Z by kvfold 0.1.0 (abc1234)
           on                Example CPU @ 2.10GHz, 2 cores, 8.00 GiB, linux x86_64
           command           kvfold demo --seed 7 --json receipt.json
           method            decision head, folding 16 tokens late
@@ -328,7 +328,7 @@ mod tests {
     #[test]
     fn parts_without_bytes_are_left_out() {
         insta::assert_snapshot!(parts(&KvBytes { pages: 4096, ..KvBytes::default() }), @"pages 4.00 KiB");
-        insta::assert_snapshot!(parts(&sample::receipt().memory.kv_bytes_detail), @"pages 40.0 KiB + open state 3.00 KiB + ring 1.00 KiB");
+        insta::assert_snapshot!(parts(&sample::receipt().memory.kv_bytes_detail), @"pages 40.0 KiB + open state 3.00 KiB + exact recent tokens 1.00 KiB");
     }
 
     fn strip(text: &str) -> String {

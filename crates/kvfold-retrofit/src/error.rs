@@ -47,6 +47,12 @@ pub enum RetrofitError {
         /// The run directory.
         dir: String,
     },
+    /// Another process works on the run.
+    #[error("{dir}: another process works on this run; wait for it, or stop it and go on with --resume")]
+    Busy {
+        /// The run directory.
+        dir: String,
+    },
     /// There is no run to resume.
     #[error("{dir} holds no run to resume; start one without --resume")]
     NothingToResume {

@@ -7,10 +7,12 @@
 //! corpus.u32            the training tokens, little-endian
 //! step-00000050.safetensors   weights and moments after 50 steps, with their digest; the two newest are kept
 //! curve.jsonl           one report per step
+//! model/                the finished model, until it is renamed to OUT
 //! ```
 //!
 //! Every file is written under a temporary name, synced and renamed, so whatever kills the run leaves whole files. A
 //! checkpoint whose digest does not fit is passed over for the one before it, and when there is none the run starts over.
+//! `run.json` is locked while a process works on the run, and the system lets go of the lock however that process ends.
 
 use crate::corpus::{Corpus, hex};
 use crate::error::RetrofitError;
@@ -22,14 +24,16 @@ use kvfold_tensor::{HostTensor, atomic, safetensors};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 const RUN: &str = "run.json";
 const CORPUS: &str = "corpus.u32";
 const CURVE: &str = "curve.jsonl";
+const MODEL: &str = "model";
 const VERSION: u32 = 1;
 
 /// Checkpoints that are kept.
@@ -50,6 +54,7 @@ struct Identity {
 #[derive(Debug)]
 pub struct RunDir {
     dir: PathBuf,
+    lock: OnceCell<File>,
 }
 
 /// What goes on after a kill.
@@ -66,10 +71,10 @@ pub struct Resumed {
 impl RunDir {
     /// The run directory of an output directory.
     pub fn of(out: &Path) -> Self {
-        // Through its components, so that `out/` does not become a hidden file in the output directory itself.
-        let mut name = out.components().collect::<PathBuf>().into_os_string();
+        // Without a final separator, or the run would lie inside of what does not exist yet.
+        let mut name = out.components().as_path().as_os_str().to_owned();
         name.push(".kvfold-run");
-        Self { dir: name.into() }
+        Self { dir: name.into(), lock: OnceCell::new() }
     }
 
     /// Where it is.
@@ -88,16 +93,13 @@ impl RunDir {
             return Err(RetrofitError::Unfinished { dir: self.label() });
         }
         fs::create_dir_all(&self.dir).map_err(|source| self.io("create", "", source))?;
-        // What is left of another run whose removal was cut short must not become part of this one.
-        self.checkpoints()?.into_iter().try_for_each(|step| self.remove_file(&checkpoint_name(step)))?;
-        if self.dir.join(CURVE).exists() {
-            self.remove_file(CURVE)?;
-        }
+        self.tidy(|name| is_temporary(name) || name == CURVE || step_of(name).is_some())?;
         let bytes: Vec<u8> = corpus.tokens().iter().flat_map(|id| id.to_le_bytes()).collect();
         self.write(CORPUS, &bytes)?;
         let identity = identity(base, settings, corpus.digest());
         let json = serde_json::to_vec_pretty(&identity).map_err(|e| self.io("write", RUN, e.into()))?;
-        self.write(RUN, &json)
+        self.write(RUN, &json)?;
+        self.hold()
     }
 
     /// Goes on with a run: checks that it is the same one, and restores the newest whole checkpoint.
@@ -115,14 +117,9 @@ impl RunDir {
         if !self.exists() {
             return Err(RetrofitError::NothingToResume { dir: self.label() });
         }
-        let found: Map<String, Value> =
-            serde_json::from_slice(&self.read(RUN)?).map_err(|e| self.damaged(RUN, e.to_string()))?;
-        // The corpus is the run's own: it can be damaged, and not be another.
-        let digest = found.get("corpus_digest").and_then(Value::as_str).unwrap_or_default().to_owned();
-        let wanted = serde_json::to_value(identity(base, trainer.settings(), digest.clone()))
-            .map_err(|e| self.damaged(RUN, e.to_string()))?;
-        self.check_same(&Value::Object(found), &wanted, "")?;
-        let corpus = self.corpus(trainer.settings().length, &digest)?;
+        self.hold()?;
+        self.tidy(is_temporary)?;
+        let corpus = self.same_run(base, trainer.settings())?;
 
         let mut damaged = Vec::new();
         for step in self.checkpoints()?.into_iter().rev() {
@@ -170,7 +167,8 @@ impl RunDir {
     }
 
     /// Removes the directory of a finished run. What makes it a run goes first.
-    pub fn remove(self) -> Result<(), RetrofitError> {
+    pub fn remove(mut self) -> Result<(), RetrofitError> {
+        drop(self.lock.take());
         self.remove_file(RUN)?;
         fs::remove_dir_all(&self.dir).map_err(|source| self.io("remove", "", source))
     }
@@ -205,12 +203,75 @@ impl RunDir {
         for entry in entries {
             let name = entry.map_err(|source| self.io("read", "", source))?.file_name();
             let name = name.to_string_lossy();
-            let step = name.strip_prefix("step-").and_then(|rest| rest.strip_suffix(".safetensors"));
-            let step = step.and_then(|step| step.parse::<u64>().ok());
-            steps.extend(step.filter(|&step| checkpoint_name(step) == name));
+            steps.extend(step_of(&name));
         }
         steps.sort_unstable();
         Ok(steps)
+    }
+
+    /// Takes the run for this process, until it ends.
+    fn hold(&self) -> Result<(), RetrofitError> {
+        let file = File::open(self.dir.join(RUN)).map_err(|source| self.io("open", RUN, source))?;
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) => Err(RetrofitError::Busy { dir: self.label() }),
+            // Some file systems know no locks.
+            Ok(()) | Err(TryLockError::Error(_)) => {
+                self.lock.get_or_init(|| file);
+                Ok(())
+            }
+        }
+    }
+
+    /// Removes what a killed process left behind.
+    fn tidy(&self, leftover: impl Fn(&str) -> bool) -> Result<(), RetrofitError> {
+        let entries = fs::read_dir(&self.dir).map_err(|source| self.io("read", "", source))?;
+        for entry in entries {
+            let entry = entry.map_err(|source| self.io("read", "", source))?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if leftover(&name) {
+                let path = entry.path();
+                let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+                removed.map_err(|source| self.io("remove", &name, source))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The training tokens, once it is clear that the run was started with this model and these settings.
+    fn same_run(&self, base: &Checkpoint, settings: &Settings) -> Result<Corpus, RetrofitError> {
+        let json = self.read(RUN)?;
+        let found: Identity = serde_json::from_slice(&json).map_err(|e| self.damaged(RUN, e.to_string()))?;
+        // Named first: a schedule of numbers follows from it.
+        let (steps, asked) = (found.settings.stages.total(), settings.stages.total());
+        self.check_same(&steps.into(), &asked.into(), "steps")?;
+        let wanted = identity(base, settings, found.corpus_digest.clone());
+        // Both as they are read, so that a number is compared with itself.
+        let read = |identity: &Identity| -> serde_json::Result<Value> {
+            serde_json::from_slice(&serde_json::to_vec(identity)?)
+        };
+        let (found, wanted) = match (read(&found), read(&wanted)) {
+            (Ok(found), Ok(wanted)) => (found, wanted),
+            (Err(error), _) | (_, Err(error)) => return Err(self.damaged(RUN, error.to_string())),
+        };
+        // The settings first: another length makes other sequences, and it is the length that should be named.
+        self.check_same(&found["settings"], &wanted["settings"], "")?;
+        self.check_same(&found, &wanted, "")?;
+
+        let digest = found["corpus_digest"].as_str().unwrap_or_default();
+        self.corpus(settings.length, digest)
+    }
+
+    /// Where the finished model is put together: whatever kills the process, nothing is left outside of the run.
+    pub fn staging(&self) -> PathBuf {
+        self.dir.join(MODEL)
+    }
+
+    /// Gives the finished model its name, and removes the run.
+    pub fn publish(self, out: &Path) -> Result<(), RetrofitError> {
+        kvfold_model::ensure_absent(out)?;
+        fs::rename(self.staging(), out).map_err(|source| self.io("rename", MODEL, source))?;
+        atomic::sync_dir(atomic::parent(out)).map_err(|source| self.io("write", "", source))?;
+        self.remove()
     }
 
     /// Compares two identities leaf by leaf, so that the error names the field.
@@ -253,7 +314,8 @@ impl RunDir {
     }
 
     fn io(&self, action: &'static str, name: &str, source: std::io::Error) -> RetrofitError {
-        RetrofitError::Io { file: self.dir.join(name).display().to_string(), action, source }
+        let file = if name.is_empty() { self.label() } else { self.dir.join(name).display().to_string() };
+        RetrofitError::Io { file, action, source }
     }
 
     fn damaged(&self, name: &str, reason: String) -> RetrofitError {
@@ -263,6 +325,17 @@ impl RunDir {
 
 fn checkpoint_name(step: u64) -> String {
     format!("step-{step:08}.safetensors")
+}
+
+/// The step of a checkpoint's file name.
+fn step_of(name: &str) -> Option<u64> {
+    let step = name.strip_prefix("step-")?.strip_suffix(".safetensors")?.parse().ok()?;
+    (checkpoint_name(step) == name).then_some(step)
+}
+
+/// Whether a file is the unfinished work of a process that was killed.
+fn is_temporary(name: &str) -> bool {
+    name == MODEL || name.starts_with('.')
 }
 
 fn identity(base: &Checkpoint, settings: &Settings, corpus_digest: String) -> Identity {

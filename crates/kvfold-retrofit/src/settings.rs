@@ -19,6 +19,19 @@ pub enum Loss {
     },
 }
 
+/// Where the training text comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum Text {
+    /// The user gives it.
+    Given,
+    /// The model writes it.
+    Own {
+        /// Texts that it writes, each as long as a sequence.
+        samples: usize,
+    },
+}
+
 /// The pressure to compress.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Pressure {
@@ -80,6 +93,8 @@ pub struct Settings {
     pub ratio: f64,
     /// What the model is asked to keep.
     pub loss: Loss,
+    /// Where the training text comes from.
+    pub text: Text,
     /// The pressure to compress.
     pub pressure: Pressure,
     /// Temperature of relaxed decisions; 0.1 in the paper.
@@ -102,21 +117,27 @@ pub struct Settings {
 const HOLD: f64 = 0.4;
 const ZEROING: f64 = 0.15;
 
+/// Most sequences of a step, and most texts that a model writes, that are believed: beyond, it is a slip of the finger.
+const MAX_BATCH: usize = 1 << 16;
+const MAX_SAMPLES: usize = 1 << 20;
+
 impl Settings {
     /// The recipe for a model, a ratio and a budget of steps. The numbers are measured: see `docs/LOG.md`.
     pub fn recipe(shape: &Shape, dmc: Dmc, ratio: f64, steps: u64) -> Self {
         let share = |part: f64| (steps as f64 * part).round() as u64;
-        let zeroing = if dmc.decision.borrows_channel() { share(ZEROING) } else { 0 };
-        let hold = share(HOLD);
+        // A borrowed channel is always zeroed before it decides, however few the steps.
+        let zeroing = if dmc.decision.borrows_channel() { share(ZEROING).max(1).min(steps) } else { 0 };
+        let hold = share(HOLD).min(steps - zeroing);
         Self {
             dmc,
             ratio,
             loss: Loss::Distill { direction: KlDirection::Forward },
+            text: Text::Given,
             pressure: Pressure { scope: Scope::Global, over: Over::Batch, weight: 2.0, margin: 0.03 },
             temperature: 0.1,
             length: shape.context.min(512),
             batch: 8,
-            stages: Stages { zeroing, ramp: steps.saturating_sub(zeroing + hold), hold },
+            stages: Stages { zeroing, ramp: steps - zeroing - hold, hold },
             learning: Learning {
                 rate: default_rate(shape),
                 warmup: share(0.05).max(1),
@@ -159,13 +180,20 @@ impl Settings {
         let expected =
             format!("less than {length}, the tokens of a sequence: no token of a longer delay is ever folded");
         must(delay < length, "delay", delay.to_string(), expected)?;
-        let expected = format!("at most {highest:.2}: of {length} tokens, {delay} stay exact and a slot is needed");
+        // Rounded down, since what the message states has to be accepted.
+        let stated = (highest * 100.0).floor() / 100.0;
+        let expected = format!("at most {stated:.2}: of {length} tokens, {delay} stay exact and a slot is needed");
         must(self.ratio <= highest, "ratio", self.ratio.to_string(), expected)?;
-        must(self.batch > 0, "batch", "0".into(), "at least 1 sequence".into())?;
+        let sequences = (1..=MAX_BATCH).contains(&self.batch);
+        must(sequences, "batch", self.batch.to_string(), format!("1 to {MAX_BATCH} sequences"))?;
         must(self.stages.total() > 0, "steps", "0".into(), "at least 1 step".into())?;
         let (borrows, zeroing) = (self.dmc.decision.borrows_channel(), self.stages.zeroing);
         let expected = "0: a decision head borrows no channel".into();
         must(borrows || zeroing == 0, "zeroing steps", zeroing.to_string(), expected)?;
+        if let Text::Own { samples } = self.text {
+            let expected = format!("2 (one to train on and one to measure on) to {MAX_SAMPLES}");
+            must((2..=MAX_SAMPLES).contains(&samples), "samples", samples.to_string(), expected)?;
+        }
         if let Some(window) = self.dmc.pool_window {
             let expected = format!("1 to {context}, the model's context, or none for the whole segment");
             must((1..=context).contains(&window), "pool_window", window.to_string(), expected)?;
@@ -188,7 +216,7 @@ impl Settings {
     }
 }
 
-/// Highest learning rate by width: 2e-4 was right for 576 channels and 2e-3 for 64.
+/// Highest learning rate by width: 1e-3 was best for 64 channels, and 2e-4 worked for 576.
 pub fn default_rate(shape: &Shape) -> f64 {
-    0.12 / shape.hidden as f64
+    1e-3 * (64.0 / shape.hidden as f64).powf(0.75)
 }

@@ -3,7 +3,6 @@
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kvfold_kernels::dmc::Share;
 use kvfold_kernels::ops::{KlDirection, Over, Scope};
-use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 const AFTER_HELP: &str = "\
@@ -11,7 +10,7 @@ A MODEL is a Hugging Face directory (config.json, model.safetensors, tokenizer.j
 model: stories260k.
 
 Exit codes:
-  0    done
+  0    done, or the reader of the output went away
   1    the machine failed: a disk, a permission
   2    the arguments are wrong
   3    the input cannot be used: a model, a text, a setting
@@ -20,14 +19,14 @@ Exit codes:
 
 /// Dynamic Memory Compression for Llama-family models: teach a model to keep a smaller cache, and prove what it costs.
 #[derive(Debug, Parser)]
-#[command(version, after_help = AFTER_HELP, arg_required_else_help = true, max_term_width = 100)]
+#[command(version = crate::output::VERSION, after_help = AFTER_HELP, arg_required_else_help = true, max_term_width = 100)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
 
     /// Threads to compute with [default: one per core]; results do not depend on it
-    #[arg(long, global = true, value_name = "N")]
-    pub(crate) threads: Option<NonZeroUsize>,
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) threads: Option<u16>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -82,7 +81,7 @@ pub(crate) struct GenerateArgs {
     pub(crate) model: String,
 
     /// Text to continue
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(crate) prompt: String,
 
     /// New tokens at most [default: 256, or what the model's context leaves]
@@ -90,7 +89,7 @@ pub(crate) struct GenerateArgs {
     pub(crate) max_new_tokens: Option<usize>,
 
     /// 0 takes the most likely token; higher is more varied
-    #[arg(long, default_value_t = 0.0, value_name = "T", value_parser = temperature)]
+    #[arg(long, default_value_t = 0.0, value_name = "T", value_parser = temperature, allow_negative_numbers = true)]
     pub(crate) temperature: f64,
 
     /// Seed of the draws
@@ -229,7 +228,7 @@ pub(crate) struct RetrofitArgs {
     pub(crate) out: PathBuf,
 
     /// Compression: tokens seen per slot held, exact recent tokens counted; 4 keeps a quarter
-    #[arg(long, value_name = "R")]
+    #[arg(long, value_name = "R", allow_negative_numbers = true)]
     pub(crate) ratio: f64,
 
     /// Training text (UTF-8), one or more files [default: the model writes its own]
@@ -245,7 +244,7 @@ pub(crate) struct RetrofitArgs {
     pub(crate) decision: DecisionSource,
 
     /// Optimiser steps
-    #[arg(long, default_value_t = 100, value_name = "N")]
+    #[arg(long, default_value_t = 120, value_name = "N")]
     pub(crate) steps: u64,
 
     /// Seed of everything random
@@ -261,7 +260,7 @@ pub(crate) struct RetrofitArgs {
     pub(crate) json: bool,
 
     /// Newest tokens that stay exact before they are folded; 0 folds at once (the paper)
-    #[arg(long, value_name = "TOKENS", default_value_t = 16, help_heading = "How to compress")]
+    #[arg(long, value_name = "TOKENS", default_value_t = 32, help_heading = "How to compress")]
     pub(crate) delay: usize,
 
     /// A slot averages this many newest tokens at most; 0 averages all (the paper's code: 12)
@@ -277,11 +276,17 @@ pub(crate) struct RetrofitArgs {
     pub(crate) share: ShareArg,
 
     /// Factor on the decision logit [default: 4 for head, 20 for borrowed; the paper: 1]
-    #[arg(long, value_name = "X", help_heading = "How to compress")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true, help_heading = "How to compress")]
     pub(crate) decision_scale: Option<f64>,
 
     /// Subtracted from the decision logit, so that nothing folds at the start [the paper: 5]
-    #[arg(long, value_name = "X", default_value_t = 3.0, help_heading = "How to compress")]
+    #[arg(
+        long,
+        value_name = "X",
+        default_value_t = 3.0,
+        allow_negative_numbers = true,
+        help_heading = "How to compress"
+    )]
     pub(crate) decision_offset: f64,
 
     /// Sequences of a step
@@ -296,8 +301,8 @@ pub(crate) struct RetrofitArgs {
     #[arg(long, value_name = "N", default_value_t = 256, help_heading = "How to train")]
     pub(crate) samples: usize,
 
-    /// Highest learning rate [default: 0.12 / hidden size]
-    #[arg(long, value_name = "X", help_heading = "How to train")]
+    /// Highest learning rate [default: 1e-3 * (64 / hidden size)^0.75]
+    #[arg(long, value_name = "X", allow_negative_numbers = true, help_heading = "How to train")]
     pub(crate) lr: Option<f64>,
 
     /// Direction of the distillation's divergence

@@ -18,10 +18,10 @@ pub(crate) enum AppError {
     #[error(transparent)]
     Retrofit(#[from] RetrofitError),
     /// A file that the user named.
-    #[error("cannot {action} {file}: {source}")]
+    #[error("{file}: cannot {action}: {source}")]
     File { file: String, action: &'static str, source: io::Error },
     /// A text that the user named.
-    #[error("{file} {reason}")]
+    #[error("{file}: {reason}")]
     Text { file: String, reason: String },
     #[error("cannot write the output: {0}")]
     Output(#[from] io::Error),
@@ -39,20 +39,26 @@ const INPUT: u8 = 3;
 /// Training went wrong: a loss that is not a number.
 const TRAINING: u8 = 4;
 /// The shell's code for Ctrl-C.
-const INTERRUPTED: u8 = 130;
+pub(crate) const INTERRUPTED: u8 = 130;
 
 impl AppError {
     /// The documented exit code.
     pub(crate) fn exit_code(&self) -> u8 {
+        use kvfold_tensor::Error as TensorError;
         match self {
-            AppError::Model(ModelError::Io { .. })
-            | AppError::Retrofit(RetrofitError::Io { .. } | RetrofitError::Tensor(_))
-            | AppError::Output(_)
-            | AppError::Setup { .. } => MACHINE,
+            AppError::Model(ModelError::Io { source, .. } | ModelError::Tensor(TensorError::Io { source, .. }))
+            | AppError::Retrofit(
+                RetrofitError::Io { source, .. }
+                | RetrofitError::Tensor(TensorError::Io { source, .. })
+                | RetrofitError::Model(
+                    ModelError::Io { source, .. } | ModelError::Tensor(TensorError::Io { source, .. }),
+                ),
+            )
+            | AppError::File { source, .. } => of_io(source.kind()),
+            AppError::Output(_) | AppError::Setup { .. } => MACHINE,
             AppError::Retrofit(RetrofitError::NotFinite { .. }) => TRAINING,
             AppError::Interrupted(_) => INTERRUPTED,
-            AppError::File { .. }
-            | AppError::Text { .. }
+            AppError::Text { .. }
             | AppError::Model(_)
             | AppError::Engine(_)
             | AppError::Eval(_)
@@ -63,5 +69,14 @@ impl AppError {
     /// Whether the reader of our output went away.
     pub(crate) fn is_broken_pipe(&self) -> bool {
         matches!(self, AppError::Output(error) if error.kind() == io::ErrorKind::BrokenPipe)
+    }
+}
+
+/// A name that leads to no file is the user's mistake; everything else is the machine's.
+fn of_io(kind: io::ErrorKind) -> u8 {
+    use io::ErrorKind::{InvalidFilename, InvalidInput, IsADirectory, NotADirectory, NotFound};
+    match kind {
+        NotFound | IsADirectory | NotADirectory | InvalidFilename | InvalidInput => INPUT,
+        _ => MACHINE,
     }
 }

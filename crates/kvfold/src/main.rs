@@ -9,17 +9,17 @@ mod output;
 use clap::Parser;
 use cli::{Cli, Command, EvalCommand};
 use error::AppError;
+use interrupt::Interrupt;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     match run(&cli) {
         Ok(()) => ExitCode::SUCCESS,
+        // A reader that closed the pipe has what it wanted.
+        Err(error) if error.is_broken_pipe() => ExitCode::SUCCESS,
         Err(error) => {
-            // A reader that closed the pipe has what it wanted.
-            if !error.is_broken_pipe() {
-                eprintln!("kvfold: {error}");
-            }
+            output::note(&format!("kvfold: {error}"));
             ExitCode::from(error.exit_code())
         }
     }
@@ -28,12 +28,13 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> Result<(), AppError> {
     let mut pool = rayon::ThreadPoolBuilder::new();
     if let Some(threads) = cli.threads {
-        pool = pool.num_threads(threads.get());
+        pool = pool.num_threads(threads.into());
     }
     pool.build_global().map_err(|error| AppError::Setup { what: "start the threads", reason: error.to_string() })?;
+    let interrupt = Interrupt::listen()?;
     match &cli.command {
         Command::Demo(args) => commands::demo::run(args),
-        Command::Retrofit(args) => commands::retrofit::run(args),
+        Command::Retrofit(args) => commands::retrofit::run(args, &interrupt),
         Command::Generate(args) => commands::generate::run(args),
         Command::Eval { command: EvalCommand::Ppl(args) } => commands::eval_ppl::run(args),
     }

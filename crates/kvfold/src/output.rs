@@ -19,17 +19,45 @@ pub(crate) fn bar(label: &'static str, length: usize, unit: &str, quiet: bool) -
     bar
 }
 
+/// This build: version and commit.
+pub(crate) const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("KVFOLD_COMMIT"), ")");
+
+/// The commit of this build: a short hash, `-dirty` after it if the sources differ, or `unknown`.
+pub(crate) const COMMIT: &str = env!("KVFOLD_COMMIT");
+
 /// Prints a line of results.
 pub(crate) fn line(text: &str) -> Result<(), AppError> {
+    piece(&format!("{text}\n"))
+}
+
+/// Prints a part of a line, now.
+pub(crate) fn piece(text: &str) -> Result<(), AppError> {
     let mut out = std::io::stdout().lock();
-    writeln!(out, "{text}")?;
+    out.write_all(text.as_bytes())?;
     Ok(out.flush()?)
+}
+
+/// Prints a line for the person at the terminal, on standard error. If nobody is there, nothing is lost.
+pub(crate) fn note(text: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "{text}");
 }
 
 /// Prints a result as one JSON document.
 pub(crate) fn json(value: &impl Serialize) -> Result<(), AppError> {
     let text = serde_json::to_string_pretty(value).map_err(|error| AppError::Output(error.into()))?;
     line(&text)
+}
+
+/// Checks that a file can be written there, before any work is done for it.
+pub(crate) fn ensure_writable(path: &Path) -> Result<(), AppError> {
+    let wrong = |reason: &str| Err(AppError::Text { file: path.display().to_string(), reason: reason.into() });
+    if path.is_dir() || path.file_name().is_none() {
+        return wrong("is a directory; a file is to be written there");
+    }
+    if !kvfold_tensor::atomic::parent(path).is_dir() {
+        return wrong("lies in a directory that does not exist; create that first");
+    }
+    Ok(())
 }
 
 /// Writes a file that the user asked for, under a temporary name and renamed.
@@ -46,7 +74,7 @@ pub(crate) fn style() -> Style {
     Style { color: terminal && !refused, width }
 }
 
-/// The command line as the user typed it.
+/// The command line as the user typed it, without --resume: with that it could not be run again.
 pub(crate) fn command_line() -> String {
     let quoted = |arg: String| match arg.is_empty() || arg.contains(|c: char| c.is_whitespace() || "'\"$\\".contains(c))
     {
@@ -55,6 +83,7 @@ pub(crate) fn command_line() -> String {
     };
     let mut args = std::env::args();
     args.next();
+    let args = args.filter(|arg| arg != "--resume");
     std::iter::once("kvfold".to_owned()).chain(args.map(quoted)).collect::<Vec<_>>().join(" ")
 }
 

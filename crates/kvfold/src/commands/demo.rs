@@ -1,11 +1,11 @@
 //! `kvfold demo`: the whole path on the embedded model, and its receipt.
 
-use super::generate::stop_tokens;
+use super::generate::{stop_tokens, stream_after};
 use super::measure::measure;
-use super::train::{SelfText, curve, self_text, train};
+use super::papers::{Papers, decision};
+use super::train::{SelfText, self_text, train};
 use crate::cli::DemoArgs;
 use crate::error::AppError;
-use crate::interrupt::Interrupt;
 use crate::output;
 use kvfold_engine::{Engine, Options, Sampler, Stop, generate};
 use kvfold_eval::{Workload, cut, decode_speed};
@@ -13,9 +13,11 @@ use kvfold_kernels::FastCpu;
 use kvfold_kernels::dmc::{Decision, Dmc, Share};
 use kvfold_model::shape::Shape;
 use kvfold_model::{Checkpoint, embedded, ensure_absent};
-use kvfold_report::receipt::{self, Memory, Speed, Story, Training};
-use kvfold_report::{Receipt, render};
+use kvfold_report::receipt::{self, Memory, Speed, Story};
+use kvfold_report::{Receipt, format, render};
+use kvfold_retrofit::settings::Text;
 use kvfold_retrofit::{Corpus, Settings, Trainer};
+use std::ops::ControlFlow;
 
 /// Stories that nobody trained on here, for the evaluation: a slice of TinyStories, see `data/README.md`.
 const HELD_OUT: &str = include_str!("../../../../data/tinystories_heldout.txt");
@@ -24,7 +26,7 @@ const HELD_OUT: &str = include_str!("../../../../data/tinystories_heldout.txt");
 const PROMPT: &str = "Once upon a time, there was a little girl named Lily. She loved to play outside in the";
 
 const RATIO: f64 = 4.0;
-const STEPS: u64 = 80;
+const STEPS: u64 = 120;
 const TEXTS: usize = 256;
 const NEW_TOKENS: usize = 160;
 
@@ -36,29 +38,36 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), AppError> {
     if let Some(out) = &args.out {
         ensure_absent(out)?;
     }
-    let interrupt = Interrupt::listen()?;
+    if let Some(path) = &args.json {
+        output::ensure_writable(path)?;
+    }
     let name = embedded::STORIES260K;
     let base = Checkpoint::open(name)?;
     let shape = Shape::of(&base.config);
     let mut original = Engine::new(FastCpu::new(), &base);
 
-    eprintln!("{name}: {} parameters, context {}; retrofitting to {RATIO}x", shape.parameters(), shape.context);
+    output::note(&format!(
+        "{name}: {} parameters, context {}; retrofitting to {RATIO}x",
+        format::exact(shape.parameters() as u64),
+        shape.context
+    ));
     let wanted = SelfText { texts: TEXTS, length: shape.context, seed: args.seed };
     let texts = self_text(&mut original, &base, wanted, false)?;
     let corpus = Corpus::cut(texts.into_iter().flatten().collect(), shape.context)?;
     let dmc = Dmc {
         decision: Decision::Head { scale: 4.0, offset: 3.0 },
-        delay: 16,
+        delay: 32,
         pool_window: None,
         log_mass: false,
         share: Share::Head,
     };
-    let settings = Settings { seed: args.seed, ..Settings::recipe(&shape, dmc.clone(), RATIO, STEPS) };
+    let settings = Settings {
+        seed: args.seed,
+        text: Text::Own { samples: TEXTS },
+        ..Settings::recipe(&shape, dmc.clone(), RATIO, STEPS)
+    };
     let mut trainer = Trainer::new(FastCpu::new(), &base, settings)?;
-    let trained = train(&mut trainer, &corpus, Vec::new(), false, |trainer, _| match interrupt.asked() {
-        true => Err(AppError::Interrupted(format!("interrupted after step {}; nothing was kept", trainer.steps()))),
-        false => Ok(()),
-    })?;
+    let trained = train(&mut trainer, &corpus, Vec::new(), false, |_, _| Ok(()))?;
     let model = trainer.checkpoint(&base)?;
     let mut compressed = Engine::new(FastCpu::new(), &model);
 
@@ -71,34 +80,27 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), AppError> {
         dense: continued(&mut original, &base)?,
         compressed: continued(&mut compressed, &base)?,
     };
-    let settings = trainer.settings();
-    let seen = trained.steps * (settings.batch * settings.length) as u64;
-    let seconds = trained.elapsed.as_secs_f64();
+    let papers =
+        Papers { base: &base, trainer: &trainer, trained: &trained, memory: &memory, quality: &quality, text: &[] };
     let receipt = Receipt {
         schema: receipt::Schema::V1,
         kvfold_version: env!("CARGO_PKG_VERSION").to_owned(),
+        commit: output::COMMIT.to_owned(),
         command: output::command_line(),
         date: output::now(),
         machine: output::machine(),
         model: name.to_owned(),
         seed: args.seed,
         delay: dmc.delay as u64,
-        decision: receipt::Decision::Head,
-        memory,
+        decision: decision(dmc.decision),
+        memory: memory.clone(),
         quality,
         tokens_per_second: speed,
-        training: Some(Training {
-            steps: trained.steps,
-            tokens: seen,
-            seconds,
-            tokens_per_second: seen as f64 / seconds,
-        }),
+        training: Some(papers.training()),
         story: Some(story),
     };
     if let Some(out) = &args.out {
-        let curve = curve(&trainer, &trained)?.to_json();
-        model
-            .save(out, &[("training_curve.json", curve.as_bytes()), ("receipt.json", receipt.to_json().as_bytes())])?;
+        papers.save(&model, (out, out), &[("receipt.json", receipt.to_json().as_bytes())])?;
     }
     if let Some(path) = &args.json {
         output::file(path, &receipt.to_json())?;
@@ -127,14 +129,12 @@ fn speed(
 fn continued(engine: &mut Engine<FastCpu>, base: &Checkpoint) -> Result<String, AppError> {
     let prompt = base.tokenizer.encode(PROMPT, true)?;
     let stop = Stop { max_new_tokens: NEW_TOKENS, at: stop_tokens(base) };
-    let generation = generate(engine, &prompt, &Options { sampler: Sampler::GREEDY, stop }, |_| {})?;
-    let mut stream = base.tokenizer.stream(true);
+    let generation =
+        generate(engine, &prompt, &Options { sampler: Sampler::GREEDY, stop }, |_| ControlFlow::Continue(()))?;
+    let mut stream = stream_after(base, &prompt)?;
     let mut text = String::new();
-    for (n, &token) in prompt.iter().chain(&generation.tokens).enumerate() {
-        let piece = stream.push(token)?;
-        if n >= prompt.len() {
-            text.extend(piece);
-        }
+    for &token in &generation.tokens {
+        text.extend(stream.push(token)?);
     }
     text.extend(stream.finish()?);
     Ok(text)

@@ -3,12 +3,13 @@
 use crate::cli::GenerateArgs;
 use crate::error::AppError;
 use crate::output;
-use kvfold_engine::{Engine, Options, Sampler, Stop, generate};
+use kvfold_engine::{Engine, Options, Sampler, Stop, ensure_fits, generate};
 use kvfold_kernels::FastCpu;
-use kvfold_model::Checkpoint;
+use kvfold_model::tokenizer::DecodeStream;
+use kvfold_model::{Checkpoint, ModelError};
 use kvfold_report::format;
 use serde::Serialize;
-use std::io::Write;
+use std::ops::ControlFlow;
 use std::time::Instant;
 
 /// New tokens when the user does not say.
@@ -45,34 +46,26 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<(), AppError> {
         },
     };
     let mut engine = Engine::new(FastCpu::new(), &checkpoint);
-    let mut stream = checkpoint.tokenizer.stream(true);
-    for &token in &prompt {
-        stream.push(token)?;
-    }
-    let mut text = String::new();
-    let mut failed = None;
-    let mut show = |piece: Result<Option<String>, kvfold_model::ModelError>| match piece {
-        Ok(piece) => {
-            let piece = piece.unwrap_or_default();
-            text.push_str(&piece);
-            if !args.json {
-                let mut out = std::io::stdout().lock();
-                let written = out.write_all(piece.as_bytes()).and_then(|()| out.flush());
-                failed = failed.take().or(written.err().map(AppError::Output));
-            }
-        }
-        Err(error) => failed = failed.take().or(Some(error.into())),
-    };
+    ensure_fits(&engine, &prompt, options.stop.max_new_tokens)?;
+
+    let mut text = Shown { stream: stream_after(&checkpoint, &prompt)?, all: String::new(), silent: args.json };
     if !args.json {
-        print!("{}", args.prompt);
+        output::piece(&args.prompt)?;
     }
+    let mut failed = None;
     let started = Instant::now();
-    let generation = generate(&mut engine, &prompt, &options, |token| show(stream.push(token)))?;
+    let generation = generate(&mut engine, &prompt, &options, |token| match text.push(token) {
+        Ok(()) => ControlFlow::Continue(()),
+        Err(error) => {
+            failed = Some(error);
+            ControlFlow::Break(())
+        }
+    })?;
     let seconds = started.elapsed().as_secs_f64();
-    show(stream.finish());
     if let Some(error) = failed {
         return Err(error);
     }
+    text.finish()?;
 
     let (held, usage) = (generation.sequence.held(), engine.usage(&generation.sequence));
     let dense = engine.dense_usage(held.tokens).bytes();
@@ -80,7 +73,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<(), AppError> {
         schema: "kvfold.generate/1",
         model: &args.model,
         prompt: &args.prompt,
-        text: &text,
+        text: &text.all,
         prompt_tokens: prompt.len(),
         new_tokens: generation.tokens.len(),
         stopped: generation.stopped,
@@ -96,7 +89,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<(), AppError> {
         return output::json(&result);
     }
     output::line("")?;
-    eprintln!(
+    output::note(&format!(
         "\n{} tokens at {}; cache {} of {} ({} logical, {} physical)",
         result.new_tokens,
         format::rate(result.tokens_per_second),
@@ -104,8 +97,42 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<(), AppError> {
         format::bytes(result.dense_kv_bytes as u64),
         format::ratio(result.logical_ratio),
         format::ratio(result.physical_ratio),
-    );
+    ));
     Ok(())
+}
+
+/// The text as it grows, on standard output unless that is to be silent.
+struct Shown {
+    stream: DecodeStream,
+    all: String,
+    silent: bool,
+}
+
+impl Shown {
+    fn push(&mut self, token: u32) -> Result<(), AppError> {
+        let piece = self.stream.push(token)?;
+        self.show(piece)
+    }
+
+    fn finish(&mut self) -> Result<(), AppError> {
+        let piece = self.stream.finish()?;
+        self.show(piece)
+    }
+
+    fn show(&mut self, piece: Option<String>) -> Result<(), AppError> {
+        let Some(piece) = piece else { return Ok(()) };
+        self.all.push_str(&piece);
+        if self.silent { Ok(()) } else { output::piece(&piece) }
+    }
+}
+
+/// A decoder that has read the prompt, so that what follows is joined to it as the tokenizer would.
+pub(crate) fn stream_after(checkpoint: &Checkpoint, prompt: &[u32]) -> Result<DecodeStream, ModelError> {
+    let mut stream = checkpoint.tokenizer.stream(true);
+    for &token in prompt {
+        stream.push(token)?;
+    }
+    Ok(stream)
 }
 
 /// Tokens that end a text: the end-of-text tokens, and the one that starts the next text.

@@ -4,6 +4,7 @@ pub(crate) mod demo;
 pub(crate) mod eval_ppl;
 pub(crate) mod generate;
 mod measure;
+mod papers;
 pub(crate) mod retrofit;
 mod train;
 
@@ -28,10 +29,10 @@ fn tokens_of(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<u32>, AppError> {
     let bytes = std::fs::read(path).map_err(|source| AppError::File { file: file.clone(), action: "read", source })?;
     let text = String::from_utf8(bytes).map_err(|error| AppError::Text {
         file: file.clone(),
-        reason: format!("is not UTF-8 text: the byte at {} does not belong there", error.utf8_error().valid_up_to()),
+        reason: format!("not UTF-8 text: the byte at {} does not belong there", error.utf8_error().valid_up_to()),
     })?;
     if text.trim().is_empty() {
-        return Err(AppError::Text { file, reason: "holds no text".into() });
+        return Err(AppError::Text { file, reason: "no text in it".into() });
     }
     Ok(tokenizer.encode(&text, false)?)
 }

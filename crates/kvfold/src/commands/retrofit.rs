@@ -1,7 +1,8 @@
 //! `kvfold retrofit`.
 
 use super::measure::measure;
-use super::train::{SelfText, Trained, curve, self_text, train};
+use super::papers::Papers;
+use super::train::{SelfText, self_text, train};
 use super::{start_token, tokens_of};
 use crate::cli::{DecisionSource, LossKind, RetrofitArgs};
 use crate::error::AppError;
@@ -11,21 +12,21 @@ use kvfold_engine::Engine;
 use kvfold_kernels::FastCpu;
 use kvfold_kernels::dmc::{Decision, Dmc};
 use kvfold_model::shape::Shape;
-use kvfold_model::{Checkpoint, embedded, ensure_absent};
-use kvfold_report::card::Recipe;
-use kvfold_report::receipt::{self, Memory, Quality, Training};
-use kvfold_report::{Card, format};
-use kvfold_retrofit::settings::Loss;
+use kvfold_model::{Checkpoint, ensure_absent};
+use kvfold_report::format;
+use kvfold_report::receipt::{Memory, Quality, Training};
+use kvfold_retrofit::settings::{Loss, Text};
 use kvfold_retrofit::{Corpus, RetrofitError, RunDir, Settings, Trainer};
 use serde::Serialize;
-use std::path::Path;
 
-/// Sequences that are kept from training to measure on: at most this many, at most a tenth of the text.
+/// Sequences that are kept from training to measure on: a tenth of the text, at least one and at most this many.
 const HELD_OUT: usize = 16;
 
 #[derive(Serialize)]
 struct Output<'a> {
     schema: &'static str,
+    kvfold_version: &'static str,
+    commit: &'static str,
     out: String,
     model: &'a str,
     ratio_asked: f64,
@@ -37,7 +38,7 @@ struct Output<'a> {
     command: String,
 }
 
-pub(crate) fn run(args: &RetrofitArgs) -> Result<(), AppError> {
+pub(crate) fn run(args: &RetrofitArgs, interrupt: &Interrupt) -> Result<(), AppError> {
     ensure_absent(&args.out)?;
     let base = Checkpoint::open(&args.model)?;
     let settings = settings(args, &base)?;
@@ -49,53 +50,60 @@ pub(crate) fn run(args: &RetrofitArgs) -> Result<(), AppError> {
     let mut original = Engine::new(FastCpu::new(), &base);
     let (corpus, reports) = if args.resume {
         let resumed = run.resume(&base, &mut trainer)?;
+        ensure_same_text(args, &base, &resumed.corpus, &run)?;
         for reason in &resumed.damaged {
-            eprintln!("kvfold: {reason}; going on without it");
+            output::note(&format!("kvfold: {reason}; going on without it"));
         }
-        eprintln!("going on after step {} of {}", trainer.steps(), trainer.settings().stages.total());
+        output::note(&format!("going on after step {} of {}", trainer.steps(), trainer.settings().stages.total()));
         (resumed.corpus, resumed.reports)
     } else {
         let corpus = corpus(args, &base, &mut original, trainer.settings().length)?;
+        ensure_two(&corpus)?;
         run.create(&base, trainer.settings(), &corpus)?;
         (corpus, Vec::new())
     };
     let (training_text, held_out) = split(&corpus)?;
 
-    let interrupt = Interrupt::listen()?;
-    let trained = train(&mut trainer, &training_text, reports, args.json, |trainer, reports| {
-        let stop = interrupt.asked() && !trainer.finished();
-        if stop || trainer.steps().is_multiple_of(args.checkpoint_every.max(1)) || trainer.finished() {
-            run.save(trainer, reports)?;
-        }
-        match stop {
-            true => Err(AppError::Interrupted(format!(
-                "interrupted after step {}; the run is saved in {}: go on with --resume",
-                trainer.steps(),
-                run.path().display()
-            ))),
-            false => Ok(()),
-        }
+    let saved = format!("the run is saved in {}: go on with --resume", run.path().display());
+    interrupt.farewell(&format!("interrupted; {saved}"));
+    let trained = interrupt.deferred(|asked| {
+        train(&mut trainer, &training_text, reports, args.json, |trainer, reports| {
+            let stop = asked() && !trainer.finished();
+            if stop || trainer.steps().is_multiple_of(args.checkpoint_every) || trainer.finished() {
+                run.save(trainer, reports)?;
+            }
+            match stop {
+                true => Err(AppError::Interrupted(format!("interrupted after step {}; {saved}", trainer.steps()))),
+                false => Ok(()),
+            }
+        })
     })?;
 
     let model = trainer.checkpoint(&base)?;
     let mut compressed = Engine::new(FastCpu::new(), &model);
     let windows: Vec<&[u32]> = held_out.iter().map(Vec::as_slice).collect();
     let (memory, quality) = measure((&mut original, &mut compressed), &windows, args.json)?;
-    save(
-        &args.out,
-        &model,
-        &Outcome { args, trainer: &trainer, trained: &trained, memory: &memory, quality: &quality },
-    )?;
-    run.remove()?;
+    let papers = Papers {
+        base: &base,
+        trainer: &trainer,
+        trained: &trained,
+        memory: &memory,
+        quality: &quality,
+        text: &args.text,
+    };
+    papers.save(&model, (&run.staging(), &args.out), &[])?;
+    run.publish(&args.out)?;
 
     let result = Output {
         schema: "kvfold.retrofit/1",
+        kvfold_version: env!("CARGO_PKG_VERSION"),
+        commit: output::COMMIT,
         out: args.out.display().to_string(),
         model: &args.model,
         ratio_asked: args.ratio,
         memory: &memory,
         quality: &quality,
-        training: training(&trainer, &trained),
+        training: papers.training(),
         command: output::command_line(),
     };
     if args.json {
@@ -140,7 +148,14 @@ fn settings(args: &RetrofitArgs, base: &Checkpoint) -> Result<Settings, AppError
     settings.batch = args.batch;
     settings.seed = args.seed;
     settings.recompute = args.recompute;
+    if args.text.is_empty() {
+        settings.text = Text::Own { samples: args.samples };
+    }
     settings.validate(&shape)?;
+    if args.checkpoint_every == 0 {
+        let expected = "at least 1 step".into();
+        return Err(RetrofitError::Setting { setting: "checkpoint_every", found: "0".into(), expected }.into());
+    }
     Ok(settings)
 }
 
@@ -152,10 +167,15 @@ fn corpus(
     length: usize,
 ) -> Result<Corpus, AppError> {
     if args.text.is_empty() {
-        let wanted = SelfText { texts: args.samples.max(2), length, seed: args.seed };
+        let wanted = SelfText { texts: args.samples, length, seed: args.seed };
         let texts = self_text(original, base, wanted, args.json)?;
         return Ok(Corpus::cut(texts.into_iter().flatten().collect(), length)?);
     }
+    given(args, base, length)
+}
+
+/// The user's texts, one after the other.
+fn given(args: &RetrofitArgs, base: &Checkpoint, length: usize) -> Result<Corpus, AppError> {
     let mut tokens = Vec::new();
     for path in &args.text {
         tokens.extend(start_token(base).ok());
@@ -164,75 +184,35 @@ fn corpus(
     Ok(Corpus::cut(tokens, length)?)
 }
 
-/// Keeps the last sequences from training. A text too short to share is trained and measured on.
+/// Checks that the texts of a run that goes on are those it was started with.
+fn ensure_same_text(args: &RetrofitArgs, base: &Checkpoint, corpus: &Corpus, run: &RunDir) -> Result<(), AppError> {
+    if args.text.is_empty() || given(args, base, corpus.length())? == *corpus {
+        return Ok(());
+    }
+    let (what, found, wanted) = ("text".into(), "of other contents".into(), "what the files of --text hold now".into());
+    Err(RetrofitError::OtherRun { dir: run.path().display().to_string(), what, found, wanted }.into())
+}
+
+/// Checks that there is something to train on and something else to measure on.
+fn ensure_two(corpus: &Corpus) -> Result<(), AppError> {
+    match corpus.len() {
+        0 | 1 => Err(AppError::Text {
+            file: "the training text".into(),
+            reason: format!(
+                "it fills one sequence of {} tokens, and two are needed, one to train on and one to measure on; give \
+                 more text or a smaller --length",
+                corpus.length()
+            ),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// Keeps the last sequences from training.
 fn split(corpus: &Corpus) -> Result<(Corpus, Vec<Vec<u32>>), AppError> {
-    let held = (corpus.len() / 10).min(HELD_OUT);
+    let held = (corpus.len() / 10).clamp(1, HELD_OUT);
     let kept = corpus.len() - held;
-    let held_out: Vec<Vec<u32>> = match held {
-        0 => vec![corpus.sequence(0).to_vec()],
-        _ => (kept..corpus.len()).map(|n| corpus.sequence(n).to_vec()).collect(),
-    };
+    let held_out = (kept..corpus.len()).map(|n| corpus.sequence(n).to_vec()).collect();
     let training = Corpus::cut(corpus.tokens()[..kept * corpus.length()].to_vec(), corpus.length())?;
     Ok((training, held_out))
-}
-
-/// What the files beside the weights tell.
-struct Outcome<'a> {
-    args: &'a RetrofitArgs,
-    trainer: &'a Trainer<FastCpu>,
-    trained: &'a Trained,
-    memory: &'a Memory,
-    quality: &'a Quality,
-}
-
-fn training(trainer: &Trainer<FastCpu>, trained: &Trained) -> Training {
-    let settings = trainer.settings();
-    let tokens = trained.steps * (settings.batch * settings.length) as u64;
-    let seconds = trained.elapsed.as_secs_f64();
-    Training { steps: trained.steps, tokens, seconds, tokens_per_second: tokens as f64 / seconds }
-}
-
-fn save(out: &Path, model: &Checkpoint, outcome: &Outcome<'_>) -> Result<(), AppError> {
-    let Outcome { args, trainer, trained, memory, quality } = outcome;
-    let settings = trainer.settings();
-    let steps = trainer.steps();
-    let card = Card {
-        name: out.file_name().unwrap_or(out.as_os_str()).to_string_lossy().into_owned(),
-        base_model: args.model.clone(),
-        license: (args.model == embedded::STORIES260K).then(|| "mit".to_owned()),
-        architecture: model.config.architecture().to_owned(),
-        recipe: Recipe {
-            ratio_asked: args.ratio,
-            ratio_trained: trained.reports.last().map_or(1.0, |report| report.ratio),
-            context_tokens: settings.length as u64,
-            delay: settings.dmc.delay as u64,
-            decision: decision(args.decision),
-            loss: match args.loss {
-                LossKind::Lm => "lm".to_owned(),
-                LossKind::Distill => "distill".to_owned(),
-            },
-            steps,
-            tokens: steps * (settings.batch * settings.length) as u64,
-            seed: args.seed,
-            text: match args.text.is_empty() {
-                true => format!("{} texts that the model wrote itself", args.samples),
-                false => args.text.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", "),
-            },
-        },
-        memory: Some((*memory).clone()),
-        quality: Some(**quality),
-        command: output::command_line(),
-        kvfold_version: env!("CARGO_PKG_VERSION").to_owned(),
-    };
-    let curve = curve(trainer, trained)?.to_json();
-    model.save(out, &[("README.md", card.render().as_bytes()), ("training_curve.json", curve.as_bytes())])?;
-    Ok(())
-}
-
-/// The report's name for a decision source.
-pub(crate) fn decision(source: DecisionSource) -> receipt::Decision {
-    match source {
-        DecisionSource::Head => receipt::Decision::Head,
-        DecisionSource::Borrowed => receipt::Decision::Borrowed,
-    }
 }

@@ -6,7 +6,7 @@ use crate::output;
 use kvfold_engine::{Engine, Sampler, sample_corpus};
 use kvfold_kernels::FastCpu;
 use kvfold_model::Checkpoint;
-use kvfold_report::{Curve, Point, format};
+use kvfold_report::format;
 use kvfold_retrofit::{Corpus, StepReport, Trainer};
 use std::time::{Duration, Instant};
 
@@ -75,27 +75,4 @@ pub(crate) fn train(
     }
     bar.finish_and_clear();
     Ok(Trained { reports, elapsed: started.elapsed(), steps: trainer.steps() - first })
-}
-
-/// The training curve, as it stands beside the model.
-pub(crate) fn curve(trainer: &Trainer<FastCpu>, trained: &Trained) -> Result<Curve, AppError> {
-    let settings = trainer.settings();
-    let value = serde_json::to_value(settings).map_err(|error| AppError::Output(error.into()))?;
-    let per_step = (settings.batch * settings.length) as u64;
-    let speed = (trained.steps * per_step) as f64 / trained.elapsed.as_secs_f64();
-    let mut curve = Curve::new(value);
-    curve.points.extend(trained.reports.iter().map(|report| Point {
-        step: report.step,
-        tokens: report.step * per_step,
-        stage: report.stage.name().to_owned(),
-        loss: report.loss,
-        task_loss: report.task_loss,
-        hinge: report.hinge,
-        ratio_target: report.ratio_target,
-        ratio: report.ratio,
-        grad_norm: report.grad_norm,
-        lr: report.rate,
-        tokens_per_second: speed,
-    }));
-    Ok(curve)
 }

@@ -1,0 +1,117 @@
+//! What stands beside the weights of a retrofitted model: its card and its training curve.
+
+use super::train::Trained;
+use crate::error::AppError;
+use crate::output;
+use kvfold_kernels::FastCpu;
+use kvfold_kernels::dmc::Decision;
+use kvfold_model::{Checkpoint, embedded};
+use kvfold_report::card::Recipe;
+use kvfold_report::receipt::{self, Memory, Quality, Training};
+use kvfold_report::{Card, Curve, Point};
+use kvfold_retrofit::settings::{Loss, Text};
+use kvfold_retrofit::{Settings, Trainer};
+use std::path::{Path, PathBuf};
+
+/// A retrofit and what came of it.
+#[derive(Debug)]
+pub(crate) struct Papers<'a> {
+    pub(crate) base: &'a Checkpoint,
+    pub(crate) trainer: &'a Trainer<FastCpu>,
+    pub(crate) trained: &'a Trained,
+    pub(crate) memory: &'a Memory,
+    pub(crate) quality: &'a Quality,
+    /// The user's training text, if it was not the model's own.
+    pub(crate) text: &'a [PathBuf],
+}
+
+impl Papers<'_> {
+    /// Writes `model` into the new directory `dir` with the papers and `extra` files beside it. `out` is the name it will
+    /// be known by.
+    pub(crate) fn save(
+        &self,
+        model: &Checkpoint,
+        (dir, out): (&Path, &Path),
+        extra: &[(&str, &[u8])],
+    ) -> Result<(), AppError> {
+        let card = self.card(out, model.config.architecture()).render();
+        let curve = self.curve()?.to_json();
+        let papers = [("README.md", card.as_bytes()), ("training_curve.json", curve.as_bytes())];
+        Ok(model.save(dir, &[&papers, extra].concat())?)
+    }
+
+    /// What the training of this process took.
+    pub(crate) fn training(&self) -> Training {
+        let tokens = self.trained.steps * tokens_per_step(self.trainer.settings());
+        let seconds = self.trained.elapsed.as_secs_f64();
+        Training { steps: self.trained.steps, tokens, seconds, tokens_per_second: tokens as f64 / seconds }
+    }
+
+    fn card(&self, out: &Path, architecture: &str) -> Card {
+        let settings = self.trainer.settings();
+        let base_model = self.base.source.clone();
+        Card {
+            name: out.file_name().unwrap_or(out.as_os_str()).to_string_lossy().into_owned(),
+            license: (base_model == embedded::STORIES260K).then(|| "mit".to_owned()),
+            base_model,
+            architecture: architecture.to_owned(),
+            recipe: Recipe {
+                ratio_asked: settings.ratio,
+                ratio_trained: self.trained.reports.last().map_or(1.0, |report| report.ratio),
+                context_tokens: settings.length as u64,
+                delay: settings.dmc.delay as u64,
+                decision: decision(settings.dmc.decision),
+                loss: match settings.loss {
+                    Loss::Lm => "lm".to_owned(),
+                    Loss::Distill { .. } => "distill".to_owned(),
+                },
+                steps: self.trainer.steps(),
+                tokens: self.trainer.steps() * tokens_per_step(settings),
+                seed: settings.seed,
+                text: match settings.text {
+                    Text::Own { samples } => format!("{samples} texts that the model wrote itself"),
+                    Text::Given => {
+                        self.text.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
+                    }
+                },
+            },
+            memory: Some(self.memory.clone()),
+            quality: Some(*self.quality),
+            command: output::command_line(),
+            kvfold_version: output::VERSION.to_owned(),
+        }
+    }
+
+    fn curve(&self) -> Result<Curve, AppError> {
+        let settings = self.trainer.settings();
+        let value = serde_json::to_value(settings).map_err(|error| AppError::Output(error.into()))?;
+        let speed = self.training().tokens_per_second;
+        let mut curve = Curve::new(value);
+        curve.points.extend(self.trained.reports.iter().map(|report| Point {
+            step: report.step,
+            tokens: report.step * tokens_per_step(settings),
+            stage: report.stage.name().to_owned(),
+            loss: report.loss,
+            task_loss: report.task_loss,
+            hinge: report.hinge,
+            ratio_target: report.ratio_target,
+            ratio: report.ratio,
+            grad_norm: report.grad_norm,
+            lr: report.rate,
+            tokens_per_second: speed,
+        }));
+        Ok(curve)
+    }
+}
+
+fn tokens_per_step(settings: &Settings) -> u64 {
+    (settings.batch * settings.length) as u64
+}
+
+/// The report's name for where decisions come from.
+pub(crate) fn decision(decision: Decision) -> receipt::Decision {
+    match decision {
+        Decision::Head { .. } => receipt::Decision::Head,
+        Decision::Borrowed { .. } => receipt::Decision::Borrowed,
+    }
+}

@@ -1,0 +1,11 @@
+//! The command as people use it: one file per command, each test in a directory of its own.
+
+mod bad_input;
+mod common;
+mod demo;
+mod eval_ppl;
+mod generate;
+mod help;
+mod retrofit;
+#[cfg(unix)] // signals
+mod runs;
