@@ -226,8 +226,8 @@ mod tests {
           logical ratio     3.84x (74.0 % removed)
           physical ratio    3.64x (72.5 % removed)
           full cache        160 KiB
-          compressed cache  44.0 KiB = pages 40.0 KiB + open state 3.00 KiB + ring
-                            1.00 KiB
+          compressed cache  44.0 KiB = pages 40.0 KiB + open state 3.00 KiB + exact
+                            recent tokens 1.00 KiB
 
         Quality (16,352 held-out positions)
           perplexity        3.69 dense, 3.84 compressed (+4.1 %)

@@ -1,17 +1,21 @@
 //! What commands print: progress on standard error, results on standard output, JSON where asked.
 
 use crate::error::AppError;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use kvfold_report::Style;
 use kvfold_report::receipt::Machine;
 use serde::Serialize;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
+use std::sync::LazyLock;
+
+/// All progress bars, so that a line between them is not written over. Hidden where standard error is no terminal.
+static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
 
 /// A progress bar on standard error, hidden when that is no terminal or `quiet`.
 pub(crate) fn bar(label: &'static str, length: usize, unit: &str, quiet: bool) -> ProgressBar {
-    let target = if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
-    let bar = ProgressBar::with_draw_target(Some(length as u64), target);
+    let bar = ProgressBar::with_draw_target(Some(length as u64), ProgressDrawTarget::hidden());
+    let bar = if quiet { bar } else { BARS.add(bar) };
     let template =
         format!("{{prefix:<22}} {{bar:28}} {{human_pos}}/{{human_len}} {unit}  {{elapsed}}, {{eta}} left  {{msg}}");
     bar.set_style(ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar()));
@@ -39,7 +43,9 @@ pub(crate) fn piece(text: &str) -> Result<(), AppError> {
 
 /// Prints a line for the person at the terminal, on standard error. If nobody is there, nothing is lost.
 pub(crate) fn note(text: &str) {
-    let _ = writeln!(std::io::stderr().lock(), "{text}");
+    BARS.suspend(|| {
+        let _ = writeln!(std::io::stderr().lock(), "{text}");
+    });
 }
 
 /// Prints a result as one JSON document.
