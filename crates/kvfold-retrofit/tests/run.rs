@@ -355,6 +355,7 @@ fn a_removal_that_was_cut_short_leaves_nothing_to_the_next_run() {
     assert!(!run.dir().exists());
     run.settings.seed = 5;
     run.create();
+    assert_eq!(run.names(), ["corpus.u32", "run.json"]);
     run.finishes_from(0, &[]);
 }
 
