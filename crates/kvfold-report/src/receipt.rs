@@ -185,7 +185,7 @@ pub struct Speed {
     /// The sequences decoded at once.
     #[serde(default = "one")]
     pub batch: u64,
-    /// The speed-up that memory traffic allows, from [`Speed::byte_ceiling`].
+    /// The speed-up that fewer bytes account for, from [`Speed::byte_ceiling`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ceiling: Option<f64>,
 }
@@ -200,8 +200,10 @@ impl Speed {
         self.compressed / self.dense
     }
 
-    /// The most that reading fewer bytes can gain: each step reads the weights
-    /// once and the cache of every sequence. At batch 1 and short contexts it
+    /// What reading fewer bytes can gain, the most there is where memory is the
+    /// limit; where everything lies in the processor's caches, fewer slots to
+    /// compute with gain more. Each step reads the weights once and the cache
+    /// of every sequence. At batch 1 and short contexts it
     /// is close to 1, whatever the ratio.
     pub fn byte_ceiling(weight_bytes: u64, dense_kv_bytes: u64, kv_bytes: u64) -> f64 {
         (weight_bytes as f64 + dense_kv_bytes as f64) / (weight_bytes as f64 + kv_bytes as f64)

@@ -202,9 +202,9 @@ fn speed(receipt: &Receipt) -> String {
         1 => "one sequence at a time".to_owned(),
         n => format!("{n} sequences at once"),
     };
-    let ceiling = speed
-        .ceiling
-        .map_or_else(String::new, |ceiling| format!("; reading fewer bytes allows at most {}", format::ratio(ceiling)));
+    let ceiling = speed.ceiling.map_or_else(String::new, |ceiling| {
+        format!("; the bytes that need not be read account for {}", format::ratio(ceiling))
+    });
     if !gain.is_finite() {
         format!("Decoding speed was not measured ({batch}).")
     } else if (gain - 1.0).abs() <= SAME_SPEED {
@@ -243,7 +243,7 @@ mod tests {
             3.84x (74.0 % removed), physical 3.64x (72.5 % removed).
           - 1 of 6 KV heads keeps nearly every token.
           - Decoding is 1.10x as fast as with the full cache (one sequence at a time;
-            reading fewer bytes allows at most 1.10x).
+            the bytes that need not be read account for 1.10x).
         ");
     }
 

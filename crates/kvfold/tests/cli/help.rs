@@ -53,7 +53,7 @@ fn every_command_states_units_and_defaults() {
             "4 keeps a quarter",
             "[default: distill]",
             "[default: head]",
-            "[default: 100]",
+            "[default: 120]",
             "[default: 512, or the model's context if shorter]",
             "[default: 0.12 / hidden size]",
             "[default: the model writes its own]",

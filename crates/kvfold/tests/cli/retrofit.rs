@@ -254,6 +254,6 @@ fn a_retrofitted_model_is_not_retrofitted_again() {
 fn a_loss_that_is_no_number_is_code_4() {
     let dir = Dir::new();
     let args = [TINY, &["--steps", "4", "--lr", "1e30"]].concat();
-    dir.run(&args).fails(4, &["step 1", "NaN", "try a lower --lr"]);
+    dir.run(&args).fails(4, &["step 2", "NaN", "try a lower --lr"]);
     assert_eq!(dir.list("."), ["out.kvfold-run"]);
 }
