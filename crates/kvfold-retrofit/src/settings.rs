@@ -1,7 +1,7 @@
 //! Everything that defines a run.
 
 use crate::error::RetrofitError;
-use kvfold_kernels::dmc::{Decision, Dmc};
+use kvfold_kernels::dmc::{Decision, Dmc, Share};
 use kvfold_kernels::ops::{KlDirection, Over, Scope};
 use kvfold_model::shape::Shape;
 use serde::{Deserialize, Serialize};
@@ -111,6 +111,28 @@ pub struct Settings {
     pub seed: u64,
     /// Recomputes each block in the backward pass instead of keeping its activations.
     pub recompute: bool,
+}
+
+/// Newest tokens that stay exact: most of what delaying gives (`docs/LOG.md`).
+pub const DELAY: usize = 32;
+/// Subtracted from the decision logit; smaller than the paper's 5, where the gate sees almost no gradient.
+pub const OFFSET: f64 = 3.0;
+/// Factor on a decision head's outputs.
+pub const HEAD_SCALE: f64 = 4.0;
+/// Factor on a borrowed channel.
+pub const BORROWED_SCALE: f64 = 20.0;
+/// Optimiser steps that teach a small model 4x.
+pub const STEPS: u64 = 120;
+
+/// How a model compresses unless somebody wants it otherwise.
+pub fn default_dmc() -> Dmc {
+    Dmc {
+        decision: Decision::Head { scale: HEAD_SCALE, offset: OFFSET },
+        delay: DELAY,
+        pool_window: None,
+        log_mass: false,
+        share: Share::Head,
+    }
 }
 
 /// Share of the steps at the full target, and of those in which a borrowed channel fades out.

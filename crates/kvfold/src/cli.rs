@@ -3,6 +3,7 @@
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kvfold_kernels::dmc::Share;
 use kvfold_kernels::ops::{KlDirection, Over, Scope};
+use kvfold_retrofit::settings;
 use std::path::PathBuf;
 
 const AFTER_HELP: &str = "\
@@ -244,7 +245,7 @@ pub(crate) struct RetrofitArgs {
     pub(crate) decision: DecisionSource,
 
     /// Optimiser steps
-    #[arg(long, default_value_t = 120, value_name = "N")]
+    #[arg(long, default_value_t = settings::STEPS, value_name = "N")]
     pub(crate) steps: u64,
 
     /// Seed of everything random
@@ -260,7 +261,7 @@ pub(crate) struct RetrofitArgs {
     pub(crate) json: bool,
 
     /// Newest tokens that stay exact before they are folded; 0 folds at once (the paper)
-    #[arg(long, value_name = "TOKENS", default_value_t = 32, help_heading = "How to compress")]
+    #[arg(long, value_name = "TOKENS", default_value_t = settings::DELAY, help_heading = "How to compress")]
     pub(crate) delay: usize,
 
     /// A slot averages this many newest tokens at most; 0 averages all (the paper's code: 12)
@@ -283,7 +284,7 @@ pub(crate) struct RetrofitArgs {
     #[arg(
         long,
         value_name = "X",
-        default_value_t = 3.0,
+        default_value_t = settings::OFFSET,
         allow_negative_numbers = true,
         help_heading = "How to compress"
     )]

@@ -10,23 +10,21 @@ use crate::output;
 use kvfold_engine::{Engine, Options, Sampler, Stop, generate};
 use kvfold_eval::{Workload, cut, decode_speed};
 use kvfold_kernels::FastCpu;
-use kvfold_kernels::dmc::{Decision, Dmc, Share};
 use kvfold_model::shape::Shape;
 use kvfold_model::{Checkpoint, embedded, ensure_absent};
 use kvfold_report::receipt::{self, Memory, Speed, Story};
 use kvfold_report::{Receipt, format, render};
-use kvfold_retrofit::settings::Text;
+use kvfold_retrofit::settings::{STEPS, Text, default_dmc};
 use kvfold_retrofit::{Corpus, Settings, Trainer};
 use std::ops::ControlFlow;
 
-/// Stories that nobody trained on here, for the evaluation: a slice of TinyStories, see `data/README.md`.
+/// Stories that the retrofit never sees, for the evaluation: a slice of TinyStories, see `data/README.md`.
 const HELD_OUT: &str = include_str!("../../../../data/tinystories_heldout.txt");
 
 /// What both models continue.
 const PROMPT: &str = "Once upon a time, there was a little girl named Lily. She loved to play outside in the";
 
 const RATIO: f64 = 4.0;
-const STEPS: u64 = 120;
 const TEXTS: usize = 256;
 const NEW_TOKENS: usize = 160;
 
@@ -54,13 +52,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), AppError> {
     let wanted = SelfText { texts: TEXTS, length: shape.context, seed: args.seed };
     let texts = self_text(&mut original, &base, wanted, false)?;
     let corpus = Corpus::cut(texts.into_iter().flatten().collect(), shape.context)?;
-    let dmc = Dmc {
-        decision: Decision::Head { scale: 4.0, offset: 3.0 },
-        delay: 32,
-        pool_window: None,
-        log_mass: false,
-        share: Share::Head,
-    };
+    let dmc = default_dmc();
     let settings = Settings {
         seed: args.seed,
         text: Text::Own { samples: TEXTS },

@@ -15,7 +15,7 @@ use kvfold_model::shape::Shape;
 use kvfold_model::{Checkpoint, ensure_absent};
 use kvfold_report::format;
 use kvfold_report::receipt::{Memory, Quality, Training};
-use kvfold_retrofit::settings::{Loss, Text};
+use kvfold_retrofit::settings::{BORROWED_SCALE, HEAD_SCALE, Loss, Text};
 use kvfold_retrofit::{Corpus, RetrofitError, RunDir, Settings, Trainer};
 use serde::Serialize;
 
@@ -126,8 +126,8 @@ fn settings(args: &RetrofitArgs, base: &Checkpoint) -> Result<Settings, AppError
     let shape = Shape::of(&base.config);
     let offset = args.decision_offset;
     let decision = match args.decision {
-        DecisionSource::Head => Decision::Head { scale: args.decision_scale.unwrap_or(4.0), offset },
-        DecisionSource::Borrowed => Decision::Borrowed { scale: args.decision_scale.unwrap_or(20.0), offset },
+        DecisionSource::Head => Decision::Head { scale: args.decision_scale.unwrap_or(HEAD_SCALE), offset },
+        DecisionSource::Borrowed => Decision::Borrowed { scale: args.decision_scale.unwrap_or(BORROWED_SCALE), offset },
     };
     let dmc = Dmc {
         decision,
