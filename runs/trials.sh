@@ -21,25 +21,18 @@ trial() {
   tail -n 1 "$out.new" | python3 -c 'import json,sys; r=json.load(sys.stdin); p=r["perplexity"]; print(f"{r[\"trial\"]:34} ppl {p[\"dense\"]:.3f} -> {p[\"compressed\"]:.3f}  KL {r[\"kl\"][\"mean\"]:.4f}  logical {r[\"logical_ratio\"]:.2f}  physical {r[\"physical_ratio\"]:.2f}")'
 }
 
-trial "default (head, delay 16)"
+trial "default (head, delay 32)"
 trial "delay 0 (the paper)" --delay 0
-trial "delay 0, log mass" --delay 0 --log-mass
-trial "delay 4" --delay 4
 trial "delay 8" --delay 8
-trial "delay 32" --delay 32
+trial "delay 16" --delay 16
 trial "delay 64" --delay 64
 trial "log mass" --log-mass
-trial "pool window 12" --pool-window 12
-trial "shared by layer" --share layer
-trial "scope layer" --scope layer
-trial "scope head" --scope head
-trial "over sequence" --over sequence
+trial "delay 0, log mass" --delay 0 --log-mass
+trial "decisions shared by layer" --share layer
+trial "ratio asked of each head" --scope head
 trial "reverse KL" --kl reverse
 trial "next-token loss" --loss lm
-trial "borrowed, scale 20" --decision borrowed
-trial "borrowed, scale 10" --decision borrowed --decision-scale 10
+trial "borrowed channel" --decision borrowed
+trial "borrowed channel, 240 steps" --decision borrowed --steps 240
 trial "borrowed, scale 1, offset 5 (paper)" --decision borrowed --decision-scale 1 --decision-offset 5
-trial "borrowed, delay 0" --decision borrowed --delay 0
-trial "borrowed, 240 steps" --decision borrowed --steps 240
-trial "240 steps" --steps 240
 mv "$out.new" "$out"

@@ -16,6 +16,7 @@
 //! | [`terminal`] | the whole receipt for a person at a terminal |
 //! | [`curve`] | the training curve: JSON, and a sparkline |
 //! | [`card`] | the `README.md` of a retrofitted model |
+//! | [`text`] | text that came from elsewhere, made safe to show |
 //! | [`format`](mod@format) | the only place that decides how a number is written |
 //!
 //! Two rules hold everywhere. The logical ratio (tokens seen over slots held)
@@ -36,7 +37,7 @@ pub mod verdict;
 mod non_finite;
 #[cfg(test)]
 mod sample;
-mod text;
+pub mod text;
 
 pub use card::Card;
 pub use curve::{Curve, Point};

@@ -1,4 +1,4 @@
-//! Text for a page of fixed width: clean, wrap, pad.
+//! Text for a page of fixed width, made safe to show: clean, wrap, pad.
 
 use std::fmt::Write;
 
@@ -6,7 +6,7 @@ use std::fmt::Write;
 ///
 /// A receipt shows strings that a model wrote or that came with a model. An
 /// escape sequence among them must not reach the reader's terminal.
-pub(crate) fn clean(text: &str) -> String {
+pub fn clean(text: &str) -> String {
     text.chars()
         .filter(|&c| c != '\r')
         .map(|c| match c {

@@ -4,6 +4,7 @@ use crate::error::AppError;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use kvfold_report::Style;
 use kvfold_report::receipt::Machine;
+use kvfold_report::text::clean;
 use serde::Serialize;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
@@ -34,17 +35,22 @@ pub(crate) fn line(text: &str) -> Result<(), AppError> {
     piece(&format!("{text}\n"))
 }
 
-/// Prints a part of a line, now.
+/// Prints a part of a line, now. A terminal does not get the control characters that a model may write; a file or a pipe
+/// gets the text as it is.
 pub(crate) fn piece(text: &str) -> Result<(), AppError> {
     let mut out = std::io::stdout().lock();
-    out.write_all(text.as_bytes())?;
+    match out.is_terminal() {
+        true => out.write_all(clean(text).as_bytes())?,
+        false => out.write_all(text.as_bytes())?,
+    }
     Ok(out.flush()?)
 }
 
-/// Prints a line for the person at the terminal, on standard error. If nobody is there, nothing is lost.
+/// Prints a line for the person at the terminal, on standard error, without control characters that names in a file may
+/// hold. If nobody is there, nothing is lost.
 pub(crate) fn note(text: &str) {
     BARS.suspend(|| {
-        let _ = writeln!(std::io::stderr().lock(), "{text}");
+        let _ = writeln!(std::io::stderr().lock(), "{}", clean(text));
     });
 }
 

@@ -13,8 +13,8 @@ use kvfold_kernels::FastCpu;
 use kvfold_kernels::dmc::{Decision, Dmc};
 use kvfold_model::shape::Shape;
 use kvfold_model::{Checkpoint, ensure_absent};
-use kvfold_report::format;
 use kvfold_report::receipt::{Memory, Quality, Training};
+use kvfold_report::{format, heat_map};
 use kvfold_retrofit::settings::{BORROWED_SCALE, HEAD_SCALE, Loss, Text};
 use kvfold_retrofit::{Corpus, RetrofitError, RunDir, Settings, Trainer};
 use serde::Serialize;
@@ -110,7 +110,8 @@ pub(crate) fn run(args: &RetrofitArgs, interrupt: &Interrupt) -> Result<(), AppE
         return output::json(&result);
     }
     output::line(&format!(
-        "{}: {} logical, {} physical; perplexity {:.3} -> {:.3} ({}) on {} held-out tokens",
+        "{}\n\n{}: {} logical, {} physical; perplexity {:.3} -> {:.3} ({}) on {} held-out tokens",
+        heat_map(&memory.heads, &output::style()).trim_end(),
         result.out,
         format::ratio(memory.logical_ratio),
         format::ratio(memory.physical_ratio),
