@@ -18,7 +18,12 @@ trial() {
   rm -rf "$scratch/model"
   target/release/kvfold retrofit --model stories260k --out "$scratch/model" --ratio 4 --steps 60 --samples 256 --json "$@" |
     python3 -c 'import json,sys; r=json.load(sys.stdin); print(json.dumps({"trial": sys.argv[1], **r}))' "$name" >>"$out.new"
-  tail -n 1 "$out.new" | python3 -c 'import json,sys; r=json.load(sys.stdin); p=r["perplexity"]; print(f"{r[\"trial\"]:34} ppl {p[\"dense\"]:.3f} -> {p[\"compressed\"]:.3f}  KL {r[\"kl\"][\"mean\"]:.4f}  logical {r[\"logical_ratio\"]:.2f}  physical {r[\"physical_ratio\"]:.2f}")'
+  tail -n 1 "$out.new" | python3 -c '
+import json, sys
+r = json.load(sys.stdin)
+p, kl = r["perplexity"], r["kl"]["mean"]
+print("%-36s ppl %.3f -> %.3f  KL %.4f  logical %.2f  physical %.2f"
+      % (r["trial"], p["dense"], p["compressed"], kl, r["logical_ratio"], r["physical_ratio"]))'
 }
 
 trial "default (head, delay 32)"

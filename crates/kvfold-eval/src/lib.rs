@@ -1,6 +1,6 @@
 //! How good a model is, measured through the cache that serves it: perplexity, divergence from the original, agreement.
 //!
-//! Every number here comes from an [`Engine`]'s paged cache, never from a mask: the same kernel, pages and decisions that
+//! Every number here comes from an [`Engine`](kvfold_engine::Engine)'s paged cache, never from a mask: the same kernel, pages and decisions that
 //! generate text. Texts are cut into consecutive windows; per window the first token is given and the others are
 //! predicted.
 
