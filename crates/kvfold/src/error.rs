@@ -45,7 +45,7 @@ impl AppError {
     /// The documented exit code.
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
-            AppError::Model(ModelError::Io { .. })
+            AppError::Model(ModelError::Io { .. } | ModelError::Tensor(kvfold_tensor::Error::Io { .. }))
             | AppError::Retrofit(RetrofitError::Io { .. } | RetrofitError::Tensor(_))
             | AppError::Output(_)
             | AppError::Setup { .. } => MACHINE,
