@@ -197,3 +197,6 @@ fn half_rotation(weight: &HostTensor, head_dim: usize) -> HostTensor {
     }
     out
 }
+
+#[cfg(test)]
+mod tests;
