@@ -91,7 +91,7 @@ fn card(result: &Output) -> String {
         let line: String = text.chars().map(|c| if c.is_control() || c == '`' { ' ' } else { c }).take(200).collect();
         format!("`{line}`")
     };
-    let title = result.name.as_deref().map_or("Imported model".into(), |name| quoted(name));
+    let title = result.name.as_deref().map_or("Imported model".into(), quoted);
     let license = match &result.license {
         Some(license) => format!("{}, by the file", quoted(license)),
         None => "not stated in the file; see where it came from".into(),
