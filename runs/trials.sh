@@ -9,16 +9,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 cargo build --release
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
-out=results/trials.jsonl
-: >"$out.new"
+lines="$scratch/trials.jsonl"
 
 trial() {
   local name="$1"
   shift
   rm -rf "$scratch/model"
   target/release/kvfold retrofit --model stories260k --out "$scratch/model" --ratio 4 --steps 60 --samples 256 --json "$@" |
-    python3 -c 'import json,sys; r=json.load(sys.stdin); print(json.dumps({"trial": sys.argv[1], **r}))' "$name" >>"$out.new"
-  tail -n 1 "$out.new" | python3 -c '
+    python3 -c 'import json,sys; r=json.load(sys.stdin); print(json.dumps({"trial": sys.argv[1], **r}))' "$name" >>"$lines"
+  tail -n 1 "$lines" | python3 -c '
 import json, sys
 r = json.load(sys.stdin)
 p, kl = r["perplexity"], r["kl"]["mean"]
@@ -40,4 +39,4 @@ trial "next-token loss" --loss lm
 trial "borrowed channel" --decision borrowed
 trial "borrowed channel, 240 steps" --decision borrowed --steps 240
 trial "borrowed, scale 1, offset 5 (paper)" --decision borrowed --decision-scale 1 --decision-offset 5
-mv "$out.new" "$out"
+mv "$lines" results/trials.jsonl

@@ -279,7 +279,7 @@ fn shards(files: &Files) -> Result<Shards> {
 }
 
 /// Checks one tensor: its shape, and that every weight is a number.
-fn check(tensor: &HostTensor, name: &str, shape: &[usize], file: &str) -> Result<()> {
+pub(crate) fn check(tensor: &HostTensor, name: &str, shape: &[usize], file: &str) -> Result<()> {
     if tensor.shape() != shape {
         return Err(ModelError::Shape {
             file: file.into(),

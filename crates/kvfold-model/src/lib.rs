@@ -14,6 +14,7 @@
 //!   sequences that training and the teacher put into it;
 //! * [`tokenizer`] turns text into ids and, piece by piece as they are sampled, ids into text;
 //! * [`checkpoint`] puts these together: opened from a directory or from the binary itself, saved whole or not at all;
+//! * [`import`] turns models in other formats into such directories;
 //! * [`embedded`] is the small model that is always at hand.
 //!
 //! A retrofitted model calls its architecture `KvfoldLlamaForCausalLM`. Its tensors would fit a plain Llama, and a loader
@@ -29,6 +30,7 @@ pub mod embedded;
 mod error;
 mod fields;
 mod files;
+pub mod import;
 mod loaded;
 pub mod names;
 pub mod shape;

@@ -71,7 +71,27 @@ pub enum Error {
         reason: String,
     },
 
-    /// A tensor cannot be written.
+    /// A file is no GGUF file that can be read.
+    #[error("{file}: invalid GGUF file: {reason}")]
+    Gguf {
+        /// The file in question.
+        file: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+
+    /// A key of a GGUF file's metadata cannot be read.
+    #[error("{file}: invalid GGUF file: key `{key}` {reason}")]
+    GgufKey {
+        /// The file in question.
+        file: String,
+        /// The key.
+        key: String,
+        /// What is wrong with its value.
+        reason: String,
+    },
+
+    /// A tensor cannot be written, or not be read from a GGUF file.
     #[error("{file}: tensor `{tensor}`: {reason}")]
     Tensor {
         /// The file in question.

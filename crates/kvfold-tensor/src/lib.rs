@@ -1,4 +1,4 @@
-//! What an array is: dtype, shape, aligned buffers; safetensors in and out.
+//! What an array is: dtype, shape, aligned buffers; safetensors in and out, GGUF in.
 //!
 //! This crate is the floor of the house. It holds numbers *at rest*: a [`HostTensor`] is what a weight file contains and
 //! what a checkpoint is made of, and nothing here adds or multiplies. Arithmetic happens in `kvfold-kernels`, on buffers
@@ -16,13 +16,14 @@
 
 #[cfg(target_endian = "big")]
 compile_error!(
-    "safetensors files are little-endian and kvfold reads their bytes in place: big-endian machines are not supported"
+    "tensor files are little-endian and kvfold reads their bytes in place: big-endian machines are not supported"
 );
 
 mod aligned;
 pub mod atomic;
 mod dtype;
 mod error;
+pub mod gguf;
 mod host;
 pub mod safetensors;
 
@@ -30,4 +31,5 @@ pub use self::safetensors::{TensorFile, read, read_bytes, write};
 pub use aligned::AlignedBytes;
 pub use dtype::DType;
 pub use error::{Error, Result};
+pub use gguf::Gguf;
 pub use host::HostTensor;

@@ -42,6 +42,11 @@ pub(crate) enum Command {
     /// Writes a complete model directory: weights, config, tokenizer, model card, training curve. An interrupted run goes
     /// on with --resume and ends with the same weights.
     Retrofit(Box<RetrofitArgs>),
+    /// Turn a GGUF file into a model directory
+    ///
+    /// Dense models of architecture "llama": weights in F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K;
+    /// tokenizer, chat template and configuration from the file's metadata.
+    Import(ImportArgs),
     /// Continue a prompt
     Generate(GenerateArgs),
     /// Measure how good a model is, through the cache that serves it
@@ -73,6 +78,36 @@ pub(crate) struct DemoArgs {
     /// Keep the retrofitted model in this new directory
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
+}
+
+/// How an imported model's weights are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ImportDType {
+    /// Exact, whatever they were
+    F32,
+    /// Half the size; rounds to 8 bits
+    Bf16,
+    /// Half the size; rounds to 11 bits, and holds nothing above 65504
+    F16,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ImportArgs {
+    /// GGUF file
+    #[arg(value_name = "FILE")]
+    pub(crate) file: PathBuf,
+
+    /// New directory for the model
+    #[arg(value_name = "OUT")]
+    pub(crate) out: PathBuf,
+
+    /// How weights are written [default: as they are stored; bf16 if they are quantised]
+    #[arg(long, value_enum)]
+    pub(crate) dtype: Option<ImportDType>,
+
+    /// Print one JSON document at the end
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

@@ -3,6 +3,7 @@
 pub(crate) mod demo;
 pub(crate) mod eval_ppl;
 pub(crate) mod generate;
+pub(crate) mod import;
 mod measure;
 mod papers;
 pub(crate) mod retrofit;
