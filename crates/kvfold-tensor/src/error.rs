@@ -1,6 +1,8 @@
 //! What can go wrong with a tensor file.
 
+use std::fs::File;
 use std::io;
+use std::path::Path;
 
 /// The result of reading or writing tensors.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -101,4 +103,16 @@ pub enum Error {
         /// Why not, and what to do.
         reason: String,
     },
+}
+
+/// Opens a file for reading: the file, its length, and what errors call it.
+pub(crate) fn open(path: &Path) -> Result<(File, u64, String)> {
+    let name = path.display().to_string();
+    let failed = |source: io::Error| match source.kind() {
+        io::ErrorKind::NotFound => Error::NotFound { file: name.clone() },
+        _ => Error::Io { file: name.clone(), action: "read", source },
+    };
+    let file = File::open(path).map_err(failed)?;
+    let len = file.metadata().map_err(failed)?.len();
+    Ok((file, len, name))
 }

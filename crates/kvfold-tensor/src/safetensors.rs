@@ -10,13 +10,12 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::{self, Cursor, Read, Seek, SeekFrom};
 use std::path::Path;
 
 use safetensors::tensor::{Dtype, Metadata, SafeTensorError, View};
 
-use crate::error::{Error, Result};
+use crate::error::{self, Error, Result};
 use crate::{DType, HostTensor, atomic};
 
 /// The longest header that is read: the limit of the `safetensors` crate, which applies it only where it reads the frame
@@ -43,13 +42,7 @@ pub struct TensorFile {
 
 /// Reads the file at `path` into memory.
 pub fn read(path: &Path) -> Result<TensorFile> {
-    let name = path.display().to_string();
-    let io = |source: io::Error| match source.kind() {
-        io::ErrorKind::NotFound => Error::NotFound { file: name.clone() },
-        _ => Error::Io { file: name.clone(), action: "read", source },
-    };
-    let file = File::open(path).map_err(io)?;
-    let len = file.metadata().map_err(io)?.len();
+    let (file, len, name) = error::open(path)?;
     read_from(file, len, &name)
 }
 

@@ -10,10 +10,10 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, BufReader, Cursor, Read, Seek, SeekFrom};
+use std::io::{BufReader, Cursor, Read, Seek, SeekFrom};
 use std::path::Path;
 
-use crate::error::{Error, Result};
+use crate::error::{self, Error, Result};
 use crate::{DType, HostTensor};
 
 mod dequantize;
@@ -50,13 +50,7 @@ pub struct Gguf<R = BufReader<File>> {
 impl Gguf {
     /// Opens the file at `path` and reads its header.
     pub fn open(path: &Path) -> Result<Gguf> {
-        let name = path.display().to_string();
-        let io = |source: io::Error| match source.kind() {
-            io::ErrorKind::NotFound => Error::NotFound { file: name.clone() },
-            _ => Error::Io { file: name.clone(), action: "read", source },
-        };
-        let file = File::open(path).map_err(io)?;
-        let len = file.metadata().map_err(io)?.len();
+        let (file, len, name) = error::open(path)?;
         Self::new(BufReader::with_capacity(1 << 16, file), len, &name)
     }
 }
