@@ -219,15 +219,15 @@ fn another_run_is_refused_by_the_field_that_differs() {
         }
     };
     let base = tiny();
-    other("settings.seed", &base, &|s| s.seed = 12);
-    other("settings.ratio", &base, &|s| s.ratio = 2.5);
-    other("settings.length", &base, &|s| s.length = LENGTH / 2);
-    other("settings.length", &base, &|s| s.length = 2 * LENGTH);
-    other("settings.dmc.delay", &base, &|s| s.dmc.delay = 4);
-    other("settings.dmc.pool_window", &base, &|s| s.dmc.pool_window = None);
-    other("settings.dmc.decision.offset", &base, &|s| s.dmc.decision = Decision::Head { scale: 4.0, offset: 2.0 });
-    other("settings.stages.hold", &base, &|s| s.stages.hold = 4);
-    other("settings.learning.rate", &base, &|s| s.learning.rate = 1e-3);
+    other("seed", &base, &|s| s.seed = 12);
+    other("ratio", &base, &|s| s.ratio = 2.5);
+    other("length", &base, &|s| s.length = LENGTH / 2);
+    other("length", &base, &|s| s.length = 2 * LENGTH);
+    other("dmc.delay", &base, &|s| s.dmc.delay = 4);
+    other("dmc.pool_window", &base, &|s| s.dmc.pool_window = None);
+    other("dmc.decision.offset", &base, &|s| s.dmc.decision = Decision::Head { scale: 4.0, offset: 2.0 });
+    other("steps", &base, &|s| s.stages.hold = 4);
+    other("learning.rate", &base, &|s| s.learning.rate = 1e-3);
 
     other("base_model", &Checkpoint { source: "other".into(), ..tiny() }, &|_| {});
     let mut weights = tiny();

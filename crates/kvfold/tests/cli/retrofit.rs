@@ -90,14 +90,16 @@ fn the_directory_is_a_complete_model_with_its_papers() {
 }
 
 #[test]
-fn the_model_trains_on_texts_and_the_report_is_one_line() {
+fn the_model_trains_on_texts_and_the_report_is_a_map_and_a_line() {
     let dir = Dir::new();
     let text = std::fs::read_to_string(HELD_OUT).expect("a text");
     dir.write("a.txt", &text[..2000]);
     dir.write("b.txt", &text[2000..4000]);
     let ran = dir.run_with(TINY, &["--steps", "20", "--loss", "lm", "--text", "a.txt", "b.txt"]);
     assert_eq!(ran.err, "", "no terminal, no progress");
-    let line = ran.ok();
+    let report = ran.ok();
+    let (map, line) = report.trim_end().rsplit_once("\n\n").unwrap_or_else(|| panic!("{report}"));
+    assert!((0..5).all(|layer| map.contains(&format!("L{layer} "))), "{map}");
     assert!(line.starts_with("out: ") && line.contains(" logical, ") && line.lines().count() == 1, "{line}");
     let card = String::from_utf8(dir.read("out/README.md")).expect("UTF-8");
     assert!(card.contains("| a.txt, b.txt |") && card.contains("| loss | lm |"), "{card}");
