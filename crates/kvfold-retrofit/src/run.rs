@@ -240,7 +240,12 @@ impl RunDir {
     /// The training tokens, once it is clear that the run was started with this model and these settings.
     fn same_run(&self, base: &Checkpoint, settings: &Settings) -> Result<Corpus, RetrofitError> {
         let json = self.read(RUN)?;
-        let found: Identity = serde_json::from_slice(&json).map_err(|e| self.damaged(RUN, e.to_string()))?;
+        let found: Value = serde_json::from_slice(&json).map_err(|e| self.damaged(RUN, e.to_string()))?;
+        // First of all: the rest of another version may mean something else.
+        if let Some(version) = found.get("version").filter(|version| version.is_u64()) {
+            self.check_same(version, &VERSION.into(), "version")?;
+        }
+        let found: Identity = serde_json::from_value(found).map_err(|e| self.damaged(RUN, e.to_string()))?;
         // Named first: a schedule of numbers follows from it.
         let (steps, asked) = (found.settings.stages.total(), settings.stages.total());
         self.check_same(&steps.into(), &asked.into(), "steps")?;
