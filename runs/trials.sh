@@ -29,14 +29,9 @@ trial "default (head, delay 32)"
 trial "delay 0 (the paper)" --delay 0
 trial "delay 8" --delay 8
 trial "delay 16" --delay 16
-trial "delay 64" --delay 64
 trial "log mass" --log-mass
-trial "delay 0, log mass" --delay 0 --log-mass
-trial "decisions shared by layer" --share layer
 trial "ratio asked of each head" --scope head
 trial "reverse KL" --kl reverse
 trial "next-token loss" --loss lm
 trial "borrowed channel" --decision borrowed
-trial "borrowed channel, 240 steps" --decision borrowed --steps 240
-trial "borrowed, scale 1, offset 5 (paper)" --decision borrowed --decision-scale 1 --decision-offset 5
 mv "$lines" results/trials.jsonl
