@@ -147,8 +147,7 @@ impl Settings {
     /// The recipe for a model, a ratio and a budget of steps. The numbers are measured: see `docs/LOG.md`.
     pub fn recipe(shape: &Shape, dmc: Dmc, ratio: f64, steps: u64) -> Self {
         let share = |part: f64| (steps as f64 * part).round() as u64;
-        // A borrowed channel is always zeroed before it decides, however few the steps.
-        let zeroing = if dmc.decision.borrows_channel() { share(ZEROING).max(1).min(steps) } else { 0 };
+        let zeroing = if dmc.decision.borrows_channel() { share(ZEROING) } else { 0 };
         let hold = share(HOLD).min(steps - zeroing);
         Self {
             dmc,

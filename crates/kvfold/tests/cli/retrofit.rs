@@ -120,13 +120,10 @@ fn a_borrowed_channel_is_zeroed_and_compresses() {
         let head_dim = config["head_dim"].as_u64().expect("a width") as usize;
         let values = k.to_f32();
         let row = |row: usize| values[row * columns..][..*columns].iter().map(|x| x.abs()).sum::<f32>();
-        // After the only step, which is the zeroing stage, the rows are 0; later training moves them a little.
+        // The rows were 0 when the channel began to decide; training has moved them a little since.
         for head in 0..width / head_dim {
             let (borrowed, kept) = (row((head + 1) * head_dim - 1), row(head * head_dim));
-            assert!(
-                if steps == "1" { borrowed == 0.0 } else { borrowed > 0.0 && borrowed < kept },
-                "{borrowed} {kept}"
-            );
+            assert!(borrowed > 0.0 && borrowed < kept, "{borrowed} {kept}");
         }
         if steps == "20" {
             assert_serves(&dir);
