@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The recipe trials of docs/LOG.md on the embedded model: one line of JSON each in results/trials.jsonl.
+# The trials that the README speaks of, on the embedded model: one line of JSON each in results/trials.jsonl.
 # Same text, same budget (60 steps of 8 x 512 tokens); what differs is named. About a minute each on two cores.
 #
 # Usage: runs/trials.sh
@@ -16,7 +16,12 @@ trial() {
   shift
   rm -rf "$scratch/model"
   target/release/kvfold retrofit --model stories260k --out "$scratch/model" --ratio 4 --steps 60 --samples 256 --json "$@" |
-    python3 -c 'import json,sys; r=json.load(sys.stdin); print(json.dumps({"trial": sys.argv[1], **r}))' "$name" >>"$lines"
+    python3 -c '
+import datetime, json, os, platform, sys
+with open("/proc/cpuinfo") as info:
+    cpu = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.machine())
+about = {"trial": sys.argv[1], "date": str(datetime.date.today()), "machine": "%s, %d cores" % (cpu, os.cpu_count())}
+print(json.dumps({**about, **json.load(sys.stdin)}))' "$name" >>"$lines"
   tail -n 1 "$lines" | python3 -c '
 import json, sys
 r = json.load(sys.stdin)
@@ -27,11 +32,5 @@ print("%-36s ppl %.3f -> %.3f  KL %.4f  logical %.2f  physical %.2f"
 
 trial "default (head, delay 32)"
 trial "delay 0 (the paper)" --delay 0
-trial "delay 8" --delay 8
-trial "delay 16" --delay 16
-trial "log mass" --log-mass
-trial "ratio asked of each head" --scope head
-trial "reverse KL" --kl reverse
-trial "next-token loss" --loss lm
 trial "borrowed channel" --decision borrowed
 mv "$lines" results/trials.jsonl
