@@ -3,8 +3,8 @@
 use crate::tape::{Tape, Var};
 use kvfold_kernels::Grad;
 use kvfold_kernels::ops::{
-    AttentionSaved, Borrowed, Decided, Gate, Heads, Hinge, Keys, KlDirection, Ops, PoolInput, PoolOutput, PoolShape,
-    Pooled, Spans, Visible,
+    AttentionSaved, Borrowed, Decided, Gate, Goal, Heads, Hinge, Keys, LossGrad, Ops, PoolInput, PoolOutput, PoolShape,
+    Pooled, Precision, Predictions, Spans, Visible,
 };
 
 /// The backend's tensors behind a set of keys.
@@ -30,8 +30,16 @@ where
         Var::constant(self.ops.tensor(shape, data))
     }
 
+    fn weight(&self, shape: &[usize], data: &[f32], precision: Precision) -> Self::Tensor {
+        Var::constant(self.ops.weight(shape, data, precision))
+    }
+
     fn to_host(&self, x: &Self::Tensor) -> Vec<f32> {
         self.ops.to_host(&x.value)
+    }
+
+    fn scalar(&self, x: &Self::Tensor) -> f64 {
+        self.ops.scalar(&x.value)
     }
 
     fn shape(&self, x: &Self::Tensor) -> Vec<usize> {
@@ -43,7 +51,7 @@ where
         let (xs, ws) = (x.clone(), w.clone());
         self.one(&[x, w], y, move |ops, d, grads| {
             grads.give(ops, xs.id, || ops.linear_grad_x(&ws.value, d));
-            grads.give(ops, ws.id, || ops.linear_grad_w(&xs.value, d));
+            grads.give(ops, ws.id, || ops.linear_grad_w(&xs.value, &ws.value, d));
         })
     }
 
@@ -106,19 +114,27 @@ where
         self.one(&[x], y, move |ops, d, grads| grads.give(ops, saved.id, || ops.ln_grad(&saved.value, d)))
     }
 
-    fn cross_entropy(&self, logits: &Self::Tensor, targets: &[u32]) -> Self::Tensor {
-        let loss = self.ops.cross_entropy(&logits.value, targets);
-        let (saved, targets) = (logits.clone(), targets.to_vec());
-        self.one(&[logits], loss, move |ops, d, grads| {
-            grads.give(ops, saved.id, || ops.cross_entropy_grad(&saved.value, &targets, d));
-        })
-    }
-
-    fn kl(&self, student: &Self::Tensor, teacher: &Self::Tensor, direction: KlDirection) -> Self::Tensor {
-        let loss = self.ops.kl(&student.value, &teacher.value, direction);
-        let (saved, teacher) = (student.clone(), teacher.value.clone());
-        self.one(&[student], loss, move |ops, d, grads| {
-            grads.give(ops, saved.id, || ops.kl_grad(&saved.value, &teacher, direction, d));
+    fn prediction_loss(&self, predicted: Predictions<'_, Self::Tensor>, goal: Goal<'_, Self::Tensor>) -> Self::Tensor {
+        let Predictions { x, w } = predicted;
+        let goal = match goal {
+            Goal::Tokens(targets) => Goal::Tokens(targets),
+            Goal::Teacher(Predictions { x, w }, direction) => {
+                Goal::Teacher(Predictions { x: &x.value, w: &w.value }, direction)
+            }
+        };
+        let predicted = Predictions { x: &x.value, w: &w.value };
+        if x.id.is_none() && w.id.is_none() {
+            return Var::constant(self.ops.prediction_loss(predicted, goal));
+        }
+        let LossGrad { loss, x: dx, w: dw } = self.ops.prediction_loss_grad(predicted, goal, w.id.is_some());
+        let (x_id, w_id) = (x.id, w.id);
+        self.one(&[x, w], loss, move |ops, d, grads| {
+            let factor = ops.scalar(d);
+            let scaled = |grad: O::Tensor| if factor == 1.0 { grad } else { ops.scale(&grad, factor) };
+            grads.give(ops, x_id, || scaled(dx));
+            if let Some(dw) = dw {
+                grads.give(ops, w_id, || scaled(dw));
+            }
         })
     }
 

@@ -4,6 +4,7 @@
 //! machine's vectors. Tests run both through the same backend and compare.
 
 use crate::attention::{self, AttentionJob, AttentionJobGrad};
+use crate::bf16::{self, GemmBf16};
 use crate::real::Real;
 use crate::simd::{self, Gemm, Level};
 
@@ -17,6 +18,12 @@ pub trait KernelSet<F: Real>: Copy + std::fmt::Debug + Send + Sync + 'static {
 
     /// A matrix product on one thread.
     fn gemm(self, g: Gemm<'_, F>, c: &mut [F]);
+
+    /// A matrix product of packed bf16 operands on one thread.
+    ///
+    /// # Safety
+    /// Rows of `g.n` elements, `g.c_row` apart, must be valid at `c`, and nobody else may use them.
+    unsafe fn gemm_bf16(self, g: GemmBf16<'_>, c: *mut F);
 
     /// Attention of one KV head's queries in one sequence.
     fn attention(self, job: &AttentionJob<'_, F>, out: &mut [F], lse: &mut [F]);
@@ -42,6 +49,11 @@ impl<F: Real> KernelSet<F> for Scalar {
 
     fn gemm(self, g: Gemm<'_, F>, c: &mut [F]) {
         simd::gemm_scalar(g, c);
+    }
+
+    unsafe fn gemm_bf16(self, g: GemmBf16<'_>, c: *mut F) {
+        // SAFETY: the caller's.
+        unsafe { bf16::gemm_scalar(g, c) }
     }
 
     fn attention(self, job: &AttentionJob<'_, F>, out: &mut [F], lse: &mut [F]) {
@@ -70,6 +82,11 @@ impl KernelSet<f32> for Fast {
 
     fn gemm(self, g: Gemm<'_, f32>, c: &mut [f32]) {
         simd::gemm(self.0, g, c);
+    }
+
+    unsafe fn gemm_bf16(self, g: GemmBf16<'_>, c: *mut f32) {
+        // SAFETY: the caller's.
+        unsafe { bf16::gemm(self.0, g, c) }
     }
 
     fn attention(self, job: &AttentionJob<'_, f32>, out: &mut [f32], lse: &mut [f32]) {

@@ -7,6 +7,7 @@
 //! | file | op |
 //! |---|---|
 //! | `simd.rs` | instruction sets, the matrix product's register tile, a vectorisable exponential |
+//! | `bf16.rs` | packing to bf16, and the tile of its products |
 //! | `norm.rs`, `rope.rs`, `loss.rs` | RMS norm, rotary embedding, cross-entropy and KL |
 //! | `gate.rs` | decisions and importances, their relaxation, the hinge |
 //! | `pool.rs` | running weighted means |
@@ -15,6 +16,7 @@
 //! | `noise.rs` | counter-based noise |
 
 mod attention;
+pub mod bf16;
 pub mod cpu;
 pub mod dmc;
 mod gate;

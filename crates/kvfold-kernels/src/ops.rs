@@ -231,7 +231,64 @@ pub struct Hinge {
     pub over: Over,
 }
 
-/// A target that [`Ops::cross_entropy`] passes over.
+/// How the products of a weight are computed: with which operands, summed in f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    /// The backend's own floats.
+    #[default]
+    F32,
+    /// Both factors rounded to bf16: half the bytes, and twice the speed where the machine has bf16 products.
+    Bf16,
+}
+
+/// A model's predictions of next tokens: the softmax of `x . w^T`, in the precision of `w`.
+#[derive(Debug)]
+pub struct Predictions<'a, T> {
+    /// Normed residual stream `[N,C]`.
+    pub x: &'a T,
+    /// Output projection `[V,C]`.
+    pub w: &'a T,
+}
+
+/// What predictions are compared with.
+#[derive(Debug)]
+pub enum Goal<'a, T> {
+    /// Next tokens, one per row, some [`NO_TARGET`]: cross-entropy, the mean over rows with a target.
+    Tokens(&'a [u32]),
+    /// A teacher's predictions, which are constants: KL divergence, the mean over rows.
+    Teacher(Predictions<'a, T>, KlDirection),
+}
+
+// By hand, since a derive would ask for `T: Copy`.
+impl<T> Clone for Predictions<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Predictions<'_, T> {}
+
+impl<T> Clone for Goal<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Goal<'_, T> {}
+
+/// What [`Grad::prediction_loss_grad`] returns.
+#[derive(Clone, Debug)]
+pub struct LossGrad<T> {
+    /// The loss `[1]`.
+    pub loss: T,
+    /// Gradient of `x`.
+    pub x: T,
+    /// Gradient of `w`, where it was asked for.
+    pub w: Option<T>,
+}
+
+/// A target that [`Ops::prediction_loss`] passes over.
 pub const NO_TARGET: u32 = u32::MAX;
 
 /// Smallest importance, bf16's epsilon as in the reference: keeps masses away from 0.
@@ -245,13 +302,20 @@ pub trait Ops: std::fmt::Debug {
     /// An array from host numbers, row-major.
     fn tensor(&self, shape: &[usize], data: &[f32]) -> Self::Tensor;
 
+    /// A weight `[M,K]` for [`Ops::linear`] and [`Ops::embed`], held in its precision only: what inference needs.
+    fn weight(&self, shape: &[usize], data: &[f32], precision: Precision) -> Self::Tensor;
+
     /// The numbers of an array, row-major.
     fn to_host(&self, x: &Self::Tensor) -> Vec<f32>;
+
+    /// The number in a `[1]` array, such as a loss.
+    fn scalar(&self, x: &Self::Tensor) -> f64;
 
     /// The shape of an array.
     fn shape(&self, x: &Self::Tensor) -> Vec<usize>;
 
-    /// `x [N,K] . w [M,K]^T -> [N,M]`. Each output is one sum over K in ascending order, whatever N is.
+    /// `x [N,K] . w [M,K]^T -> [N,M]`, in the precision of `w`. Each output is one sum over K in ascending order, whatever
+    /// N is.
     fn linear(&self, x: &Self::Tensor, w: &Self::Tensor) -> Self::Tensor;
 
     /// Rows `ids` of `table [V,C]` -> `[N,C]`.
@@ -278,11 +342,8 @@ pub trait Ops: std::fmt::Debug {
     /// Natural logarithm.
     fn ln(&self, x: &Self::Tensor) -> Self::Tensor;
 
-    /// Mean of `-log softmax(logits)[target]` over the rows with a target, `[1]`; [`NO_TARGET`] skips a row.
-    fn cross_entropy(&self, logits: &Self::Tensor, targets: &[u32]) -> Self::Tensor;
-
-    /// Mean KL divergence per row between the softmaxes of two `[N,V]` logits, `[1]`; the teacher is a constant.
-    fn kl(&self, student: &Self::Tensor, teacher: &Self::Tensor, direction: KlDirection) -> Self::Tensor;
+    /// How far predictions are from what they should be, `[1]`, nats per row. Logits of a few hundred rows exist at a time.
+    fn prediction_loss(&self, predicted: Predictions<'_, Self::Tensor>, goal: Goal<'_, Self::Tensor>) -> Self::Tensor;
 
     /// Logit and importance from the last channels of keys and queries before rotation (spec 1.2).
     fn borrowed_gate(&self, q: &Self::Tensor, k: &Self::Tensor, heads: Heads, decision: Borrowed)
@@ -385,10 +446,12 @@ pub struct Moments<T> {
 
 /// The adjoint of every op of [`Ops`], and the optimiser. `d` is the gradient of the op's output.
 pub trait Grad: Ops {
-    /// Gradient of `x` in [`Ops::linear`].
+    /// A weight to train: its numbers in full, its products in `precision`.
+    fn master(&self, shape: &[usize], data: &[f32], precision: Precision) -> Self::Tensor;
+    /// Gradient of `x` in [`Ops::linear`], in the precision of `w`.
     fn linear_grad_x(&self, w: &Self::Tensor, d: &Self::Tensor) -> Self::Tensor;
-    /// Gradient of `w` in [`Ops::linear`].
-    fn linear_grad_w(&self, x: &Self::Tensor, d: &Self::Tensor) -> Self::Tensor;
+    /// Gradient of `w` in [`Ops::linear`], in the precision of `w`.
+    fn linear_grad_w(&self, x: &Self::Tensor, w: &Self::Tensor, d: &Self::Tensor) -> Self::Tensor;
     /// Gradient of the table in [`Ops::embed`].
     fn embed_grad(&self, ids: &[u32], table: &Self::Tensor, d: &Self::Tensor) -> Self::Tensor;
     /// Gradients of `x` and `w` in [`Ops::rms_norm`].
@@ -407,16 +470,14 @@ pub trait Grad: Ops {
     fn scale(&self, d: &Self::Tensor, factor: f64) -> Self::Tensor;
     /// Gradient of [`Ops::ln`].
     fn ln_grad(&self, x: &Self::Tensor, d: &Self::Tensor) -> Self::Tensor;
-    /// Gradient of the logits in [`Ops::cross_entropy`].
-    fn cross_entropy_grad(&self, logits: &Self::Tensor, targets: &[u32], d: &Self::Tensor) -> Self::Tensor;
-    /// Gradient of the student's logits in [`Ops::kl`].
-    fn kl_grad(
+    /// [`Ops::prediction_loss`] with its gradients by `x` and, where `w_too`, by `w`; all at once, since the logits that
+    /// they need are as dear as the loss.
+    fn prediction_loss_grad(
         &self,
-        student: &Self::Tensor,
-        teacher: &Self::Tensor,
-        direction: KlDirection,
-        d: &Self::Tensor,
-    ) -> Self::Tensor;
+        predicted: Predictions<'_, Self::Tensor>,
+        goal: Goal<'_, Self::Tensor>,
+        w_too: bool,
+    ) -> LossGrad<Self::Tensor>;
     /// Gradients of `q` and `k` in [`Ops::borrowed_gate`].
     fn borrowed_gate_grad(
         &self,

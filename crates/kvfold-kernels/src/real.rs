@@ -35,54 +35,66 @@ impl Real for f64 {
 /// Lanes of the sums below: one AVX-512 register of f32.
 const LANES: usize = 16;
 
-/// Sum in a fixed order: 16 interleaved partial sums, then pairwise. The same for every instruction set.
+/// Sum of a function of every element, in a fixed order: 16 interleaved partial sums, then pairwise. The same for every
+/// instruction set.
 #[inline(always)]
-pub fn sum<F: Real>(xs: impl ExactSizeIterator<Item = F>) -> F {
-    let mut lanes = [F::zero(); LANES];
-    for (i, x) in xs.enumerate() {
-        lanes[i % LANES] += x;
-    }
-    fold_lanes(lanes)
-}
-
-/// Sum of squares, in the order of [`sum`].
-#[inline(always)]
-pub fn sum_squares<F: Real>(xs: &[F]) -> F {
-    dot(xs, xs)
-}
-
-/// Dot product, in the order of [`sum`].
-#[inline(always)]
-pub fn dot<F: Real>(xs: &[F], ys: &[F]) -> F {
-    let mut lanes = [F::zero(); LANES];
-    let (xc, yc) = (xs.chunks_exact(LANES), ys.chunks_exact(LANES));
-    let (xr, yr) = (xc.remainder(), yc.remainder());
-    for (x, y) in xc.zip(yc) {
-        for l in 0..LANES {
-            lanes[l] += x[l] * y[l];
-        }
-    }
-    for (l, (&x, &y)) in xr.iter().zip(yr).enumerate() {
-        lanes[l] += x * y;
-    }
-    fold_lanes(lanes)
-}
-
-/// Sum of a slice, in the order of [`sum`].
-#[inline(always)]
-pub fn total<F: Real>(xs: &[F]) -> F {
+pub fn sum_of<F: Real>(xs: &[F], f: impl Fn(F) -> F) -> F {
     let mut lanes = [F::zero(); LANES];
     let xc = xs.chunks_exact(LANES);
     let xr = xc.remainder();
     for x in xc {
         for l in 0..LANES {
-            lanes[l] += x[l];
+            lanes[l] += f(x[l]);
         }
     }
     for (l, &x) in xr.iter().enumerate() {
-        lanes[l] += x;
+        lanes[l] += f(x);
     }
     fold_lanes(lanes)
+}
+
+/// Sum of a function of every pair of elements, in the order of [`sum_of`].
+#[inline(always)]
+pub fn sum_of_pairs<F: Real>(xs: &[F], ys: &[F], f: impl Fn(F, F) -> F) -> F {
+    let mut lanes = [F::zero(); LANES];
+    let (xc, yc) = (xs.chunks_exact(LANES), ys.chunks_exact(LANES));
+    let (xr, yr) = (xc.remainder(), yc.remainder());
+    for (x, y) in xc.zip(yc) {
+        for l in 0..LANES {
+            lanes[l] += f(x[l], y[l]);
+        }
+    }
+    for (l, (&x, &y)) in xr.iter().zip(yr).enumerate() {
+        lanes[l] += f(x, y);
+    }
+    fold_lanes(lanes)
+}
+
+/// Sum of squares, in the order of [`sum_of`].
+#[inline(always)]
+pub fn sum_squares<F: Real>(xs: &[F]) -> F {
+    dot(xs, xs)
+}
+
+/// Dot product, in the order of [`sum_of`].
+#[inline(always)]
+pub fn dot<F: Real>(xs: &[F], ys: &[F]) -> F {
+    sum_of_pairs(
+        xs,
+        ys,
+        #[inline(always)]
+        |x, y| x * y,
+    )
+}
+
+/// Sum of a slice, in the order of [`sum_of`].
+#[inline(always)]
+pub fn total<F: Real>(xs: &[F]) -> F {
+    sum_of(
+        xs,
+        #[inline(always)]
+        |x| x,
+    )
 }
 
 /// Largest element; minus infinity when there is none.
@@ -150,7 +162,7 @@ mod tests {
             let xs: Vec<f64> = (0..len).map(|i| (i * i % 17) as f64 - 5.0).collect();
             let expected: f64 = xs.iter().sum();
             assert_eq!(total(&xs), expected);
-            assert_eq!(sum(xs.iter().copied()), expected);
+            assert_eq!(sum_of(&xs, |x| 2.0 * x), 2.0 * expected);
             assert_eq!(sum_squares(&xs), xs.iter().map(|x| x * x).sum::<f64>());
             assert_eq!(max(&xs), xs.iter().copied().fold(f64::NEG_INFINITY, f64::max));
         }

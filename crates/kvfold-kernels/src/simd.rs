@@ -18,6 +18,8 @@ pub enum Level {
     Avx2,
     /// AVX-512 F, BW, DQ, VL.
     Avx512,
+    /// AVX-512 with bf16 dot products (BF16); for f32 the same as [`Level::Avx512`].
+    Avx512Bf16,
 }
 
 impl Level {
@@ -31,7 +33,8 @@ impl Level {
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl")
             {
-                return Level::Avx512;
+                let bf16 = is_x86_feature_detected!("avx512bf16");
+                return if bf16 { Level::Avx512Bf16 } else { Level::Avx512 };
             } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
                 return Level::Avx2;
             }
@@ -41,7 +44,8 @@ impl Level {
 
     /// Every instruction set this machine can run, for tests that compare them.
     pub fn available() -> Vec<Self> {
-        [Level::Portable, Level::Avx2, Level::Avx512].into_iter().filter(|&level| level <= Self::detect()).collect()
+        let all = [Level::Portable, Level::Avx2, Level::Avx512, Level::Avx512Bf16];
+        all.into_iter().filter(|&level| level <= Self::detect()).collect()
     }
 
     /// Runs `f` compiled with this instruction set, where the compiler can inline it.
@@ -55,9 +59,9 @@ impl Level {
             Level::Avx2 => unsafe { run_avx2(f) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => unsafe { run_avx512(f) },
+            Level::Avx512 | Level::Avx512Bf16 => unsafe { run_avx512(f) },
             #[cfg(not(target_arch = "x86_64"))]
-            Level::Avx2 | Level::Avx512 => unreachable!("not an x86-64 machine"),
+            _ => unreachable!("not an x86-64 machine"),
         }
     }
 }
@@ -143,9 +147,9 @@ pub fn gemm(level: Level, g: Gemm<'_, f32>, c: &mut [f32]) {
         Level::Avx2 => unsafe { gemm_avx2(g, c.as_mut_ptr()) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 => unsafe { gemm_avx512(g, c.as_mut_ptr()) },
+        Level::Avx512 | Level::Avx512Bf16 => unsafe { gemm_avx512(g, c.as_mut_ptr()) },
         #[cfg(not(target_arch = "x86_64"))]
-        Level::Avx2 | Level::Avx512 => unreachable!("not an x86-64 machine"),
+        _ => unreachable!("not an x86-64 machine"),
     }
 }
 
@@ -336,7 +340,7 @@ unsafe impl Vector for [f32; 8] {
 
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-unsafe fn mask8(n: usize) -> __m256i {
+pub(crate) unsafe fn mask8(n: usize) -> __m256i {
     const ONES: [i32; 16] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
     // SAFETY: n <= 8, so eight elements from 8 - n on lie inside ONES.
     unsafe { _mm256_loadu_si256(ONES.as_ptr().add(8 - n).cast()) }

@@ -58,10 +58,14 @@ impl<O: Ops> Pass<'_, O> {
         ops.add(&x, &ops.linear(&y, &w.down), 1.0) // [N, C]
     }
 
+    /// What the logits are made from, `[N, C]`: the residual stream after the last block, normed.
+    pub fn normed(&self, weights: &Weights<O::Tensor>, x: &O::Tensor) -> O::Tensor {
+        self.ops.rms_norm(x, &weights.norm, self.shape.norm_eps)
+    }
+
     /// Logits `[N, V]` of the residual stream after the last block.
     pub fn logits(&self, weights: &Weights<O::Tensor>, x: &O::Tensor) -> O::Tensor {
-        let y = self.ops.rms_norm(x, &weights.norm, self.shape.norm_eps);
-        self.ops.linear(&y, weights.unembed())
+        self.ops.linear(&self.normed(weights, x), weights.unembed())
     }
 
     /// The residual stream `[N, C]` after the last block.

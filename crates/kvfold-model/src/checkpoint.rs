@@ -5,14 +5,15 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
 
-use kvfold_tensor::{HostTensor, TensorFile, atomic, safetensors};
+use kvfold_kernels::ops::Precision;
+use kvfold_tensor::{DType, HostTensor, TensorFile, atomic, safetensors};
 use serde_json::Value;
 
 use crate::error::{ModelError, Result};
 use crate::files::Files;
 use crate::shape::Shape;
 use crate::weights::Weights;
-use crate::{Config, Tokenizer, embedded};
+use crate::{Config, Tokenizer, embedded, names};
 
 const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
@@ -69,6 +70,14 @@ impl Checkpoint {
         }
         let Found { tensors, ignored } = Found::read(&files, &config)?;
         Ok(Checkpoint { config, tensors, tokenizer, companions, ignored, source: model.into() })
+    }
+
+    /// The precision that does its weights justice: bf16 for weights stored in 16 bits.
+    pub fn precision(&self) -> Precision {
+        match self.tensors[names::EMBED].dtype() {
+            DType::BF16 | DType::F16 => Precision::Bf16,
+            _ => Precision::F32,
+        }
     }
 
     /// Writes the model into the new directory `dir`, with `extra_files` (name and content) beside it.

@@ -2,11 +2,12 @@
 
 use crate::Checkpoint;
 use crate::block::Pass;
+use crate::names;
 use crate::shape::Shape;
 use crate::weights::Weights;
 use kvfold_kernels::Ops;
 use kvfold_kernels::dmc::Dmc;
-use kvfold_kernels::ops::Spans;
+use kvfold_kernels::ops::{Precision, Spans};
 use std::convert::Infallible;
 
 /// A model's weights in a backend's memory.
@@ -25,12 +26,17 @@ pub struct Loaded<O: Ops> {
 }
 
 impl<O: Ops> Loaded<O> {
-    /// Uploads a checkpoint. Its tensors were checked when it was opened.
+    /// Uploads a checkpoint in the precision that it is stored in.
     pub fn new(ops: O, checkpoint: &Checkpoint) -> Self {
+        Self::with_precision(ops, checkpoint, checkpoint.precision())
+    }
+
+    /// Uploads a checkpoint. Its tensors were checked when it was opened. Norms and decision heads stay in f32.
+    pub fn with_precision(ops: O, checkpoint: &Checkpoint, precision: Precision) -> Self {
         let shape = Shape::of(&checkpoint.config);
         let built = Weights::build(&shape, |name, dims| {
-            let tensor = &checkpoint.tensors[name];
-            Ok::<_, Infallible>(ops.tensor(dims, &tensor.to_f32()))
+            let values = checkpoint.tensors[name].to_f32();
+            Ok::<_, Infallible>(ops.weight(dims, &values, names::precision(name, dims, precision)))
         });
         let Ok(weights) = built;
         let dmc = checkpoint.config.compression.as_ref().map(|compression| compression.dmc.clone());

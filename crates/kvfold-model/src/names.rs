@@ -4,6 +4,8 @@
 //! spelled; [`Weights::build`](crate::weights::Weights::build) is the only list, and the loader, the forward pass and the
 //! trainer all go by it.
 
+use kvfold_kernels::ops::Precision;
+
 /// The embedding, `[V, C]`; also the output head if the two are tied.
 pub const EMBED: &str = "model.embed_tokens.weight";
 
@@ -42,6 +44,12 @@ pub const UP_PROJ: &str = "mlp.up_proj";
 
 /// The MLP's output, `[C, I]`.
 pub const DOWN_PROJ: &str = "mlp.down_proj";
+
+/// The precision in which a weight is multiplied when the model's is `precision`: norms are not multiplied by, and a
+/// decision is a threshold, so its logit is worth more bits.
+pub fn precision(name: &str, dims: &[usize], precision: Precision) -> Precision {
+    if dims.len() < 2 || name.contains(DECIDE_PROJ) { Precision::F32 } else { precision }
+}
 
 /// The name of a weight of layer `index`, such as `model.layers.3.self_attn.q_proj.weight` for [`Q_PROJ`].
 pub fn layer(index: usize, part: &str) -> String {

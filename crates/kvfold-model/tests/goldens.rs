@@ -2,7 +2,7 @@
 
 use kvfold_autograd::Tape;
 use kvfold_kernels::dmc::Dmc;
-use kvfold_kernels::ops::{Heads, Hinge, KlDirection, NO_TARGET, Over, Scope, Spans};
+use kvfold_kernels::ops::{Goal, Heads, Hinge, KlDirection, NO_TARGET, Over, Predictions, Scope, Spans};
 use kvfold_kernels::{Array, FastCpu, Ops, Reference};
 use kvfold_model::attend::{Folding, Mode, Noise, Plain};
 use kvfold_model::block::Pass;
@@ -149,7 +149,8 @@ fn dmc_case(name: &str) {
     let mode = Mode::Soft { temperature: case.tau, noise: Noise::Given(noise.collect()) };
     let pass = Pass { ops: &tape, shape: &shape, angles: &angles, spans: &spans };
     let mut soft = Folding::new(&dmc, mode);
-    let logits = pass.forward(&vars, &ids, &mut soft);
+    let x = pass.hidden(&vars, &ids, &mut soft);
+    let logits = pass.logits(&vars, &x);
     check("logits", logits.value.data(), &floats(&file, "logits"), 1e-10);
     let rates: Vec<f64> = soft.rates.iter().flat_map(|r| r.value.data().to_vec()).collect();
     check("stat", &rates, &floats(&file, "stat"), 1e-12);
@@ -157,12 +158,19 @@ fn dmc_case(name: &str) {
     let mut targets = ids[1..].to_vec();
     targets.push(NO_TARGET);
     spans.iter().for_each(|span| targets[span.start + span.len - 1] = NO_TARGET);
-    let teacher = kvfold_autograd::Var::constant(ops.array(&[ids.len(), shape.vocab], floats(&file, "teacher_logits")));
+    // Logits of the golden, as the product of themselves and the identity.
+    let constant = kvfold_autograd::Var::constant;
+    let teacher_logits = constant(ops.array(&[ids.len(), shape.vocab], floats(&file, "teacher_logits")));
+    let identity = (0..shape.vocab * shape.vocab).map(|i| f64::from(i % (shape.vocab + 1) == 0)).collect();
+    let identity = constant(ops.array(&[shape.vocab, shape.vocab], identity));
+    let normed = pass.normed(&vars, &x);
+    let predicted = Predictions { x: &normed, w: vars.unembed() };
+    let like_teacher = |direction| Goal::Teacher(Predictions { x: &teacher_logits, w: &identity }, direction);
     let HingeCase { scope, over, weight, ratio } = case.hinge;
     let losses = [
-        ("ce", tape.cross_entropy(&logits, &targets)),
-        ("kl_forward", tape.kl(&logits, &teacher, KlDirection::Forward)),
-        ("kl_reverse", tape.kl(&logits, &teacher, KlDirection::Reverse)),
+        ("ce", tape.prediction_loss(predicted, Goal::Tokens(&targets))),
+        ("kl_forward", tape.prediction_loss(predicted, like_teacher(KlDirection::Forward))),
+        ("kl_reverse", tape.prediction_loss(predicted, like_teacher(KlDirection::Reverse))),
         ("hinge", tape.hinge(&soft.rates, &spans, Hinge { target: 1.0 - 1.0 / ratio, scope, over })),
     ];
     for (what, loss) in &losses {

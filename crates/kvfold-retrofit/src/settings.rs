@@ -2,7 +2,7 @@
 
 use crate::error::RetrofitError;
 use kvfold_kernels::dmc::{Decision, Dmc, Share};
-use kvfold_kernels::ops::{KlDirection, Over, Scope};
+use kvfold_kernels::ops::{KlDirection, Over, Precision, Scope};
 use kvfold_model::shape::Shape;
 use serde::{Deserialize, Serialize};
 
@@ -109,6 +109,8 @@ pub struct Settings {
     pub learning: Learning,
     /// Seed of batches and noise.
     pub seed: u64,
+    /// Operands of the products, forward and backward; the trained numbers themselves are f32.
+    pub precision: Precision,
     /// Recomputes each block in the backward pass instead of keeping its activations.
     pub recompute: bool,
 }
@@ -134,6 +136,9 @@ pub fn default_dmc() -> Dmc {
         share: Share::Head,
     }
 }
+
+/// Channels below which a model gains no speed worth mentioning from bf16.
+const NARROW: usize = 256;
 
 /// Share of the steps at the full target, and of those in which a borrowed channel fades out.
 const HOLD: f64 = 0.4;
@@ -170,6 +175,7 @@ impl Settings {
                 clip: 1.0,
             },
             seed: 0,
+            precision: if shape.hidden < NARROW { Precision::F32 } else { Precision::Bf16 },
             recompute: false,
         }
     }

@@ -7,12 +7,12 @@ use crate::settings::{Loss, Settings};
 use kvfold_autograd::{Optimizer, Rates, Tape, Var};
 use kvfold_kernels::Grad;
 use kvfold_kernels::dmc::Dmc;
-use kvfold_kernels::ops::{Hinge, NO_TARGET, Ops, Spans};
+use kvfold_kernels::ops::{Goal, Hinge, NO_TARGET, Ops, Predictions, Spans};
 use kvfold_model::attend::{Fading, Folding, Mode, Noise, Plain};
 use kvfold_model::block::Pass;
 use kvfold_model::shape::Shape;
 use kvfold_model::weights::{Block, Weights};
-use kvfold_model::{Checkpoint, Compression, names};
+use kvfold_model::{Checkpoint, Compression, Loaded, names};
 use kvfold_tensor::HostTensor;
 use serde::{Deserialize, Serialize};
 use std::convert::Infallible;
@@ -108,17 +108,14 @@ where
             });
         }
         let shape = Shape { decides_by_head: !settings.dmc.decision.borrows_channel(), ..plain.clone() };
-        let load = |shape: &Shape| {
-            let built = Weights::build(shape, |name, dims| {
-                let values = base.tensors.get(name).map(HostTensor::to_f32);
-                let values = values.unwrap_or_else(|| vec![0.0; dims.iter().product()]);
-                Ok::<_, Infallible>(ops.tensor(dims, &values))
-            });
-            let Ok(weights) = built;
-            weights
-        };
-        let weights = load(&shape);
-        let teacher = matches!(settings.loss, Loss::Distill { .. }).then(|| load(&plain));
+        let built = Weights::build(&shape, |name, dims| {
+            let values = base.tensors.get(name).map(HostTensor::to_f32);
+            let values = values.unwrap_or_else(|| vec![0.0; dims.iter().product()]);
+            Ok::<_, Infallible>(ops.master(dims, &values, names::precision(name, dims, settings.precision)))
+        });
+        let Ok(weights) = built;
+        let teacher = matches!(settings.loss, Loss::Distill { .. })
+            .then(|| Loaded::with_precision(ops.clone(), base, settings.precision).weights);
         let optimizer = Optimizer::new(&ops, &weights.list());
         let angles = ops.rope_table(&shape.inv_freq(), settings.length);
         let mut trainer = Self { angles, weights, teacher, optimizer, shape, settings, ops };
@@ -165,8 +162,8 @@ where
 
         let tape = Tape::new(self.ops.clone());
         let vars = self.weights.map(&self.shape, |w| tape.param(w.clone()));
-        let (logits, rates) = self.forward(&tape, &frame, &vars, &ids);
-        let task = self.task_loss(&tape, &frame, &logits, &ids);
+        let (x, rates) = self.forward(&tape, &frame, &vars, &ids);
+        let task = self.task_loss(&tape, &frame, Predictions { x: &x, w: vars.unembed() }, &ids);
         let (total, hinge) = if rates.is_empty() {
             (task.clone(), None)
         } else {
@@ -176,7 +173,7 @@ where
             let hinge = tape.hinge(&rates, &frame.spans, hinge);
             (tape.add(&task, &hinge, pressure.weight), Some(hinge))
         };
-        let scalar = |x: &Var<O::Tensor>| f64::from(self.ops.to_host(&x.value)[0]);
+        let scalar = |x: &Var<O::Tensor>| self.ops.scalar(&x.value);
         let mut report = StepReport {
             step: step + 1,
             stage: at.stage,
@@ -193,7 +190,7 @@ where
         if !report.loss.is_finite() {
             return not_finite("the loss", report.loss);
         }
-        drop((logits, rates, task, hinge));
+        drop((x, rates, task, hinge));
         let grads = tape.backward(&total);
         let grads: Vec<_> = vars.list().into_iter().map(|var| grads.get(var).cloned()).collect();
         drop(vars);
@@ -205,7 +202,7 @@ where
         Ok(report)
     }
 
-    /// Logits and, when folding, fold rates by layer.
+    /// What the logits are made from and, when folding, fold rates by layer.
     fn forward(
         &self,
         tape: &Tape<O>,
@@ -236,26 +233,27 @@ where
         }
         let angles = Var::constant(frame.angles.clone());
         let pass = Pass { ops: tape, shape: &frame.shape, angles: &angles, spans: &frame.spans };
-        (pass.logits(vars, &x), rates)
+        (pass.normed(vars, &x), rates)
     }
 
     fn task_loss(
         &self,
         tape: &Tape<O>,
         frame: &Frame<O::Tensor>,
-        logits: &Var<O::Tensor>,
+        predicted: Predictions<'_, Var<O::Tensor>>,
         ids: &[u32],
     ) -> Var<O::Tensor> {
         match (self.settings.loss, &self.teacher) {
             (Loss::Distill { direction }, Some(teacher)) => {
                 let pass = Pass { ops: &self.ops, shape: &frame.shape, angles: &frame.angles, spans: &frame.spans };
-                let wanted = pass.forward(teacher, ids, &mut Plain);
-                tape.kl(logits, &Var::constant(wanted), direction)
+                let x = pass.normed(teacher, &pass.hidden(teacher, ids, &mut Plain));
+                let (x, w) = (Var::constant(x), Var::constant(teacher.unembed().clone()));
+                tape.prediction_loss(predicted, Goal::Teacher(Predictions { x: &x, w: &w }, direction))
             }
             _ => {
                 let mut targets: Vec<u32> = ids[1..].iter().copied().chain([NO_TARGET]).collect();
                 frame.spans.iter().for_each(|span| targets[span.start + span.len - 1] = NO_TARGET);
-                tape.cross_entropy(logits, &targets)
+                tape.prediction_loss(predicted, Goal::Tokens(&targets))
             }
         }
     }
@@ -326,7 +324,10 @@ where
     ) -> Result<(), RetrofitError> {
         let load =
             |name: &str, dims: &[usize]| Ok::<_, RetrofitError>(self.ops.tensor(dims, &tensor(name, dims)?.to_f32()));
-        let weights = Weights::build(&self.shape, load)?;
+        let weights = Weights::build(&self.shape, |name, dims| {
+            let precision = names::precision(name, dims, self.settings.precision);
+            Ok::<_, RetrofitError>(self.ops.master(dims, &tensor(name, dims)?.to_f32(), precision))
+        })?;
         let moments = Weights::<()>::expected(&self.shape)
             .iter()
             .map(|(name, dims)| {

@@ -1,9 +1,9 @@
 //! The ops of an ordinary transformer.
 
-use crate::check::{check, gradients, ragged, uniform};
+use crate::check::{Recorder, Tensor, Variable, check, gradients, ragged, uniform};
 use kvfold_autograd::Var;
 use kvfold_kernels::Reference;
-use kvfold_kernels::ops::{KlDirection, NO_TARGET, Ops, Spans};
+use kvfold_kernels::ops::{Goal, KlDirection, NO_TARGET, Ops, Predictions, Spans};
 
 const UNIT: (f64, f64) = (-1.0, 1.0);
 
@@ -71,38 +71,40 @@ fn ln() {
     check("ln", &[uniform(1, &[3, 5], (0.5, 3.0))], |t, x| vec![t.ln(&x[0])]);
 }
 
+/// Normed residual stream and output projection, small enough for logits of a few units.
+fn predictions(seed: u64) -> [Tensor; 2] {
+    [uniform(seed, &[5, 4], UNIT), uniform(seed + 1, &[7, 4], UNIT)]
+}
+
+fn loss(tape: &Recorder, x: &[Variable], goal: Goal<'_, Variable>) -> Vec<Variable> {
+    vec![tape.prediction_loss(Predictions { x: &x[0], w: &x[1] }, goal)]
+}
+
 #[test]
 fn cross_entropy_passes_over_rows_without_a_target() {
-    let logits = uniform(1, &[5, 7], (-3.0, 3.0));
-    check("cross_entropy", std::slice::from_ref(&logits), |t, x| {
-        vec![t.cross_entropy(&x[0], &[2, NO_TARGET, 6, 0, NO_TARGET])]
-    });
+    let goal = Goal::Tokens(&[2, NO_TARGET, 6, 0, NO_TARGET]);
+    check("prediction_loss", &predictions(1), |t, x| loss(t, x, goal));
     let seed = Some(Reference::reference().array(&[1], vec![1.0]));
-    let none = gradients(&[logits], |_| true, &[seed], |t, x| vec![t.cross_entropy(&x[0], &[NO_TARGET; 5])]);
-    assert!(none[0].iter().all(|&d| d == 0.0));
+    let none = gradients(&predictions(1), |_| true, &[seed], |t, x| loss(t, x, Goal::Tokens(&[NO_TARGET; 5])));
+    assert!(none.iter().flatten().all(|&d| d == 0.0));
 }
 
 #[test]
 fn kl_in_both_directions() {
-    let teacher = uniform(2, &[3, 7], (-3.0, 3.0));
+    let [x, w] = predictions(3).map(Var::constant);
     for direction in [KlDirection::Forward, KlDirection::Reverse] {
-        check("kl", &[uniform(1, &[3, 7], (-3.0, 3.0))], |t, x| {
-            vec![t.kl(&x[0], &Var::constant(teacher.clone()), direction)]
-        });
+        let goal = Goal::Teacher(Predictions { x: &x, w: &w }, direction);
+        check("prediction_loss", &predictions(1), |t, x| loss(t, x, goal));
     }
 }
 
 #[test]
-fn kl_of_equal_logits_has_no_gradient() {
-    let logits = uniform(1, &[3, 7], (-3.0, 3.0));
+fn kl_of_equal_predictions_has_no_gradient() {
+    let [x, w] = predictions(1).map(Var::constant);
     let seed = Some(Reference::reference().array(&[1], vec![1.0]));
     for direction in [KlDirection::Forward, KlDirection::Reverse] {
-        let grads = gradients(
-            std::slice::from_ref(&logits),
-            |_| true,
-            std::slice::from_ref(&seed),
-            |t, x| vec![t.kl(&x[0], &Var::constant(logits.clone()), direction)],
-        );
-        assert!(grads[0].iter().all(|d| d.abs() < 1e-16), "{direction:?}: {grads:?}");
+        let goal = Goal::Teacher(Predictions { x: &x, w: &w }, direction);
+        let grads = gradients(&predictions(1), |_| true, std::slice::from_ref(&seed), |t, x| loss(t, x, goal));
+        assert!(grads.iter().flatten().all(|d| d.abs() < 1e-15), "{direction:?}: {grads:?}");
     }
 }

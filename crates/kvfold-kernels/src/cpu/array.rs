@@ -4,6 +4,7 @@
 //! them. So a large buffer goes back to its backend's [`Recycler`] when the last array that uses it is dropped, and the
 //! next array of that size takes it.
 
+use crate::ops::Precision;
 use crate::real::Real;
 use crate::simd::PANEL;
 use std::collections::HashMap;
@@ -17,17 +18,17 @@ const KEPT: usize = 1 << 29;
 
 /// Large buffers that wait for their next use.
 #[derive(Debug, Default)]
-pub(crate) struct Recycler<F>(Mutex<Waiting<F>>);
+pub(crate) struct Recycler<T>(Mutex<Waiting<T>>);
 
 #[derive(Debug, Default)]
-struct Waiting<F> {
-    by_len: HashMap<usize, Vec<Vec<F>>>,
+struct Waiting<T> {
+    by_len: HashMap<usize, Vec<Vec<T>>>,
     elements: usize,
 }
 
-impl<F: Real> Recycler<F> {
+impl<T: Copy + Default> Recycler<T> {
     /// A buffer of `len` elements, of any content: callers overwrite all of it.
-    pub(crate) fn take(&self, len: usize) -> Vec<F> {
+    pub(crate) fn take(&self, len: usize) -> Vec<T> {
         if len >= SMALL {
             let mut waiting = self.0.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(buffer) = waiting.by_len.get_mut(&len).and_then(Vec::pop) {
@@ -35,10 +36,10 @@ impl<F: Real> Recycler<F> {
                 return buffer;
             }
         }
-        vec![F::zero(); len]
+        vec![T::default(); len]
     }
 
-    fn give(&self, buffer: Vec<F>) {
+    fn give(&self, buffer: Vec<T>) {
         if buffer.len() >= SMALL {
             let mut waiting = self.0.lock().unwrap_or_else(PoisonError::into_inner);
             if waiting.elements + buffer.len() <= KEPT {
@@ -49,17 +50,49 @@ impl<F: Real> Recycler<F> {
     }
 }
 
+/// Where a backend's buffers go when nobody uses them.
+#[derive(Debug, Default)]
+pub(crate) struct Home<F> {
+    pub(crate) floats: Recycler<F>,
+    pub(crate) words: Recycler<u32>,
+}
+
+/// Packings of an array, each made at its first use (see `bf16.rs`).
+#[derive(Debug, Default)]
+pub(super) struct Packings<F> {
+    /// Panels of 32 rows, each `[C][32]`, in the backend's floats.
+    pub(super) floats: OnceLock<Vec<F>>,
+    /// bf16, terms along the columns, as a left factor.
+    pub(super) rows: OnceLock<Vec<u32>>,
+    /// bf16, terms along the columns, as a right factor.
+    pub(super) panels_of_rows: OnceLock<Vec<u32>>,
+    /// bf16, terms along the rows.
+    pub(super) panels_of_columns: OnceLock<Vec<u32>>,
+}
+
 #[derive(Debug)]
 struct Buffer<F: Real> {
+    /// Empty when only a packing is held.
     data: Vec<F>,
-    /// `data` as a weight, packed for [`crate::Ops::linear`]; made at first use.
-    panels: OnceLock<Vec<F>>,
-    home: Arc<Recycler<F>>,
+    precision: Precision,
+    packings: Packings<F>,
+    home: Arc<Home<F>>,
 }
 
 impl<F: Real> Drop for Buffer<F> {
     fn drop(&mut self) {
-        self.home.give(std::mem::take(&mut self.data));
+        self.home.floats.give(std::mem::take(&mut self.data));
+        self.forget_packings();
+    }
+}
+
+impl<F: Real> Buffer<F> {
+    /// Gives the packings back: the numbers are about to change.
+    fn forget_packings(&mut self) {
+        let Packings { floats, rows, panels_of_rows, panels_of_columns } = std::mem::take(&mut self.packings);
+        floats.into_inner().into_iter().for_each(|panels| self.home.floats.give(panels));
+        let words = [rows, panels_of_rows, panels_of_columns].into_iter().filter_map(OnceLock::into_inner);
+        words.for_each(|words| self.home.words.give(words));
     }
 }
 
@@ -71,10 +104,22 @@ pub struct Array<F: Real> {
 }
 
 impl<F: Real> Array<F> {
-    pub(crate) fn new(shape: &[usize], data: Vec<F>, home: &Arc<Recycler<F>>) -> Self {
+    pub(crate) fn new(shape: &[usize], data: Vec<F>, home: &Arc<Home<F>>) -> Self {
+        Self::with_precision(shape, data, Precision::F32, home)
+    }
+
+    /// An array whose products as a weight are of some precision.
+    pub(super) fn with_precision(shape: &[usize], data: Vec<F>, precision: Precision, home: &Arc<Home<F>>) -> Self {
         assert_eq!(shape.iter().product::<usize>(), data.len(), "shape {shape:?} and {} elements", data.len());
-        let buffer = Buffer { data, panels: OnceLock::new(), home: Arc::clone(home) };
+        let buffer = Buffer { data, precision, packings: Packings::default(), home: Arc::clone(home) };
         Self { shape: shape.into(), buffer: Arc::new(buffer) }
+    }
+
+    /// Lets the numbers go; what was packed stays. For the only user of an array.
+    pub(super) fn keep_packed(mut self) -> Self {
+        let buffer = Arc::get_mut(&mut self.buffer).expect("the only user");
+        buffer.home.floats.give(std::mem::take(&mut buffer.data));
+        self
     }
 
     /// Lengths of the dimensions.
@@ -84,7 +129,24 @@ impl<F: Real> Array<F> {
 
     /// The numbers, row-major.
     pub fn data(&self) -> &[F] {
-        &self.buffer.data
+        let data = &self.buffer.data;
+        assert!(!data.is_empty() || self.shape.contains(&0), "only a packing of this {:?} is held", self.shape);
+        data
+    }
+
+    /// Whether the numbers themselves are held, and not only a packing.
+    pub(super) fn is_whole(&self) -> bool {
+        !self.buffer.data.is_empty() || self.shape.contains(&0)
+    }
+
+    /// How products with this array as the weight are computed.
+    pub(super) fn precision(&self) -> Precision {
+        self.buffer.precision
+    }
+
+    /// What was packed so far.
+    pub(super) fn packings(&self) -> &Packings<F> {
+        &self.buffer.packings
     }
 
     /// Rows and columns of a matrix; a vector is one row.
@@ -100,20 +162,21 @@ impl<F: Real> Array<F> {
     pub(crate) fn data_mut(&mut self) -> &mut [F] {
         if Arc::get_mut(&mut self.buffer).is_none() {
             let home = Arc::clone(&self.buffer.home);
-            let mut copy = home.take(self.buffer.data.len());
-            copy.copy_from_slice(&self.buffer.data);
-            *self = Self::new(&self.shape, copy, &home);
+            let mut copy = home.floats.take(self.data().len());
+            copy.copy_from_slice(self.data());
+            *self = Self::with_precision(&self.shape, copy, self.precision(), &home);
         }
         let buffer = Arc::get_mut(&mut self.buffer).expect("the only user, by the copy above");
-        buffer.panels = OnceLock::new();
+        buffer.forget_packings();
         &mut buffer.data
     }
 
     /// A weight `[M,K]` as panels of 32 output columns, each `[K][32]`, the last one filled up with zeros.
-    pub(crate) fn panels(&self) -> &[F] {
-        self.buffer.panels.get_or_init(|| {
+    pub(super) fn float_panels(&self) -> &[F] {
+        self.buffer.packings.floats.get_or_init(|| {
             let (m, k) = self.matrix();
-            let mut panels = vec![F::zero(); m.div_ceil(PANEL) * k * PANEL];
+            let mut panels = self.buffer.home.floats.take(m.div_ceil(PANEL) * k * PANEL);
+            panels.chunks_exact_mut(k * PANEL).last().into_iter().for_each(|last| last.fill(F::zero()));
             for (row, weights) in self.data().chunks_exact(k).enumerate() {
                 let panel = &mut panels[row / PANEL * k * PANEL..][..k * PANEL];
                 for (p, &w) in weights.iter().enumerate() {

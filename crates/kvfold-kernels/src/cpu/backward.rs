@@ -1,30 +1,41 @@
 //! [`Grad`] on the CPU.
 
-use super::forward::counted;
 use super::heads::{JobLayout, split_jobs, view};
+use super::loss::Gradients;
 use super::{Array, Cpu, PARALLEL};
 use crate::attention::{AttentionJobGrad, KeyGrad};
 use crate::gate;
 use crate::kernel_set::KernelSet;
+use crate::norm;
 use crate::ops::{
-    AdamW, AttentionGrad, AttentionSaved, Borrowed, Decided, Gate, Grad, Heads, Hinge, Keys, KlDirection, Moments,
-    NO_TARGET, PoolInput, PoolOutput, PoolShape, Pooled, Span, Spans, Visible,
+    AdamW, AttentionGrad, AttentionSaved, Borrowed, Decided, Gate, Goal, Grad, Heads, Hinge, Keys, LossGrad, Moments,
+    PoolInput, PoolOutput, PoolShape, Pooled, Precision, Predictions, Span, Spans, Visible,
 };
 use crate::pool::{self, PoolJob, PoolJobGrad};
 use crate::real::{self, Real};
-use crate::{loss, norm};
 use rayon::prelude::*;
 
 /// Rows whose norm-weight gradients are summed by one task.
 const NORM_ROWS: usize = 256;
 
 impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
-    fn linear_grad_x(&self, w: &Array<F>, d: &Array<F>) -> Array<F> {
-        self.product_grad_x(w, d)
+    fn master(&self, shape: &[usize], data: &[f32], precision: Precision) -> Array<F> {
+        let data = data.iter().map(|&x| F::of(f64::from(x))).collect();
+        Array::with_precision(shape, data, precision, &self.home)
     }
 
-    fn linear_grad_w(&self, x: &Array<F>, d: &Array<F>) -> Array<F> {
-        self.product_grad_w(x, d)
+    fn linear_grad_x(&self, w: &Array<F>, d: &Array<F>) -> Array<F> {
+        match w.precision() {
+            Precision::F32 => self.float_product_grad_x(w, d),
+            Precision::Bf16 => self.bf16_product_grad_x(w, d),
+        }
+    }
+
+    fn linear_grad_w(&self, x: &Array<F>, w: &Array<F>, d: &Array<F>) -> Array<F> {
+        match w.precision() {
+            Precision::F32 => self.float_product_grad_w(x, d),
+            Precision::Bf16 => self.bf16_product_grad_w(x, d),
+        }
     }
 
     fn embed_grad(&self, ids: &[u32], table: &Array<F>, d: &Array<F>) -> Array<F> {
@@ -96,38 +107,16 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
         )
     }
 
-    fn cross_entropy_grad(&self, logits: &Array<F>, targets: &[u32], d: &Array<F>) -> Array<F> {
-        let (rows, cols) = logits.matrix();
-        let factor = d.data()[0] / F::of(counted(targets) as f64);
-        self.by_rows(
-            [rows, cols],
-            #[inline(always)]
-            |first, block| {
-                for (row, to) in block.chunks_exact_mut(cols).enumerate() {
-                    let logits = &logits.data()[(first + row) * cols..][..cols];
-                    match targets[first + row] {
-                        NO_TARGET => to.fill(F::zero()),
-                        target => loss::cross_entropy_grad::<F, K>(logits, target as usize, factor, to),
-                    }
-                }
-            },
-        )
-    }
-
-    fn kl_grad(&self, student: &Array<F>, teacher: &Array<F>, direction: KlDirection, d: &Array<F>) -> Array<F> {
-        let (rows, cols) = student.matrix();
-        let factor = d.data()[0] / F::of(rows as f64);
-        self.by_rows(
-            [rows, cols],
-            #[inline(always)]
-            |first, block| {
-                for (row, to) in block.chunks_exact_mut(cols).enumerate() {
-                    let at = (first + row) * cols;
-                    let (student, teacher) = (&student.data()[at..][..cols], &teacher.data()[at..][..cols]);
-                    loss::kl_grad::<F, K>((student, teacher), direction, factor, to);
-                }
-            },
-        )
+    fn prediction_loss_grad(
+        &self,
+        predicted: Predictions<'_, Array<F>>,
+        goal: Goal<'_, Array<F>>,
+        w_too: bool,
+    ) -> LossGrad<Array<F>> {
+        let (rows, cols) = predicted.x.matrix();
+        let mut grads = Gradients { x: self.buffer(rows * cols), w: None, w_too };
+        let loss = self.loss(predicted, goal, Some(&mut grads));
+        LossGrad { loss, x: self.array(&[rows, cols], grads.x), w: grads.w }
     }
 
     fn borrowed_gate_grad(

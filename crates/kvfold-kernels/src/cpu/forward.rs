@@ -6,12 +6,12 @@ use crate::attention::AttentionJob;
 use crate::gate;
 use crate::kernel_set::KernelSet;
 use crate::ops::{
-    Borrowed, Decided, Gate, Heads, Hinge, KlDirection, NO_TARGET, Ops, PoolInput, PoolOutput, PoolShape, Span, Spans,
-    Visible,
+    Borrowed, Decided, Gate, Goal, Grad, Heads, Hinge, Ops, PoolInput, PoolOutput, PoolShape, Precision, Predictions,
+    Span, Spans, Visible,
 };
 use crate::pool::{self, PoolJob};
 use crate::real::{self, Real};
-use crate::{loss, norm, rope};
+use crate::{norm, rope};
 use rayon::prelude::*;
 
 impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
@@ -21,8 +21,32 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
         self.array(shape, data.iter().map(|&x| F::of(f64::from(x))).collect())
     }
 
+    fn weight(&self, shape: &[usize], data: &[f32], precision: Precision) -> Array<F> {
+        let whole = self.master(shape, data, precision);
+        match precision {
+            Precision::F32 => whole,
+            Precision::Bf16 => {
+                self.packed_panels_of_rows(&whole);
+                whole.keep_packed()
+            }
+        }
+    }
+
     fn to_host(&self, x: &Array<F>) -> Vec<f32> {
-        x.data().iter().map(|x| x.f64() as f32).collect()
+        match x.is_whole() {
+            true => x.data().iter().map(|x| x.f64() as f32).collect(),
+            false => {
+                let (rows, cols) = x.matrix();
+                let mut data = vec![0.0; rows * cols];
+                data.chunks_exact_mut(cols).enumerate().for_each(|(row, to)| self.packed_row(x, row, to));
+                data
+            }
+        }
+    }
+
+    fn scalar(&self, x: &Array<F>) -> f64 {
+        assert_eq!(x.shape(), [1], "a scalar was expected");
+        x.data()[0].f64()
     }
 
     fn shape(&self, x: &Array<F>) -> Vec<usize> {
@@ -30,7 +54,10 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
     }
 
     fn linear(&self, x: &Array<F>, w: &Array<F>) -> Array<F> {
-        self.product(x, w)
+        match w.precision() {
+            Precision::F32 => self.float_product(x, w),
+            Precision::Bf16 => self.bf16_product(x, w),
+        }
     }
 
     fn embed(&self, ids: &[u32], table: &Array<F>) -> Array<F> {
@@ -40,7 +67,10 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
             #[inline(always)]
             |first, block| {
                 for (row, &id) in block.chunks_exact_mut(cols).zip(&ids[first..]) {
-                    row.copy_from_slice(&table.data()[id as usize * cols..][..cols]);
+                    match table.is_whole() {
+                        true => row.copy_from_slice(&table.data()[id as usize * cols..][..cols]),
+                        false => self.packed_row(table, id as usize, row),
+                    }
                 }
             },
         )
@@ -102,26 +132,8 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
         )
     }
 
-    fn cross_entropy(&self, logits: &Array<F>, targets: &[u32]) -> Array<F> {
-        let losses = self.loss_rows(
-            logits,
-            #[inline(always)]
-            |row, logits| match targets[row] {
-                NO_TARGET => F::zero(),
-                target => loss::cross_entropy::<F, K>(logits, target as usize),
-            },
-        );
-        self.array(&[1], vec![F::of(losses / counted(targets) as f64)])
-    }
-
-    fn kl(&self, student: &Array<F>, teacher: &Array<F>, direction: KlDirection) -> Array<F> {
-        let (rows, cols) = teacher.matrix();
-        let losses = self.loss_rows(
-            student,
-            #[inline(always)]
-            |row, student| loss::kl::<F, K>(student, &teacher.data()[row * cols..][..cols], direction),
-        );
-        self.array(&[1], vec![F::of(losses / rows as f64)])
+    fn prediction_loss(&self, predicted: Predictions<'_, Array<F>>, goal: Goal<'_, Array<F>>) -> Array<F> {
+        self.loss(predicted, goal, None)
     }
 
     fn borrowed_gate(&self, q: &Array<F>, k: &Array<F>, heads: Heads, by: Borrowed) -> Gate<Array<F>> {
@@ -208,11 +220,6 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
     }
 }
 
-/// Rows that have a target.
-pub(super) fn counted(targets: &[u32]) -> usize {
-    targets.iter().filter(|&&t| t != NO_TARGET).count().max(1)
-}
-
 /// A head's pairs (key beside value), alphas and omegas, copied out of token order.
 pub(super) type PoolSlices<F> = (Vec<F>, Vec<F>, Vec<F>);
 
@@ -235,21 +242,6 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
                 }
             },
         )
-    }
-
-    /// Sum of a loss over rows, added up in row order.
-    fn loss_rows(&self, logits: &Array<F>, loss: impl Fn(usize, &[F]) -> F + Sync) -> f64 {
-        let (rows, cols) = logits.matrix();
-        let losses = self.by_rows(
-            [rows, 1],
-            #[inline(always)]
-            |first, block| {
-                for (row, to) in block.iter_mut().enumerate() {
-                    *to = loss(first + row, &logits.data()[(first + row) * cols..][..cols]);
-                }
-            },
-        );
-        losses.data().iter().map(|x| x.f64()).sum()
     }
 
     fn gate(&self, rows: usize, kv: usize, fill: impl Fn(usize, &mut [F], &mut [F])) -> Gate<Array<F>> {

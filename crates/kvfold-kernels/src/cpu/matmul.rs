@@ -1,5 +1,5 @@
-//! The three products of a linear layer. Forward reads the weight packed into panels; the two gradients read rows as
-//! they lie.
+//! The three products of a linear layer, in the backend's floats. Forward reads the weight packed into panels; the two
+//! gradients read rows as they lie.
 
 use super::{Array, Cpu};
 use crate::kernel_set::KernelSet;
@@ -16,10 +16,10 @@ const SERIAL: usize = 128 * 1024;
 
 impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     /// `x [N,K] . w [M,K]^T`.
-    pub(super) fn product(&self, x: &Array<F>, w: &Array<F>) -> Array<F> {
+    pub(super) fn float_product(&self, x: &Array<F>, w: &Array<F>) -> Array<F> {
         let ((n, k), (m, wk)) = (x.matrix(), w.matrix());
         assert_eq!(k, wk, "linear of {:?} by {:?}", x.shape(), w.shape());
-        let panels = w.panels();
+        let panels = w.float_panels();
         let mut y = self.buffer(n * m);
         let tile = |rows: usize, x: &[F], panel: usize, y: &mut [F]| {
             let product = Gemm {
@@ -49,7 +49,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     }
 
     /// `d [N,M] . w [M,K]`.
-    pub(super) fn product_grad_x(&self, w: &Array<F>, d: &Array<F>) -> Array<F> {
+    pub(super) fn float_product_grad_x(&self, w: &Array<F>, d: &Array<F>) -> Array<F> {
         let ((m, k), (n, dm)) = (w.matrix(), d.matrix());
         assert_eq!(m, dm, "gradient {:?} of a linear by {:?}", d.shape(), w.shape());
         let mut dx = self.buffer(n * k);
@@ -72,7 +72,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     }
 
     /// `d [N,M]^T . x [N,K]`.
-    pub(super) fn product_grad_w(&self, x: &Array<F>, d: &Array<F>) -> Array<F> {
+    pub(super) fn float_product_grad_w(&self, x: &Array<F>, d: &Array<F>) -> Array<F> {
         let ((n, k), (dn, m)) = (x.matrix(), d.matrix());
         assert_eq!(n, dn, "gradient {:?} of a linear of {:?}", d.shape(), x.shape());
         let rows = m.div_ceil(2 * rayon::current_num_threads()).next_multiple_of(8).min(ROWS);

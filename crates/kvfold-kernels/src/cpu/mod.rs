@@ -7,14 +7,16 @@ mod backward;
 mod cache;
 mod forward;
 mod heads;
+mod loss;
 mod matmul;
+mod matmul_bf16;
 
 pub use array::Array;
 
 use crate::kernel_set::{Fast, KernelSet, Scalar};
 use crate::real::Real;
 use crate::simd::Level;
-use array::Recycler;
+use array::Home;
 use rayon::prelude::*;
 use std::sync::Arc;
 
@@ -22,7 +24,7 @@ use std::sync::Arc;
 #[derive(Clone, Debug)]
 pub struct Cpu<F: Real, K> {
     set: K,
-    home: Arc<Recycler<F>>,
+    home: Arc<Home<F>>,
 }
 
 /// The reference backend: every op by its definition.
@@ -71,7 +73,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
 
     /// A buffer of any content, to be overwritten.
     fn buffer(&self, len: usize) -> Vec<F> {
-        self.home.take(len)
+        self.home.floats.take(len)
     }
 
     fn zeros(&self, shape: &[usize]) -> Array<F> {
@@ -114,7 +116,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
 }
 
 /// Calls `f(first row, rows)` for blocks of rows that cover `data`, in parallel where it pays.
-fn for_rows<F: Real>(data: &mut [F], cols: usize, f: impl Fn(usize, &mut [F]) + Sync) {
+fn for_rows<T: Send>(data: &mut [T], cols: usize, f: impl Fn(usize, &mut [T]) + Sync) {
     if data.is_empty() {
         return;
     }

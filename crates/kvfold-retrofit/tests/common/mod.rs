@@ -4,7 +4,7 @@
 use kvfold_kernels::FastCpu;
 use kvfold_kernels::dmc::{Decision, Dmc, Share};
 use kvfold_kernels::noise::{hash, unit};
-use kvfold_kernels::ops::{KlDirection, Over, Scope};
+use kvfold_kernels::ops::{KlDirection, Over, Precision, Scope};
 use kvfold_model::shape::Shape;
 use kvfold_model::weights::Weights;
 use kvfold_model::{Checkpoint, Config};
@@ -78,6 +78,7 @@ pub(crate) fn settings(decision: Decision, (zeroing, ramp, hold): (u64, u64, u64
             clip: 1.0,
         },
         seed: 11,
+        precision: Precision::F32,
         recompute: false,
     }
 }

@@ -1,0 +1,561 @@
+//! Products of bf16 operands with f32 sums.
+//!
+//! Operands are rounded to bf16 (to nearest, ties to even) and packed so that two neighbouring terms of a sum share a
+//! 32-bit word, the lower term in the lower half. All products of a layer, forward and backward, read three packings of
+//! a row-major matrix `[R, C]`:
+//!
+//! | packing | words | reads as |
+//! |---|---|---|
+//! | [`rows`] | `[R][C/2]` | left factor, terms along the columns |
+//! | [`panels_of_rows`] | `[R/32][C/2][32]` | right factor, outputs are the rows, terms along the columns |
+//! | [`panels_of_columns`] | `[C/32][R/2][32]` | right or left factor, outputs are the columns, terms along the rows |
+//!
+//! Odd ends are filled up with zeros. Each output is one chain of additions over the terms in ascending order, whatever
+//! is computed beside it (promise I3). With `vdpbf16ps` a step of the chain takes two terms at once; without, one by
+//! one, so instruction sets differ in rounding as they do in f32.
+
+use crate::real::Real;
+use crate::simd::{Level, PANEL};
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
+
+/// The bits of the nearest bf16, ties to even; NaN stays NaN.
+#[inline(always)]
+pub(crate) fn round(x: f32) -> u32 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    if x.is_nan() { bits >> 16 | 0x40 } else { rounded }
+}
+
+/// The number that bf16 bits in the lower half of a word stand for.
+#[inline(always)]
+pub(crate) fn widen(bits: u32) -> f32 {
+    f32::from_bits(bits << 16)
+}
+
+/// Two neighbouring terms as a word.
+#[inline(always)]
+fn pair<F: Real>(lower: F, upper: F) -> u32 {
+    round(lower.f64() as f32) | round(upper.f64() as f32) << 16
+}
+
+/// Words of a row of `terms` terms.
+pub(crate) fn words(terms: usize) -> usize {
+    terms.div_ceil(2)
+}
+
+/// Packs rows `[.., C]` as `[..][C/2]`.
+#[inline(always)]
+pub(crate) fn rows<F: Real>(x: &[F], cols: usize, out: &mut [u32]) {
+    for (x, out) in x.chunks_exact(cols).zip(out.chunks_exact_mut(words(cols))) {
+        let (pairs, last) = x.as_chunks::<2>();
+        out.iter_mut().zip(pairs).for_each(|(word, &[lower, upper])| *word = pair(lower, upper));
+        if let &[last] = last {
+            out[pairs.len()] = pair(last, F::zero());
+        }
+    }
+}
+
+/// Packs up to 32 rows `[.., C]` as one panel `[C/2][32]`.
+#[inline(always)]
+pub(crate) fn panels_of_rows<F: Real>(x: &[F], cols: usize, panel: &mut [u32]) {
+    panel.fill(0);
+    for (row, x) in x.chunks_exact(cols).enumerate() {
+        for (term, pair_of) in x.chunks(2).enumerate() {
+            panel[term * PANEL + row] = pair(pair_of[0], pair_of.get(1).copied().unwrap_or(F::zero()));
+        }
+    }
+}
+
+/// Packs up to 32 columns from `first` of `x [R, C]` as one panel `[R/2][32]`.
+#[inline(always)]
+pub(crate) fn panels_of_columns<F: Real>(x: &[F], cols: usize, first: usize, panel: &mut [u32]) {
+    let width = PANEL.min(cols - first);
+    for (two, words) in x.chunks(2 * cols).zip(panel.chunks_exact_mut(PANEL)) {
+        let (lower, upper) = two.split_at(cols);
+        let lower = &lower[first..][..width];
+        match upper.get(first..first + width) {
+            Some(upper) => {
+                words.iter_mut().zip(lower.iter().zip(upper)).for_each(|(word, (&l, &u))| *word = pair(l, u));
+            }
+            None => words.iter_mut().zip(lower).for_each(|(word, &l)| *word = pair(l, F::zero())),
+        }
+        words[width..].fill(0);
+    }
+}
+
+/// `c [m,n] (+)= a . b` on packed operands; `n` is at most a panel.
+#[derive(Clone, Copy, Debug)]
+pub struct GemmBf16<'a> {
+    /// Rows of the output.
+    pub m: usize,
+    /// Columns of the output, at most [`PANEL`].
+    pub n: usize,
+    /// Words of each sum: two terms each.
+    pub words: usize,
+    /// Left factor.
+    pub a: &'a [u32],
+    /// Distance between its rows, in words.
+    pub a_row: usize,
+    /// Distance between the words of a row.
+    pub a_word: usize,
+    /// Right factor: one panel, `[words][32]`.
+    pub b: &'a [u32],
+    /// Distance between the output's rows.
+    pub c_row: usize,
+    /// Adds to the output instead of replacing it.
+    pub accumulate: bool,
+}
+
+impl GemmBf16<'_> {
+    /// Panics unless every element that the product reads lies inside its slice.
+    fn check(&self) {
+        assert!((1..=PANEL).contains(&self.n) && self.m > 0 && self.words > 0, "{} x {} outputs", self.m, self.n);
+        assert!((self.m - 1) * self.a_row + (self.words - 1) * self.a_word < self.a.len(), "a is too short");
+        assert!(self.words * PANEL <= self.b.len(), "b is too short");
+    }
+}
+
+/// The product in plain loops: the definition. `c` is a pointer, since several threads may write columns of the same
+/// rows.
+///
+/// # Safety
+/// Rows of `n` elements, `c_row` apart, must be valid at `c` for reads and writes, and nobody else may use them.
+pub(crate) unsafe fn gemm_scalar<F: Real>(g: GemmBf16<'_>, c: *mut F) {
+    g.check();
+    let of = |bits: u32| F::of(f64::from(widen(bits)));
+    for i in 0..g.m {
+        for j in 0..g.n {
+            // SAFETY: inside the rows that the caller vouches for.
+            let c = unsafe { &mut *c.add(i * g.c_row + j) };
+            let start = if g.accumulate { *c } else { F::zero() };
+            *c = (0..g.words).fold(start, |sum, p| {
+                let (a, b) = (g.a[i * g.a_row + p * g.a_word], g.b[p * PANEL + j]);
+                sum + of(a & 0xffff) * of(b & 0xffff) + of(a >> 16) * of(b >> 16)
+            });
+        }
+    }
+}
+
+/// The product with the vectors of an instruction set.
+///
+/// # Safety
+/// As [`gemm_scalar`].
+pub(crate) unsafe fn gemm(level: Level, g: GemmBf16<'_>, c: *mut f32) {
+    g.check();
+    assert!(level <= Level::detect(), "{level:?} is not available on this machine");
+    // SAFETY: `check` keeps every read inside the slices, the caller vouches for `c`, and the machine has the features.
+    unsafe {
+        match level {
+            Level::Portable => tiles::<Portable, 4, 2>(g, c),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => gemm_avx2(g, c),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => gemm_avx512(g, c),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Bf16 => gemm_avx512_bf16(g, c),
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => unreachable!("not an x86-64 machine"),
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn gemm_avx2(g: GemmBf16<'_>, c: *mut f32) {
+    // SAFETY: the caller's.
+    unsafe { tiles::<Avx2, 4, 2>(g, c) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+unsafe fn gemm_avx512(g: GemmBf16<'_>, c: *mut f32) {
+    // SAFETY: the caller's.
+    unsafe { tiles::<Avx512, 2, 8>(g, c) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+unsafe fn gemm_avx512_bf16(g: GemmBf16<'_>, c: *mut f32) {
+    // SAFETY: the caller's.
+    unsafe { tiles::<Avx512Bf16, 2, 12>(g, c) }
+}
+
+/// Walks the output in tiles of `MR` rows and `NV` vectors.
+///
+/// # Safety
+/// As [`gemm`], after [`GemmBf16::check`]; the machine must have `V`'s instruction set.
+#[inline(always)]
+unsafe fn tiles<V: Dot, const NV: usize, const MR: usize>(g: GemmBf16<'_>, c: *mut f32) {
+    // A vector set narrower than a panel takes it in strips.
+    for strip in (0..g.n).step_by(NV * V::LANES) {
+        let at = |i: usize| Tile {
+            words: g.words,
+            a: g.a[i * g.a_row..].as_ptr(),
+            a_row: g.a_row,
+            a_word: g.a_word,
+            b: g.b[strip..].as_ptr(),
+            c: c.wrapping_add(i * g.c_row + strip),
+            c_row: g.c_row,
+            cols: (g.n - strip).min(NV * V::LANES),
+            accumulate: g.accumulate,
+        };
+        let mut i = 0;
+        while i < g.m {
+            // SAFETY: no more rows than are left of the output.
+            i += unsafe {
+                match g.m - i {
+                    rows if rows >= MR => at(i).sum::<V, NV, MR>(),
+                    8.. => at(i).sum::<V, NV, 8>(),
+                    4..8 => at(i).sum::<V, NV, 4>(),
+                    2..4 => at(i).sum::<V, NV, 2>(),
+                    _ => at(i).sum::<V, NV, 1>(),
+                }
+            };
+        }
+    }
+}
+
+/// Where one tile reads and writes.
+struct Tile {
+    words: usize,
+    a: *const u32,
+    a_row: usize,
+    a_word: usize,
+    b: *const u32,
+    c: *mut f32,
+    c_row: usize,
+    cols: usize,
+    accumulate: bool,
+}
+
+impl Tile {
+    /// Computes the tile; returns its rows.
+    ///
+    /// # Safety
+    /// `MR` rows must be readable at `a`, `words` rows of a panel at `b`, and `MR` rows of `cols` valid at `c`.
+    #[inline(always)]
+    unsafe fn sum<V: Dot, const NV: usize, const MR: usize>(self) -> usize {
+        let valid = |j: usize| self.cols.saturating_sub(j * V::LANES).min(V::LANES);
+        // SAFETY: a panel's rows are whole, and `c` is touched in `valid` lanes only; a vector with no valid lane may
+        // begin beyond its array, so places are computed wrapping.
+        unsafe {
+            let mut acc = [[V::zero(); NV]; MR];
+            if self.accumulate {
+                for (i, row) in acc.iter_mut().enumerate() {
+                    for (j, sum) in row.iter_mut().enumerate() {
+                        *sum = V::load(self.c.wrapping_add(i * self.c_row + j * V::LANES), valid(j));
+                    }
+                }
+            }
+            for p in 0..self.words {
+                let mut b = [V::no_pairs(); NV];
+                for (j, b) in b.iter_mut().enumerate() {
+                    *b = V::pairs(self.b.add(p * PANEL + j * V::LANES));
+                }
+                for (i, row) in acc.iter_mut().enumerate() {
+                    let a = V::splat(*self.a.add(i * self.a_row + p * self.a_word));
+                    for (sum, &b) in row.iter_mut().zip(&b) {
+                        *sum = V::dot(*sum, a, b);
+                    }
+                }
+            }
+            for (i, row) in acc.iter().enumerate() {
+                for (j, &sum) in row.iter().enumerate() {
+                    V::store(sum, self.c.wrapping_add(i * self.c_row + j * V::LANES), valid(j));
+                }
+            }
+        }
+        MR
+    }
+}
+
+/// Vectors of an instruction set: f32 sums, and words of two bf16 terms.
+///
+/// # Safety
+/// `pairs` reads `LANES` words, `load` and `store` touch the first `n` elements. An implementation must only be used
+/// where the machine has its instruction set.
+unsafe trait Dot {
+    const LANES: usize;
+    type Sum: Copy;
+    type Pairs: Copy;
+    unsafe fn zero() -> Self::Sum;
+    unsafe fn no_pairs() -> Self::Pairs;
+    unsafe fn pairs(p: *const u32) -> Self::Pairs;
+    unsafe fn splat(word: u32) -> Self::Pairs;
+    /// Adds the products of the lower terms and those of the upper ones.
+    unsafe fn dot(sum: Self::Sum, a: Self::Pairs, b: Self::Pairs) -> Self::Sum;
+    unsafe fn load(p: *const f32, n: usize) -> Self::Sum;
+    unsafe fn store(sum: Self::Sum, p: *mut f32, n: usize);
+}
+
+struct Portable;
+
+// SAFETY: touches LANES or n elements as the contract says.
+unsafe impl Dot for Portable {
+    const LANES: usize = 8;
+    type Sum = [f32; 8];
+    type Pairs = [u32; 8];
+    #[inline(always)]
+    unsafe fn zero() -> [f32; 8] {
+        [0.0; 8]
+    }
+    #[inline(always)]
+    unsafe fn no_pairs() -> [u32; 8] {
+        [0; 8]
+    }
+    #[inline(always)]
+    unsafe fn pairs(p: *const u32) -> [u32; 8] {
+        // SAFETY: the caller's.
+        unsafe { p.cast::<[u32; 8]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn splat(word: u32) -> [u32; 8] {
+        [word; 8]
+    }
+    #[inline(always)]
+    unsafe fn dot(sum: [f32; 8], a: [u32; 8], b: [u32; 8]) -> [f32; 8] {
+        let upper = |word: u32| f32::from_bits(word & 0xffff_0000);
+        std::array::from_fn(|i| sum[i] + widen(a[i]) * widen(b[i]) + upper(a[i]) * upper(b[i]))
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32, n: usize) -> [f32; 8] {
+        // SAFETY: the caller's.
+        std::array::from_fn(|i| if i < n { unsafe { *p.add(i) } } else { 0.0 })
+    }
+    #[inline(always)]
+    unsafe fn store(sum: [f32; 8], p: *mut f32, n: usize) {
+        for (i, x) in sum.into_iter().enumerate().take(n) {
+            // SAFETY: the caller's.
+            unsafe { *p.add(i) = x }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+struct Avx2;
+
+#[cfg(target_arch = "x86_64")]
+// SAFETY: touches LANES or n elements as the contract says (masked-out lanes are not accessed).
+unsafe impl Dot for Avx2 {
+    const LANES: usize = 8;
+    type Sum = __m256;
+    type Pairs = __m256i;
+    #[inline(always)]
+    unsafe fn zero() -> __m256 {
+        // SAFETY: the caller has AVX2.
+        unsafe { _mm256_setzero_ps() }
+    }
+    #[inline(always)]
+    unsafe fn no_pairs() -> __m256i {
+        // SAFETY: the caller has AVX2.
+        unsafe { _mm256_setzero_si256() }
+    }
+    #[inline(always)]
+    unsafe fn pairs(p: *const u32) -> __m256i {
+        // SAFETY: the caller's.
+        unsafe { _mm256_loadu_si256(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn splat(word: u32) -> __m256i {
+        // SAFETY: the caller has AVX2.
+        unsafe { _mm256_set1_epi32(word as i32) }
+    }
+    #[inline(always)]
+    unsafe fn dot(sum: __m256, a: __m256i, b: __m256i) -> __m256 {
+        // SAFETY: the caller has AVX2 and FMA.
+        unsafe {
+            let lower = |x| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x));
+            let upper = |x| _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(-0x1_0000)));
+            _mm256_fmadd_ps(upper(a), upper(b), _mm256_fmadd_ps(lower(a), lower(b), sum))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32, n: usize) -> __m256 {
+        // SAFETY: the caller's.
+        unsafe { _mm256_maskload_ps(p, crate::simd::mask8(n)) }
+    }
+    #[inline(always)]
+    unsafe fn store(sum: __m256, p: *mut f32, n: usize) {
+        // SAFETY: the caller's.
+        unsafe { _mm256_maskstore_ps(p, crate::simd::mask8(n), sum) }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+struct Avx512;
+
+#[cfg(target_arch = "x86_64")]
+// SAFETY: touches LANES or n elements as the contract says (masked-out lanes are not accessed).
+unsafe impl Dot for Avx512 {
+    const LANES: usize = 16;
+    type Sum = __m512;
+    type Pairs = __m512i;
+    #[inline(always)]
+    unsafe fn zero() -> __m512 {
+        // SAFETY: the caller has AVX-512.
+        unsafe { _mm512_setzero_ps() }
+    }
+    #[inline(always)]
+    unsafe fn no_pairs() -> __m512i {
+        // SAFETY: the caller has AVX-512.
+        unsafe { _mm512_setzero_si512() }
+    }
+    #[inline(always)]
+    unsafe fn pairs(p: *const u32) -> __m512i {
+        // SAFETY: the caller's.
+        unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn splat(word: u32) -> __m512i {
+        // SAFETY: the caller has AVX-512.
+        unsafe { _mm512_set1_epi32(word as i32) }
+    }
+    #[inline(always)]
+    unsafe fn dot(sum: __m512, a: __m512i, b: __m512i) -> __m512 {
+        // SAFETY: the caller has AVX-512.
+        unsafe {
+            let lower = |x| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(x));
+            let upper = |x| _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(-0x1_0000)));
+            _mm512_fmadd_ps(upper(a), upper(b), _mm512_fmadd_ps(lower(a), lower(b), sum))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32, n: usize) -> __m512 {
+        // SAFETY: the caller's.
+        unsafe { _mm512_maskz_loadu_ps(((1u32 << n) - 1) as u16, p) }
+    }
+    #[inline(always)]
+    unsafe fn store(sum: __m512, p: *mut f32, n: usize) {
+        // SAFETY: the caller's.
+        unsafe { _mm512_mask_storeu_ps(p, ((1u32 << n) - 1) as u16, sum) }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+struct Avx512Bf16;
+
+#[cfg(target_arch = "x86_64")]
+// SAFETY: as for `Avx512`.
+unsafe impl Dot for Avx512Bf16 {
+    const LANES: usize = 16;
+    type Sum = __m512;
+    type Pairs = __m512bh;
+    #[inline(always)]
+    unsafe fn zero() -> __m512 {
+        // SAFETY: the caller's.
+        unsafe { Avx512::zero() }
+    }
+    #[inline(always)]
+    unsafe fn no_pairs() -> __m512bh {
+        // SAFETY: the caller's; both types are 512 bits without invalid values.
+        unsafe { std::mem::transmute(Avx512::no_pairs()) }
+    }
+    #[inline(always)]
+    unsafe fn pairs(p: *const u32) -> __m512bh {
+        // SAFETY: as above.
+        unsafe { std::mem::transmute(Avx512::pairs(p)) }
+    }
+    #[inline(always)]
+    unsafe fn splat(word: u32) -> __m512bh {
+        // SAFETY: as above.
+        unsafe { std::mem::transmute(Avx512::splat(word)) }
+    }
+    #[inline(always)]
+    unsafe fn dot(sum: __m512, a: __m512bh, b: __m512bh) -> __m512 {
+        // SAFETY: the caller has AVX512-BF16.
+        unsafe { _mm512_dpbf16_ps(sum, a, b) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32, n: usize) -> __m512 {
+        // SAFETY: the caller's.
+        unsafe { Avx512::load(p, n) }
+    }
+    #[inline(always)]
+    unsafe fn store(sum: __m512, p: *mut f32, n: usize) {
+        // SAFETY: the caller's.
+        unsafe { Avx512::store(sum, p, n) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn noise(seed: u64, i: usize) -> f32 {
+        (crate::noise::unit(crate::noise::hash(&[seed, i as u64])) * 2.0 - 1.0) as f32
+    }
+
+    proptest! {
+        /// Every instruction set computes the definition, for odd sizes, both readings of the left factor, both modes.
+        #[test]
+        fn tiles_match_the_definition(m in 1usize..30, n in 1usize..33, k in 1usize..70, pad in 0usize..3, columns: bool, accumulate: bool, seed: u64) {
+            let (mut a, a_row, a_word) = match columns {
+                false => (vec![0; m * words(k)], words(k), 1),
+                true => (vec![0; m.div_ceil(PANEL) * words(k) * PANEL], 1, PANEL),
+            };
+            let x: Vec<f32> = (0..m * k).map(|i| noise(seed, i)).collect();
+            match columns {
+                false => rows(&x, k, &mut a),
+                true => panels_of_columns(&x, m, 0, &mut a[..words(k) * PANEL]),
+            }
+            let y: Vec<f32> = (0..n * k).map(|i| noise(seed ^ 1, i)).collect();
+            let mut b = vec![7; words(k) * PANEL];
+            panels_of_rows(&y, k, &mut b);
+            let start: Vec<f32> = (0..m * (n + pad)).map(|i| noise(seed ^ 2, i)).collect();
+            let g = GemmBf16 { m, n, words: words(k), a: &a, a_row, a_word, b: &b, c_row: n + pad, accumulate };
+            let mut expected: Vec<f64> = start.iter().map(|&x| f64::from(x)).collect();
+            // SAFETY: `expected` has m rows of n + pad elements.
+            unsafe { gemm_scalar(g, expected.as_mut_ptr()) };
+            for level in Level::available() {
+                let mut c = start.clone();
+                // SAFETY: `c` has m rows of n + pad elements.
+                unsafe { gemm(level, g, c.as_mut_ptr()) };
+                for (i, (&got, &want)) in c.iter().zip(&expected).enumerate() {
+                    prop_assert!((f64::from(got) - want).abs() <= 1e-6 * (1.0 + k as f64).sqrt(), "{level:?} element {i}: {got} {want}");
+                }
+            }
+        }
+
+        #[test]
+        fn an_output_does_not_depend_on_its_neighbours(m in 2usize..40, k in 1usize..60, seed: u64) {
+            let x: Vec<f32> = (0..m * k).map(|i| noise(seed, i)).collect();
+            let y: Vec<f32> = (0..PANEL * k).map(|i| noise(seed ^ 1, i)).collect();
+            let (mut a, mut b) = (vec![0; m * words(k)], vec![0; words(k) * PANEL]);
+            rows(&x, k, &mut a);
+            panels_of_rows(&y, k, &mut b);
+            for level in Level::available() {
+                let all = GemmBf16 { m, n: PANEL, words: words(k), a: &a, a_row: words(k), a_word: 1, b: &b, c_row: PANEL, accumulate: false };
+                let mut together = vec![0.0; m * PANEL];
+                // SAFETY: m rows of a panel.
+                unsafe { gemm(level, all, together.as_mut_ptr()) };
+                for r in 0..m {
+                    let mut alone = vec![0.0; PANEL];
+                    // SAFETY: one row of a panel.
+                    unsafe { gemm(level, GemmBf16 { m: 1, a: &a[r * words(k)..], ..all }, alone.as_mut_ptr()) };
+                    prop_assert_eq!(&alone[..], &together[r * PANEL..][..PANEL]);
+                }
+            }
+        }
+
+        #[test]
+        fn both_panels_hold_the_same_words(r in 1usize..33, c in 1usize..33, seed: u64) {
+            let x: Vec<f32> = (0..r * c).map(|i| noise(seed, i)).collect();
+            let transposed: Vec<f32> = (0..c * r).map(|i| x[i % r * c + i / r]).collect();
+            let (mut of_rows, mut of_columns) = (vec![1; words(c) * PANEL], vec![2; words(c) * PANEL]);
+            panels_of_rows(&x, c, &mut of_rows);
+            panels_of_columns(&transposed, r, 0, &mut of_columns);
+            prop_assert_eq!(of_rows, of_columns);
+        }
+    }
+
+    #[test]
+    fn rounding_is_to_nearest_with_ties_to_even() {
+        for (x, want) in [(1.0, 1.0), (1.0 + 0.00390625, 1.0), (1.0 + 3.0 * 0.00390625, 1.015625), (-0.0, -0.0)] {
+            assert_eq!(widen(round(x)).to_bits(), f32::to_bits(want), "{x}");
+        }
+        assert_eq!(widen(round(f32::MAX)), f32::INFINITY);
+        assert!(widen(round(f32::NAN)).is_nan() && widen(round(f32::from_bits(0x7f80_0001))).is_nan());
+    }
+}
