@@ -163,7 +163,7 @@ fn dmc_case(name: &str) {
         ("ce", tape.cross_entropy(&logits, &targets)),
         ("kl_forward", tape.kl(&logits, &teacher, KlDirection::Forward)),
         ("kl_reverse", tape.kl(&logits, &teacher, KlDirection::Reverse)),
-        ("hinge", tape.hinge(&soft.rates, &spans, Hinge { target: 1.0 - 1.0 / ratio, scope, over })),
+        ("hinge", tape.hinge(&soft.rates, &spans, Hinge { target: 1.0 - 1.0 / ratio, scope, over, stated_at: None })),
     ];
     for (what, loss) in &losses {
         check(what, loss.value.data(), &floats(&file, what), 1e-10);
