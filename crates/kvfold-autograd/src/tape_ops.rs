@@ -48,10 +48,16 @@ where
 
     fn linear(&self, x: &Self::Tensor, w: &Self::Tensor) -> Self::Tensor {
         let y = self.ops.linear(&x.value, &w.value);
-        let (xs, ws) = (x.clone(), w.clone());
+        // Each is kept for the other's gradient alone: the inputs of frozen weights need not outlive the forward pass.
+        let xs = w.id.map(|id| (id, x.value.clone(), w.value.clone()));
+        let ws = x.id.map(|id| (id, w.value.clone()));
         self.one(&[x, w], y, move |ops, d, grads| {
-            grads.give(ops, xs.id, || ops.linear_grad_x(&ws.value, d));
-            grads.give(ops, ws.id, || ops.linear_grad_w(&xs.value, &ws.value, d));
+            if let Some((id, w)) = ws {
+                grads.give(ops, Some(id), || ops.linear_grad_x(&w, d));
+            }
+            if let Some((id, x, w)) = xs {
+                grads.give(ops, Some(id), || ops.linear_grad_w(&x, &w, d));
+            }
         })
     }
 

@@ -138,15 +138,25 @@ pub(crate) fn fold_rate_grad<F: Real, K: KernelSet<F>>(
     }
 }
 
-/// Layer, index into the layer's `[S,G]` rates, and tokens that the rate stands for: a whole number, so that sums of
-/// rates at the target are at the target too, without rounding.
-type HingeMember = (usize, usize, f64);
+/// A rate among those that share a constraint.
+struct HingeMember {
+    layer: usize,
+    /// Index into the layer's `[S,G]` rates.
+    at: usize,
+    /// Tokens that the rate stands for: a whole number, so that sums of rates at the target are at the target too, without
+    /// rounding.
+    tokens: f64,
+    /// Folds per token asked for.
+    target: f64,
+}
 
 /// Calls `visit` with the members of every unit of a hinge: the rates that share a constraint.
 fn hinge_units(layers: usize, kv: usize, spans: &Spans, hinge: Hinge, mut visit: impl FnMut(&[HingeMember])) {
-    let token_units: Vec<Vec<(usize, f64)>> = match hinge.over {
-        Over::Sequence => (0..spans.len()).map(|s| vec![(s, 1.0)]).collect(),
-        Over::Batch => vec![spans.iter().enumerate().map(|(s, span)| (s, span.len as f64)).collect()],
+    let member = |(s, span): (usize, &Span), tokens| (s, tokens, hinge.target_of(span.len));
+    let numbered = || spans.iter().enumerate();
+    let token_units: Vec<Vec<(usize, f64, f64)>> = match hinge.over {
+        Over::Sequence => numbered().map(|span| vec![member(span, 1.0)]).collect(),
+        Over::Batch => vec![numbered().map(|span| member(span, span.1.len as f64)).collect()],
     };
     let all = || (0..layers).flat_map(|l| (0..kv).map(move |g| (l, g)));
     let head_units: Vec<Vec<(usize, usize)>> = match hinge.scope {
@@ -156,27 +166,30 @@ fn hinge_units(layers: usize, kv: usize, spans: &Spans, hinge: Hinge, mut visit:
     };
     for tokens in &token_units {
         for heads in &head_units {
-            let unit: Vec<_> =
-                tokens.iter().flat_map(|&(s, w)| heads.iter().map(move |&(l, g)| (l, s * kv + g, w))).collect();
+            let members = |&(s, tokens, target)| {
+                heads.iter().map(move |&(layer, g)| HingeMember { layer, at: s * kv + g, tokens, target })
+            };
+            let unit: Vec<_> = tokens.iter().flat_map(members).collect();
             visit(&unit);
         }
     }
 }
 
 /// `target - rate` of a unit, with the weight of all its members.
-fn shortfall<F: Real>(rates: &[&[F]], unit: &[HingeMember], target: f64) -> (f64, f64) {
-    // The target in the rates' own precision: a rate of 9/10 reaches a target of 0.9.
-    let target = F::of(target).f64();
-    let weight: f64 = unit.iter().map(|&(_, _, w)| w).sum();
-    let missing: f64 = unit.iter().map(|&(l, at, w)| w * (target - rates[l][at].f64())).sum();
-    (missing / weight, weight)
+fn shortfall<F: Real>(rates: &[&[F]], unit: &[HingeMember]) -> (f64, f64) {
+    let weight: f64 = unit.iter().map(|member| member.tokens).sum();
+    let missing = unit.iter().map(|&HingeMember { layer, at, tokens, target }| {
+        // The target in the rates' own precision: a rate of 9/10 reaches a target of 0.9.
+        tokens * (F::of(target).f64() - rates[layer][at].f64())
+    });
+    (missing.sum::<f64>() / weight, weight)
 }
 
 /// Mean over units of `max(0, target - rate)`.
 pub(crate) fn hinge<F: Real>(rates: &[&[F]], spans: &Spans, hinge: Hinge) -> F {
     let (mut total, mut units) = (0.0, 0);
     hinge_units(rates.len(), rates[0].len() / spans.len(), spans, hinge, |unit| {
-        total += shortfall(rates, unit, hinge.target).0.max(0.0);
+        total += shortfall(rates, unit).0.max(0.0);
         units += 1;
     });
     F::of(total / f64::from(units))
@@ -187,9 +200,9 @@ pub(crate) fn hinge_grad<F: Real>(rates: &[&[F]], spans: &Spans, hinge: Hinge, d
     let mut grads: Vec<Vec<F>> = rates.iter().map(|r| vec![F::zero(); r.len()]).collect();
     let mut units = 0;
     hinge_units(rates.len(), rates[0].len() / spans.len(), spans, hinge, |unit| {
-        let (missing, weight) = shortfall(rates, unit, hinge.target);
+        let (missing, weight) = shortfall(rates, unit);
         if missing > 0.0 {
-            unit.iter().for_each(|&(l, at, w)| grads[l][at] -= F::of(w / weight));
+            unit.iter().for_each(|member| grads[member.layer][member.at] -= F::of(member.tokens / weight));
         }
         units += 1;
     });

@@ -32,8 +32,13 @@ pub fn unit(bits: u64) -> f64 {
 
 /// Standard logistic noise (the difference of two Gumbels) for `n` places: `ln u - ln(1-u)`.
 pub fn logistic(key: NoiseKey, n: usize) -> Vec<f32> {
+    logistic_at(key, 0..n)
+}
+
+/// The noise of [`logistic`] for some of its places: a part of a batch draws what it would draw in the whole.
+pub fn logistic_at(key: NoiseKey, places: std::ops::Range<usize>) -> Vec<f32> {
     let stream = hash(&[key.seed, key.step, key.layer]);
-    (0..n as u64)
+    (places.start as u64..places.end as u64)
         .map(|place| {
             let u = unit(hash(&[stream, place]));
             (u.ln() - (-u).ln_1p()) as f32
@@ -60,6 +65,7 @@ mod tests {
         let key = NoiseKey { seed: 1, step: 2, layer: 3 };
         let xs = logistic(key, 64);
         assert_eq!(logistic(key, 100)[..64], xs);
+        assert_eq!(logistic_at(key, 17..64), xs[17..]);
         for other in [NoiseKey { seed: 2, ..key }, NoiseKey { step: 3, ..key }, NoiseKey { layer: 4, ..key }] {
             assert!(logistic(other, 64).iter().zip(&xs).all(|(a, b)| a != b));
         }

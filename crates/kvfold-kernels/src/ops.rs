@@ -213,7 +213,7 @@ pub enum Scope {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Over {
-    /// Each sequence by itself (the released code).
+    /// Each sequence by itself (the released code); of a packed one, each document.
     #[default]
     Sequence,
     /// The whole batch (the paper's formula).
@@ -229,6 +229,38 @@ pub struct Hinge {
     pub scope: Scope,
     /// Tokens that share one constraint.
     pub over: Over,
+    /// The length at which the target is stated; `None` asks the same of every length.
+    pub stated_at: Option<StatedAt>,
+}
+
+impl Hinge {
+    /// Folds per token that are asked of a sequence of `len` tokens.
+    pub fn target_of(&self, len: usize) -> f64 {
+        self.stated_at.map_or(self.target, |at| at.target(self.target, len))
+    }
+}
+
+/// A length at which a target is stated. A shorter sequence, of which as many tokens stay exact, cannot fold as much: it is
+/// asked for the same share of what may fold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StatedAt {
+    /// Tokens of a sequence.
+    pub length: usize,
+    /// W, newest tokens that stay exact.
+    pub delay: usize,
+}
+
+impl StatedAt {
+    /// Folds per token of a sequence of `len` tokens when `target` is asked at the stated length.
+    pub fn target(&self, target: f64, len: usize) -> f64 {
+        if len == self.length {
+            return target;
+        }
+        // Neither the newest W tokens nor the first fold.
+        let foldable = |len: usize| len.saturating_sub(self.delay + 1) as f64;
+        let (ours, all) = (foldable(len), foldable(self.length));
+        if ours == 0.0 { 0.0 } else { target * (self.length as f64 / all) * (ours / len as f64) }
+    }
 }
 
 /// How the products of a weight are computed: with which operands, summed in f32.

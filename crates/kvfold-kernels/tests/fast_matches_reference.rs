@@ -261,7 +261,7 @@ impl<O: Grad> Bench<'_, O> {
         let rates = [rate, ops.fold_rate(&ops.share_columns(&logit), spans, 0)];
         for (scope, over) in [(Scope::Global, Over::Sequence), (Scope::Layer, Over::Batch), (Scope::Head, Over::Batch)]
         {
-            let hinge = Hinge { target: 0.47, scope, over };
+            let hinge = Hinge { target: 0.47, scope, over, stated_at: None };
             self.keep("hinge", false, &ops.hinge(&rates, spans, hinge));
             for d in ops.hinge_grad(&rates, spans, hinge, &ops.tensor(&[1], &[0.7])) {
                 self.keep("hinge grad", false, &d);

@@ -94,6 +94,8 @@ pub enum Noise<T> {
         seed: u64,
         /// Optimiser step.
         step: u64,
+        /// The pass's first row among those of the step, above 0 in the later parts of a batch.
+        first_row: usize,
     },
     /// Given per layer, `[N, G]`.
     Given(Vec<T>),
@@ -136,14 +138,13 @@ impl<T> Folding<T> {
     {
         match *noise {
             Noise::Given(ref given) => given[layer].clone(),
-            Noise::Keyed { seed, step } => {
+            Noise::Keyed { seed, step, first_row } => {
                 let key = NoiseKey { seed, step, layer: layer as u64 };
                 let (rows, kv) = (pass.spans.rows(), pass.shape.heads.kv);
+                let draw = |columns: usize| noise::logistic_at(key, first_row * columns..(first_row + rows) * columns);
                 let noise = match self.dmc.share {
-                    Share::Head => noise::logistic(key, rows * kv),
-                    Share::Layer => {
-                        noise::logistic(key, rows).into_iter().flat_map(|x| std::iter::repeat_n(x, kv)).collect()
-                    }
+                    Share::Head => draw(kv),
+                    Share::Layer => draw(1).into_iter().flat_map(|x| std::iter::repeat_n(x, kv)).collect(),
                 };
                 pass.ops.tensor(&[rows, kv], &noise)
             }

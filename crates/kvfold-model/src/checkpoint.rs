@@ -13,7 +13,7 @@ use crate::error::{ModelError, Result};
 use crate::files::Files;
 use crate::shape::Shape;
 use crate::weights::Weights;
-use crate::{Config, Tokenizer, embedded, names};
+use crate::{Config, Tokenizer, delta, embedded, names};
 
 const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
@@ -49,10 +49,26 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens the model called `model`: the name of an [embedded] one, or a Hugging Face directory.
+    /// Opens the model called `model`: the name of an [embedded] one, a Hugging Face directory, or a [`delta`], file or
+    /// directory, whose base is where the delta says.
     ///
     /// The name wins over a directory of the same name; `./stories260k`, which has a separator, is the directory.
     pub fn open(model: &str) -> Result<Checkpoint> {
+        let path = Path::new(model);
+        let is_delta = path.is_file() || path.join(delta::FILE).is_file() && !path.join(CONFIG).exists();
+        match is_delta && !embedded::NAMES.contains(&model) {
+            true => delta::open(path, None),
+            false => Self::open_whole(model),
+        }
+    }
+
+    /// Opens the model that a delta makes of the model called `base`.
+    pub fn open_delta(base: &str, delta: &Path) -> Result<Checkpoint> {
+        delta::open(delta, Some(&Self::open_whole(base)?))
+    }
+
+    /// [`Checkpoint::open`] of a model that is no delta.
+    pub(crate) fn open_whole(model: &str) -> Result<Checkpoint> {
         let files = Files::find(model)?;
         let config = files.need(CONFIG, "a model is a directory in the Hugging Face layout")?;
         let config = Config::parse(&config, &files.label(CONFIG))?;
@@ -91,7 +107,7 @@ impl Checkpoint {
         let config = self.config.to_json();
         let files = self.side_files(&config, extra_files)?;
         self.tokenizer.check_vocabulary(self.config.vocab_size, &label(TOKENIZER))?;
-        self.check_tensors(&label(WEIGHTS))?;
+        self.check(&label(WEIGHTS))?;
 
         let failed = |path: &Path, source| ModelError::Io { file: path.display().to_string(), action: "write", source };
         let parent = atomic::parent(dir);
@@ -141,7 +157,7 @@ impl Checkpoint {
     }
 
     /// Checks that the tensors are the configuration's, all of them and no others.
-    fn check_tensors(&self, file: &str) -> Result<()> {
+    pub(crate) fn check(&self, file: &str) -> Result<()> {
         let expected: BTreeMap<_, _> = Weights::<()>::expected(&Shape::of(&self.config)).into_iter().collect();
         if let Some(name) = self.tensors.keys().find(|name| !expected.contains_key(*name)) {
             return Err(ModelError::UnknownTensor { file: file.into(), tensor: name.clone() });

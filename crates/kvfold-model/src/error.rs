@@ -27,8 +27,10 @@ pub enum ModelError {
         source: io::Error,
     },
 
-    /// The name given is neither an embedded model nor a directory.
-    #[error("{model}: no such model: it is neither a directory nor one of the embedded models ({embedded})")]
+    /// The name given is neither an embedded model nor a directory nor a delta.
+    #[error(
+        "{model}: no such model: it is neither a directory, nor a delta, nor one of the embedded models ({embedded})"
+    )]
     NoModel {
         /// What was asked for.
         model: String,
@@ -206,6 +208,33 @@ pub enum ModelError {
         action: &'static str,
         /// The tokenizer's reason.
         reason: String,
+    },
+
+    /// A delta cannot be written or read.
+    #[error("{file}: {reason}")]
+    Delta {
+        /// The delta.
+        file: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+
+    /// A delta is over another base.
+    #[error(
+        "{file}: made over {base}, whose tensors have the digest {wanted:.16}, and not over {given} ({found:.16}); the same \
+         model in another dtype or version is another base"
+    )]
+    OtherBase {
+        /// The delta.
+        file: String,
+        /// The base that it names.
+        base: String,
+        /// The digest of that base.
+        wanted: String,
+        /// The base that was given.
+        given: String,
+        /// Its digest.
+        found: String,
     },
 
     /// The directory to be written exists.

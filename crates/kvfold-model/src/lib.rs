@@ -14,6 +14,7 @@
 //!   sequences that training and the teacher put into it;
 //! * [`tokenizer`] turns text into ids and, piece by piece as they are sampled, ids into text;
 //! * [`checkpoint`] puts these together: opened from a directory or from the binary itself, saved whole or not at all;
+//! * [`delta`] is a retrofitted model as what it changed of its base, one small file;
 //! * [`import`] turns models in other formats into such directories;
 //! * [`embedded`] is the small model that is always at hand.
 //!
@@ -26,6 +27,8 @@ pub mod block;
 pub mod checkpoint;
 pub mod compression;
 pub mod config;
+pub mod delta;
+pub mod digest;
 pub mod embedded;
 mod error;
 mod fields;

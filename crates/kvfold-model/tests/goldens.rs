@@ -171,7 +171,7 @@ fn dmc_case(name: &str) {
         ("ce", tape.prediction_loss(predicted, Goal::Tokens(&targets))),
         ("kl_forward", tape.prediction_loss(predicted, like_teacher(KlDirection::Forward))),
         ("kl_reverse", tape.prediction_loss(predicted, like_teacher(KlDirection::Reverse))),
-        ("hinge", tape.hinge(&soft.rates, &spans, Hinge { target: 1.0 - 1.0 / ratio, scope, over })),
+        ("hinge", tape.hinge(&soft.rates, &spans, Hinge { target: 1.0 - 1.0 / ratio, scope, over, stated_at: None })),
     ];
     for (what, loss) in &losses {
         check(what, loss.value.data(), &floats(&file, what), 1e-10);

@@ -26,10 +26,29 @@ pub enum RetrofitError {
         /// Tokens of a sequence.
         length: usize,
     },
+    /// A text cannot be used.
+    #[error("{place}: {reason}")]
+    Text {
+        /// The file, and where in it.
+        place: String,
+        /// Why not, and what to do.
+        reason: String,
+    },
+    /// No document is long enough to fold anything.
+    #[error(
+        "the longest document has {longest} tokens, of which the {delay} newest stay exact and one is a slot, so nothing is \
+         ever folded; give longer documents or a smaller --delay, or join them with --no-reset"
+    )]
+    ShortDocuments {
+        /// Tokens of the longest document or part of one.
+        longest: usize,
+        /// Tokens that stay exact.
+        delay: usize,
+    },
     /// The loss or a gradient is not a number.
     #[error(
-        "step {step}: {what} is {value} on sequences {sequences:?} of the corpus; the weights before this step are kept: \
-         try a lower --lr"
+        "step {step}: {what} is {value} on {documents} (sequences {sequences:?} of the corpus); the weights before this \
+         step are kept: try a lower --lr"
     )]
     NotFinite {
         /// The step that failed, as reports count them: the first is 1.
@@ -40,6 +59,28 @@ pub enum RetrofitError {
         value: f64,
         /// The batch.
         sequences: Vec<usize>,
+        /// Where its texts came from.
+        documents: String,
+    },
+    /// The loss is a number and beyond hope.
+    #[error(
+        "step {step}: the loss is {loss:.3}, in the last {steps} steps over {limit:.3} ({factor} times what it was, or a third \
+         of what knowing nothing costs); this step's batch is {documents}; the last good checkpoint is kept: start again \
+         with a lower --lr"
+    )]
+    Exploding {
+        /// The step at which it was given up, as reports count them.
+        step: u64,
+        /// Cross-entropy or KL divergence of that step, nats per token.
+        loss: f64,
+        /// Steps over the limit, this one included.
+        steps: usize,
+        /// The limit.
+        limit: f64,
+        /// Times the median.
+        factor: f64,
+        /// Where the batch's texts came from.
+        documents: String,
     },
     /// A run directory is in the way.
     #[error("{dir} holds an unfinished run; go on with --resume, or remove it to start again")]

@@ -5,19 +5,27 @@
 //!
 //! * [`settings`]: everything that defines a run, checked before it starts;
 //! * [`schedule`]: stages, compression targets and learning rates by step;
-//! * [`corpus`]: sequences, and which of them make which batch;
+//! * [`documents`]: texts from files and folders;
+//! * [`corpus`]: sequences, packed from documents, and which of them make which batch;
 //! * [`trainer`]: one step, from ids to new weights;
-//! * [`run`]: the directory in which a run survives.
+//! * [`run`]: the directory in which a run survives;
+//! * [`watch`]: whether the loss is beyond hope;
+//! * [`plan`]: what a run takes, before it starts.
 
 pub mod corpus;
+pub mod documents;
 mod error;
+pub mod plan;
+mod pressure;
 pub mod run;
 pub mod schedule;
 pub mod settings;
 pub mod trainer;
+pub mod watch;
 
 pub use corpus::Corpus;
 pub use error::RetrofitError;
 pub use run::RunDir;
 pub use settings::Settings;
 pub use trainer::{StepReport, Trainer};
+pub use watch::Watch;

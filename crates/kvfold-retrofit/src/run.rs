@@ -5,7 +5,8 @@
 //! ```text
 //! run.json              settings, base model, digests: what must be the same when the run goes on
 //! corpus.u32            the training tokens, little-endian
-//! step-00000050.safetensors   weights and moments after 50 steps, with their digest; the two newest are kept
+//! corpus.json           which of them belong to which document and sequence
+//! step-00000050.safetensors   what trains, weights and moments, after 50 steps, with its digest; the two newest are kept
 //! curve.jsonl           one report per step
 //! model/                the finished model, until it is renamed to OUT
 //! ```
@@ -14,12 +15,13 @@
 //! checkpoint whose digest does not fit is passed over for the one before it, and when there is none the run starts over.
 //! `run.json` is locked while a process works on the run, and the system lets go of the lock however that process ends.
 
-use crate::corpus::{Corpus, hex};
+use crate::corpus::Corpus;
 use crate::error::RetrofitError;
 use crate::settings::Settings;
 use crate::trainer::{StepReport, Trainer};
 use kvfold_kernels::Grad;
 use kvfold_model::Checkpoint;
+use kvfold_model::digest::{hex, of_tensors};
 use kvfold_tensor::{HostTensor, atomic, safetensors};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -32,9 +34,10 @@ use std::path::{Path, PathBuf};
 
 const RUN: &str = "run.json";
 const CORPUS: &str = "corpus.u32";
+const LAYOUT: &str = "corpus.json";
 const CURVE: &str = "curve.jsonl";
 const MODEL: &str = "model";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Checkpoints that are kept.
 const KEPT: usize = 2;
@@ -96,6 +99,8 @@ impl RunDir {
         self.tidy(|name| is_temporary(name) || name == CURVE || step_of(name).is_some())?;
         let bytes: Vec<u8> = corpus.tokens().iter().flat_map(|id| id.to_le_bytes()).collect();
         self.write(CORPUS, &bytes)?;
+        let layout = serde_json::to_vec(corpus.layout()).map_err(|e| self.io("write", LAYOUT, e.into()))?;
+        self.write(LAYOUT, &layout)?;
         let identity = identity(base, settings, corpus.digest());
         let json = serde_json::to_vec_pretty(&identity).map_err(|e| self.io("write", RUN, e.into()))?;
         self.write(RUN, &json)?;
@@ -157,7 +162,7 @@ impl RunDir {
         }
         self.write(CURVE, &lines)?;
         let tensors: BTreeMap<String, HostTensor> = trainer.state().into_iter().collect();
-        let metadata = BTreeMap::from([("digest".to_owned(), digest(&tensors))]);
+        let metadata = BTreeMap::from([("digest".to_owned(), of_tensors(&tensors))]);
         safetensors::write(&self.dir.join(checkpoint_name(trainer.steps())), &tensors, &metadata)?;
         // Checkpoints ahead of this one are damaged ones that were passed over; they must not push out whole ones.
         let (past, ahead): (Vec<_>, Vec<_>) =
@@ -177,8 +182,10 @@ impl RunDir {
     fn corpus(&self, length: usize, digest: &str) -> Result<Corpus, RetrofitError> {
         let bytes = self.read(CORPUS)?;
         let tokens = bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
-        let corpus = Corpus::cut(tokens, length).ok().filter(|corpus| corpus.digest() == digest);
-        corpus.ok_or_else(|| self.damaged(CORPUS, format!("its tokens do not have the digest that {RUN} states")))
+        let layout = serde_json::from_slice(&self.read(LAYOUT)?).map_err(|e| self.damaged(LAYOUT, e.to_string()))?;
+        let corpus = Corpus::from_parts(tokens, layout);
+        let corpus = corpus.filter(|corpus| corpus.length() == length && corpus.digest() == digest);
+        corpus.ok_or_else(|| self.damaged(CORPUS, format!("it and {LAYOUT} do not have the digest that {RUN} states")))
     }
 
     fn load<O: Grad + Clone + 'static>(&self, step: u64, trainer: &mut Trainer<O>) -> Result<(), RetrofitError>
@@ -187,7 +194,7 @@ impl RunDir {
     {
         let name = checkpoint_name(step);
         let file = safetensors::read(&self.dir.join(&name))?;
-        if file.metadata.get("digest") != Some(&digest(&file.tensors)) {
+        if file.metadata.get("digest") != Some(&of_tensors(&file.tensors)) {
             return Err(self.damaged(&name, "its tensors do not have the digest that was written with them".into()));
         }
         trainer.restore(step, |tensor, dims| {
@@ -348,19 +355,9 @@ fn identity(base: &Checkpoint, settings: &Settings, corpus_digest: String) -> Id
         version: VERSION,
         base_model: base.source.clone(),
         base_config_digest: hex(&Sha256::digest(base.config.to_json())),
-        base_digest: digest(&base.tensors),
+        base_digest: of_tensors(&base.tensors),
         corpus_digest,
         // Recomputation changes no bit of the result, so a run that ran out of memory may go on with it.
         settings: Settings { recompute: false, ..settings.clone() },
     }
-}
-
-/// SHA-256 of names, shapes and bytes, in hex.
-fn digest(tensors: &BTreeMap<String, HostTensor>) -> String {
-    let mut hasher = Sha256::new();
-    for (name, tensor) in tensors {
-        hasher.update(format!("{name} {:?} {:?}\n", tensor.dtype(), tensor.shape()));
-        hasher.update(tensor.bytes());
-    }
-    hex(&hasher.finalize())
 }

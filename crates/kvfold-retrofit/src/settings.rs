@@ -2,7 +2,8 @@
 
 use crate::error::RetrofitError;
 use kvfold_kernels::dmc::{Decision, Dmc, Share};
-use kvfold_kernels::ops::{KlDirection, Over, Precision, Scope};
+use kvfold_kernels::ops::{KlDirection, Over, Precision, Scope, StatedAt};
+use kvfold_model::names;
 use kvfold_model::shape::Shape;
 use serde::{Deserialize, Serialize};
 
@@ -20,16 +21,58 @@ pub enum Loss {
 }
 
 /// Where the training text comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "kind")]
 pub enum Text {
     /// The user gives it.
-    Given,
+    Given {
+        /// SHA-256 of the documents.
+        digest: String,
+        /// Tokens that are used at most.
+        max_tokens: Option<usize>,
+        /// Whether attention, positions and folding start afresh at each document.
+        reset: bool,
+    },
     /// The model writes it.
     Own {
         /// Texts that it writes, each as long as a sequence.
         samples: usize,
     },
+}
+
+/// Which weights change.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Train {
+    /// Queries and keys, and decision heads.
+    Qk,
+    /// Queries, keys, values, the heads' output, and decision heads.
+    Attention,
+    /// Everything.
+    #[default]
+    All,
+}
+
+impl Train {
+    /// Its name in settings.
+    pub fn name(self) -> &'static str {
+        match self {
+            Train::Qk => "qk",
+            Train::Attention => "attention",
+            Train::All => "all",
+        }
+    }
+
+    /// Whether the weight of this name changes: `self_attn.q_proj` and whatever else queries have, biases and norms, and so
+    /// on.
+    pub fn trains(self, name: &str) -> bool {
+        let of = |parts: &[&str]| parts.iter().any(|part| name.contains(part));
+        match self {
+            Train::Qk => of(&[".self_attn.q_", ".self_attn.k_", names::DECIDE_PROJ]),
+            Train::Attention => of(&[".self_attn."]),
+            Train::All => true,
+        }
+    }
 }
 
 /// The pressure to compress.
@@ -89,7 +132,8 @@ pub struct Learning {
 pub struct Settings {
     /// How the model is to compress.
     pub dmc: Dmc,
-    /// Compression asked for: tokens seen per slot held, exact recent tokens counted, at `length` tokens.
+    /// Compression asked for: tokens seen per slot held, exact recent tokens counted, at `length` tokens. Of shorter
+    /// documents the same share of the tokens that are no longer exact is asked for.
     pub ratio: f64,
     /// What the model is asked to keep.
     pub loss: Loss,
@@ -103,6 +147,10 @@ pub struct Settings {
     pub length: usize,
     /// Sequences of a step.
     pub batch: usize,
+    /// Parts in which a step's batch is computed, one after the other: less memory, the same result up to rounding.
+    pub accumulate: usize,
+    /// Which weights change.
+    pub train: Train,
     /// Steps of each stage.
     pub stages: Stages,
     /// The optimiser.
@@ -158,11 +206,13 @@ impl Settings {
             dmc,
             ratio,
             loss: Loss::Distill { direction: KlDirection::Forward },
-            text: Text::Given,
+            text: Text::Given { digest: String::new(), max_tokens: None, reset: true },
             pressure: Pressure { scope: Scope::Global, over: Over::Batch, weight: 2.0, margin: 0.03 },
             temperature: 0.1,
             length: shape.context.min(512),
             batch: 8,
+            accumulate: 1,
+            train: Train::All,
             stages: Stages { zeroing, ramp: steps - zeroing - hold, hold },
             learning: Learning {
                 rate: default_rate(shape),
@@ -190,6 +240,30 @@ impl Settings {
         self.length as f64 / (self.dmc.delay.min(self.length.saturating_sub(1)) + 1) as f64
     }
 
+    /// Sequences of each part of a step's batch.
+    pub fn part(&self) -> usize {
+        self.batch.div_ceil(self.accumulate)
+    }
+
+    /// Where the ratio is stated: at a sequence's full length.
+    pub fn stated_at(&self) -> StatedAt {
+        StatedAt { length: self.length, delay: self.dmc.delay }
+    }
+
+    /// The ratio that is asked of documents of these lengths; an error if nothing of them is ever folded.
+    pub fn ratio_on(&self, lengths: impl Iterator<Item = usize>) -> Result<f64, RetrofitError> {
+        let (mut tokens, mut folds, mut longest) = (0.0, 0.0, 0);
+        for length in lengths {
+            tokens += length as f64;
+            folds += self.stated_at().target(1.0 - 1.0 / self.ratio, length) * length as f64;
+            longest = longest.max(length);
+        }
+        match longest > self.dmc.delay + 1 {
+            true => Ok(tokens / (tokens - folds)),
+            false => Err(RetrofitError::ShortDocuments { longest, delay: self.dmc.delay }),
+        }
+    }
+
     /// Checks a run's definition for a model.
     pub fn validate(&self, shape: &Shape) -> Result<(), RetrofitError> {
         let must = |holds: bool, setting, found: String, expected: String| match holds {
@@ -213,6 +287,8 @@ impl Settings {
         must(self.ratio <= highest, "ratio", self.ratio.to_string(), expected)?;
         let sequences = (1..=MAX_BATCH).contains(&self.batch);
         must(sequences, "batch", self.batch.to_string(), format!("1 to {MAX_BATCH} sequences"))?;
+        let (parts, expected) = (self.accumulate, format!("1 to {}, the sequences of a step", self.batch));
+        must((1..=self.batch).contains(&parts), "accumulate", parts.to_string(), expected)?;
         must(self.stages.total() > 0, "steps", "0".into(), "at least 1 step".into())?;
         let (borrows, zeroing) = (self.dmc.decision.borrows_channel(), self.stages.zeroing);
         let expected = "0: a decision head borrows no channel".into();

@@ -2,20 +2,23 @@
 
 use crate::corpus::Corpus;
 use crate::error::RetrofitError;
+use crate::pressure::{BatchRates, asked};
 use crate::schedule::{Place, Stage, place};
-use crate::settings::{Loss, Settings};
+use crate::settings::{Loss, Pressure, Settings};
 use kvfold_autograd::{Optimizer, Rates, Tape, Var};
 use kvfold_kernels::Grad;
 use kvfold_kernels::dmc::Dmc;
-use kvfold_kernels::ops::{Goal, Hinge, NO_TARGET, Ops, Predictions, Spans};
+use kvfold_kernels::ops::{Goal, Hinge, Moments, NO_TARGET, Ops, Over, Predictions, Spans};
 use kvfold_model::attend::{Fading, Folding, Mode, Noise, Plain};
 use kvfold_model::block::Pass;
 use kvfold_model::shape::Shape;
 use kvfold_model::weights::{Block, Weights};
-use kvfold_model::{Checkpoint, Compression, Loaded, names};
+use kvfold_model::{Checkpoint, Compression, names};
 use kvfold_tensor::HostTensor;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::convert::Infallible;
+use std::ops::Range;
 
 /// What a step did.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -30,7 +33,7 @@ pub struct StepReport {
     pub task_loss: f64,
     /// The hinge, without its weight.
     pub hinge: f64,
-    /// Compression asked for.
+    /// Compression asked of this batch; less than at full length where documents are short.
     pub ratio_target: f64,
     /// Compression of this batch, counting hard decisions with noise.
     pub ratio: f64,
@@ -38,6 +41,8 @@ pub struct StepReport {
     pub grad_norm: f64,
     /// Learning rate.
     pub rate: f64,
+    /// Tokens of the batch.
+    pub tokens: u64,
 }
 
 /// A model in training.
@@ -49,14 +54,18 @@ pub struct Trainer<O: Grad> {
     angles: O::Tensor,
     weights: Weights<O::Tensor>,
     teacher: Option<Weights<O::Tensor>>,
+    /// Moments of the weights that train, in their order.
     optimizer: Optimizer<O::Tensor>,
+    /// All weights, in their order.
+    names: Vec<Name>,
+    heads: Vec<Vec<f64>>,
 }
 
 /// Which attention a block runs with; makes a fresh one each time a segment runs.
 #[derive(Clone, Debug)]
 enum Attention {
     Fading { factor: f64 },
-    Folding { dmc: Dmc, temperature: f64, seed: u64, step: u64 },
+    Folding { dmc: Dmc, temperature: f64, seed: u64, step: u64, first_row: usize },
 }
 
 /// A pass without the tape it runs on, so that a segment can own it.
@@ -78,12 +87,21 @@ impl<T: Clone + std::fmt::Debug + 'static> Frame<T> {
         x: &Var<T>,
     ) -> Vec<Var<T>> {
         let angles = Var::constant(self.angles.clone());
-        let pass = Pass { ops: tape, shape: &self.shape, angles: &angles, spans: &self.spans };
+        self.block_of(&Pass { ops: tape, shape: &self.shape, angles: &angles, spans: &self.spans }, layer, block, x)
+    }
+
+    /// The same on any backend.
+    fn block_of<P: Ops>(
+        &self,
+        pass: &Pass<'_, P>,
+        layer: usize,
+        block: &Block<P::Tensor>,
+        x: &P::Tensor,
+    ) -> Vec<P::Tensor> {
         match &self.attention {
             Attention::Fading { factor } => vec![pass.block(layer, block, x, &mut Fading { factor: *factor })],
-            Attention::Folding { dmc, temperature, seed, step } => {
-                let noise = Noise::Keyed { seed: *seed, step: *step };
-                let mode = Mode::Soft { temperature: *temperature, noise };
+            &Attention::Folding { ref dmc, temperature, seed, step, first_row } => {
+                let mode = Mode::Soft { temperature, noise: Noise::Keyed { seed, step, first_row } };
                 let mut attend = Folding::new(dmc, mode);
                 let x = pass.block(layer, block, x, &mut attend);
                 std::iter::once(x).chain(attend.rates).collect()
@@ -92,11 +110,23 @@ impl<T: Clone + std::fmt::Debug + 'static> Frame<T> {
     }
 }
 
+/// A part of a batch, which is computed by itself.
+#[derive(Debug)]
+struct Part<T> {
+    /// Its sequences in the corpus.
+    sequences: Vec<usize>,
+    ids: Vec<u32>,
+    /// Its spans among the batch's.
+    spans: Range<usize>,
+    frame: Frame<T>,
+}
+
 impl<O: Grad + Clone + 'static> Trainer<O>
 where
     O::Tensor: 'static,
 {
-    /// A run's beginning: the base model, with zero-initialised decision heads where they are asked for.
+    /// A run's beginning: the base model, with zero-initialised decision heads where they are asked for. Weights that do not
+    /// train are in memory once, for the model and its teacher.
     pub fn new(ops: O, base: &Checkpoint, settings: Settings) -> Result<Self, RetrofitError> {
         let plain = Shape::of(&base.config);
         settings.validate(&plain)?;
@@ -108,17 +138,28 @@ where
             });
         }
         let shape = Shape { decides_by_head: !settings.dmc.decision.borrows_channel(), ..plain.clone() };
-        let built = Weights::build(&shape, |name, dims| {
-            let values = base.tensors.get(name).map(HostTensor::to_f32);
-            let values = values.unwrap_or_else(|| vec![0.0; dims.iter().product()]);
-            Ok::<_, Infallible>(ops.master(dims, &values, names::precision(name, dims, settings.precision)))
-        });
-        let Ok(weights) = built;
-        let teacher = matches!(settings.loss, Loss::Distill { .. })
-            .then(|| Loaded::with_precision(ops.clone(), base, settings.precision).weights);
-        let optimizer = Optimizer::new(&ops, &weights.list());
+        let mut loaded: BTreeMap<String, O::Tensor> = BTreeMap::new();
+        let mut load = |shape: &Shape| {
+            let built = Weights::build(shape, |name, dims| {
+                let weight = loaded.entry(name.to_owned()).or_insert_with(|| {
+                    let values = base.tensors.get(name).map(HostTensor::to_f32);
+                    let values = values.unwrap_or_else(|| vec![0.0; dims.iter().product()]);
+                    ops.master(dims, &values, names::precision(name, dims, settings.precision))
+                });
+                Ok::<_, Infallible>(weight.clone())
+            });
+            let Ok(weights) = built;
+            weights
+        };
+        let weights = load(&shape);
+        let teacher = matches!(settings.loss, Loss::Distill { .. }).then(|| load(&plain));
+        drop(loaded);
+        let names = Weights::<()>::expected(&shape);
+        let names: Vec<Name> =
+            names.into_iter().map(|(name, dims)| Name { trains: settings.train.trains(&name), name, dims }).collect();
+        let optimizer = Optimizer::new(&ops, &trained(&names, weights.list()));
         let angles = ops.rope_table(&shape.inv_freq(), settings.length);
-        let mut trainer = Self { angles, weights, teacher, optimizer, shape, settings, ops };
+        let mut trainer = Self { angles, weights, teacher, optimizer, shape, settings, names, heads: Vec::new(), ops };
         let Settings { dmc, stages, .. } = &trainer.settings;
         if dmc.decision.borrows_channel() && stages.zeroing == 0 {
             trainer.zero_borrowed_rows();
@@ -131,6 +172,11 @@ where
         &self.settings
     }
 
+    /// The sizes of the model in training.
+    pub fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
     /// Steps done.
     pub fn steps(&self) -> u64 {
         self.optimizer.steps()
@@ -141,65 +187,145 @@ where
         self.steps() >= self.settings.stages.total()
     }
 
+    /// Tokens seen per slot held in the last step's batch, by layer and KV head; empty while nothing is folded.
+    pub fn heads(&self) -> &[Vec<f64>] {
+        &self.heads
+    }
+
     /// One step on the corpus. On an error the weights are those before the step.
     pub fn step(&mut self, corpus: &Corpus) -> Result<StepReport, RetrofitError> {
-        let settings = &self.settings;
         let step = self.optimizer.steps();
-        let at = place(settings, step);
-        let sequences = corpus.batch(settings.seed, step, settings.batch);
-        let ids: Vec<u32> = sequences.iter().flat_map(|&n| corpus.sequence(n)).copied().collect();
-        let spans = Spans::of_lengths(&vec![corpus.length(); sequences.len()]);
-        let attention = match at.stage {
-            Stage::Zeroing => Attention::Fading { factor: at.channel },
-            Stage::Ramp | Stage::Hold => Attention::Folding {
-                dmc: settings.dmc.clone(),
-                temperature: settings.temperature,
-                seed: settings.seed,
-                step,
-            },
-        };
-        let frame = Frame { shape: self.shape.clone(), angles: self.angles.clone(), spans, attention };
+        let at = place(&self.settings, step);
+        let sequences = corpus.batch(self.settings.seed, step, self.settings.batch);
+        let lengths: Vec<usize> = sequences.iter().flat_map(|&n| corpus.lengths(n)).collect();
+        let spans = Spans::of_lengths(&lengths);
+        let parts = self.parts(corpus, &sequences, at);
+        let folds = at.stage != Stage::Zeroing;
+        let Pressure { scope, over, weight, .. } = self.settings.pressure;
+        let target = 1.0 - 1.0 / at.ratio;
+        let hinge = Hinge { target, scope, over, stated_at: Some(self.settings.stated_at()) };
 
-        let tape = Tape::new(self.ops.clone());
-        let vars = self.weights.map(&self.shape, |w| tape.param(w.clone()));
-        let (x, rates) = self.forward(&tape, &frame, &vars, &ids);
-        let task = self.task_loss(&tape, &frame, Predictions { x: &x, w: vars.unembed() }, &ids);
-        let (total, hinge) = if rates.is_empty() {
-            (task.clone(), None)
-        } else {
-            let target = 1.0 - 1.0 / at.ratio;
-            let pressure = settings.pressure;
-            let hinge = Hinge { target, scope: pressure.scope, over: pressure.over };
-            let hinge = tape.hinge(&rates, &frame.spans, hinge);
-            (tape.add(&task, &hinge, pressure.weight), Some(hinge))
+        let not_finite = |what, value, sequences: &[usize]| {
+            let (sequences, documents) = (sequences.to_vec(), corpus.describe(sequences));
+            RetrofitError::NotFinite { step: step + 1, what, value, sequences, documents }
         };
-        let scalar = |x: &Var<O::Tensor>| self.ops.scalar(&x.value);
-        let mut report = StepReport {
+        let predictions: usize = parts.iter().map(|part| self.predictions(&part.frame.spans)).sum();
+        let mut rates = BatchRates::new(&spans, if folds { self.shape.layers } else { 0 }, self.shape.heads.kv);
+        if folds && over == Over::Batch && parts.len() > 1 {
+            parts.iter().for_each(|part| {
+                let ahead = self.rates_ahead(part);
+                rates.set(&self.ops, &part.spans, &ahead.iter().collect::<Vec<_>>());
+            });
+        }
+        let (mut task_loss, mut grads) = (0.0, Vec::new());
+        for part in &parts {
+            let tape = Tape::new(self.ops.clone());
+            let mut names = self.names.iter();
+            let vars = self.weights.map(&self.shape, |w| match names.next().is_some_and(|name| name.trains) {
+                true => tape.param(w.clone()),
+                false => Var::constant(w.clone()),
+            });
+            let (x, part_rates) = self.forward(&tape, &part.frame, &vars, &part.ids);
+            let task = self.task_loss(&tape, &part.frame, Predictions { x: &x, w: vars.unembed() }, &part.ids);
+            drop(x);
+            let share = self.predictions(&part.frame.spans) as f64 / predictions as f64;
+            let part_loss = self.ops.scalar(&task.value);
+            if !part_loss.is_finite() {
+                return Err(not_finite("the loss", part_loss, &part.sequences));
+            }
+            task_loss += share * part_loss;
+            let mut seeds = vec![(&task, self.ops.tensor(&[1], &[share as f32]))];
+            if folds {
+                rates.set(&self.ops, &part.spans, &part_rates.iter().map(|rate| &rate.value).collect::<Vec<_>>());
+                let pressure = rates.grads(&self.ops, &part.spans, (hinge, weight));
+                seeds.extend(part_rates.iter().zip(pressure));
+            }
+            let found = tape.backward_seeded(&seeds);
+            let found = trained(&self.names, vars.list()).into_iter().map(|var| found.get(var).cloned());
+            grads = match grads.is_empty() {
+                true => found.collect(),
+                false => grads.into_iter().zip(found).map(|(sum, grad)| self.sum(sum, grad)).collect(),
+            };
+        }
+        let grad_norm = Optimizer::norm(&self.ops, &grads);
+        if !grad_norm.is_finite() {
+            return Err(not_finite("the gradient norm", grad_norm, &sequences));
+        }
+        let missing = if folds { rates.hinge(&self.ops, hinge) } else { 0.0 };
+        let full = lengths.iter().all(|&length| length == self.settings.length);
+        let report = StepReport {
             step: step + 1,
             stage: at.stage,
-            loss: scalar(&total),
-            task_loss: scalar(&task),
-            hinge: hinge.as_ref().map_or(0.0, scalar),
-            ratio_target: at.ratio,
-            ratio: self.ratio(&rates),
-            grad_norm: 0.0,
+            loss: task_loss + weight * missing,
+            task_loss,
+            hinge: missing,
+            ratio_target: if full || !folds { at.ratio } else { asked(hinge, &spans) },
+            ratio: if folds { rates.ratio() } else { 1.0 },
+            grad_norm,
             rate: at.rate,
+            tokens: spans.rows() as u64,
         };
-        let not_finite =
-            |what, value| Err(RetrofitError::NotFinite { step: step + 1, what, value, sequences: sequences.clone() });
-        if !report.loss.is_finite() {
-            return not_finite("the loss", report.loss);
-        }
-        drop((x, rates, task, hinge));
-        let grads = tape.backward(&total);
-        let grads: Vec<_> = vars.list().into_iter().map(|var| grads.get(var).cloned()).collect();
-        drop(vars);
-        report.grad_norm = Optimizer::norm(&self.ops, &grads);
-        if !report.grad_norm.is_finite() {
-            return not_finite("the gradient norm", report.grad_norm);
-        }
-        self.update(&grads, at, report.grad_norm);
+        self.heads = rates.heads();
+        self.update(&grads, at, grad_norm);
         Ok(report)
+    }
+
+    /// The parts of a batch.
+    fn parts(&self, corpus: &Corpus, sequences: &[usize], at: Place) -> Vec<Part<O::Tensor>> {
+        let settings = &self.settings;
+        let (mut first_row, mut first_span) = (0, 0);
+        let parts = sequences.chunks(settings.part()).map(|sequences| {
+            let lengths: Vec<usize> = sequences.iter().flat_map(|&n| corpus.lengths(n)).collect();
+            let spans = Spans::of_lengths(&lengths);
+            let attention = match at.stage {
+                Stage::Zeroing => Attention::Fading { factor: at.channel },
+                Stage::Ramp | Stage::Hold => Attention::Folding {
+                    dmc: settings.dmc.clone(),
+                    temperature: settings.temperature,
+                    seed: settings.seed,
+                    step: self.steps(),
+                    first_row,
+                },
+            };
+            first_row += spans.rows();
+            first_span += spans.len();
+            Part {
+                sequences: sequences.to_vec(),
+                ids: sequences.iter().flat_map(|&n| corpus.sequence(n)).copied().collect(),
+                spans: first_span - spans.len()..first_span,
+                frame: Frame { shape: self.shape.clone(), angles: self.angles.clone(), spans, attention },
+            }
+        });
+        parts.collect()
+    }
+
+    /// Fold rates of a part by layer, from a forward pass alone.
+    fn rates_ahead(&self, part: &Part<O::Tensor>) -> Vec<O::Tensor> {
+        let frame = &part.frame;
+        let pass = Pass { ops: &self.ops, shape: &frame.shape, angles: &frame.angles, spans: &frame.spans };
+        let mut x = self.ops.embed(&part.ids, &self.weights.embed);
+        let mut rates = Vec::new();
+        for (layer, block) in self.weights.blocks.iter().enumerate() {
+            let mut outs = frame.block_of(&pass, layer, block, &x).into_iter();
+            x = outs.next().expect("a block returns the residual stream first");
+            rates.extend(outs);
+        }
+        rates
+    }
+
+    /// Tokens of a part that the task loss is a mean over.
+    fn predictions(&self, spans: &Spans) -> usize {
+        match self.settings.loss {
+            Loss::Distill { .. } => spans.rows(),
+            Loss::Lm => spans.rows() - spans.len(),
+        }
+    }
+
+    fn sum(&self, sum: Option<O::Tensor>, grad: Option<O::Tensor>) -> Option<O::Tensor> {
+        match (sum, grad) {
+            (Some(sum), Some(grad)) => Some(self.ops.add(&sum, &grad, 1.0)),
+            (sum, grad) => sum.or(grad),
+        }
     }
 
     /// What the logits are made from and, when folding, fold rates by layer.
@@ -258,13 +384,6 @@ where
         }
     }
 
-    /// Tokens seen per slot held, over the batch.
-    fn ratio(&self, rates: &[Var<O::Tensor>]) -> f64 {
-        let rates: Vec<f32> = rates.iter().flat_map(|rate| self.ops.to_host(&rate.value)).collect();
-        let mean = rates.iter().map(|&r| f64::from(r)).sum::<f64>() / rates.len().max(1) as f64;
-        1.0 / (1.0 - mean)
-    }
-
     fn update(&mut self, grads: &[Option<O::Tensor>], at: Place, norm: f64) {
         let learning = self.settings.learning;
         let rates = Rates {
@@ -274,10 +393,10 @@ where
             weight_decay: learning.weight_decay,
             clip: learning.clip,
         };
-        let names = Weights::<()>::expected(&self.shape);
-        let group = |name: &str| if name.contains(names::DECIDE_PROJ) { learning.decide_factor } else { 1.0 };
-        let params = self.weights.list_mut().into_iter().zip(&names).map(|(w, (name, _))| (w, group(name)));
-        self.optimizer.step(&self.ops, params.collect(), grads, (rates, norm));
+        let group = |name: &Name| if name.name.contains(names::DECIDE_PROJ) { learning.decide_factor } else { 1.0 };
+        let groups = self.names.iter().filter(|name| name.trains).map(group);
+        let params = trained(&self.names, self.weights.list_mut()).into_iter().zip(groups).collect();
+        self.optimizer.step(&self.ops, params, grads, (rates, norm));
         if self.optimizer.steps() == self.settings.stages.zeroing {
             self.zero_borrowed_rows();
         }
@@ -289,9 +408,9 @@ where
         let heads = self.shape.heads;
         let rows = |count: usize| (1..=count).map(|head| head * heads.dim - 1).collect::<Vec<_>>();
         let (query, kv) = (rows(heads.query), rows(heads.kv));
-        let names = Weights::<()>::expected(&self.shape);
-        let params = self.weights.list_mut().into_iter().zip(self.optimizer.moments_mut());
-        for ((name, _), (weight, moments)) in names.iter().zip(params) {
+        let names = self.names.iter().filter(|name| name.trains);
+        let params = trained(&self.names, self.weights.list_mut()).into_iter().zip(self.optimizer.moments_mut());
+        for (Name { name, .. }, (weight, moments)) in names.zip(params) {
             let rows = match name {
                 name if name.contains(names::Q_PROJ) => &query,
                 name if name.contains(names::K_PROJ) => &kv,
@@ -301,14 +420,13 @@ where
         }
     }
 
-    /// Weights and moments by name, for a checkpoint of the run.
+    /// The weights that train and their moments by name, for a checkpoint of the run.
     pub fn state(&self) -> Vec<(String, HostTensor)> {
         let host = |x: &O::Tensor| HostTensor::from_f32(self.ops.shape(x), &self.ops.to_host(x));
-        let names = Weights::<()>::expected(&self.shape);
-        let mut state = Vec::with_capacity(names.len() * 3);
-        for ((name, _), (weight, moments)) in
-            names.iter().zip(self.weights.list().into_iter().zip(self.optimizer.moments()))
-        {
+        let names = self.names.iter().filter(|name| name.trains);
+        let params = trained(&self.names, self.weights.list()).into_iter().zip(self.optimizer.moments());
+        let mut state = Vec::with_capacity(params.len() * 3);
+        for (Name { name, .. }, (weight, moments)) in names.zip(params) {
             state.push((name.clone(), host(weight)));
             state.push((format!("m.{name}"), host(&moments.m)));
             state.push((format!("v.{name}"), host(&moments.v)));
@@ -324,18 +442,20 @@ where
     ) -> Result<(), RetrofitError> {
         let load =
             |name: &str, dims: &[usize]| Ok::<_, RetrofitError>(self.ops.tensor(dims, &tensor(name, dims)?.to_f32()));
-        let weights = Weights::build(&self.shape, |name, dims| {
-            let precision = names::precision(name, dims, self.settings.precision);
-            Ok::<_, RetrofitError>(self.ops.master(dims, &tensor(name, dims)?.to_f32(), precision))
-        })?;
-        let moments = Weights::<()>::expected(&self.shape)
-            .iter()
-            .map(|(name, dims)| {
-                let (m, v) = (load(&format!("m.{name}"), dims)?, load(&format!("v.{name}"), dims)?);
-                Ok(kvfold_kernels::ops::Moments { m, v })
-            })
-            .collect::<Result<Vec<_>, RetrofitError>>()?;
-        self.weights = weights;
+        let names = self.names.iter().filter(|name| name.trains);
+        let loaded = names.map(|Name { name, dims, .. }| {
+            let (m, v) = (load(&format!("m.{name}"), dims)?, load(&format!("v.{name}"), dims)?);
+            let weight = tensor(name, dims)?.to_f32();
+            Ok((
+                self.ops.master(dims, &weight, names::precision(name, dims, self.settings.precision)),
+                Moments { m, v },
+            ))
+        });
+        let (weights, moments): (Vec<_>, Vec<_>) =
+            loaded.collect::<Result<Vec<_>, RetrofitError>>()?.into_iter().unzip();
+        for (weight, loaded) in trained(&self.names, self.weights.list_mut()).into_iter().zip(weights) {
+            *weight = loaded;
+        }
         self.optimizer = Optimizer::resume(moments, steps);
         Ok(())
     }
@@ -363,4 +483,17 @@ where
             .collect();
         Ok(Checkpoint { config, tensors, ..base.clone() })
     }
+}
+
+/// A weight's name and shape, and whether it trains.
+#[derive(Clone, Debug)]
+struct Name {
+    name: String,
+    dims: Vec<usize>,
+    trains: bool,
+}
+
+/// Of things that go with all weights, those of the weights that train.
+fn trained<T>(names: &[Name], all: Vec<T>) -> Vec<T> {
+    names.iter().zip(all).filter(|(name, _)| name.trains).map(|(_, one)| one).collect()
 }

@@ -1,5 +1,8 @@
 //! Sequences and batches.
 
+use kvfold_model::Checkpoint;
+use kvfold_retrofit::corpus::{Encoded, encode};
+use kvfold_retrofit::documents::Document;
 use kvfold_retrofit::{Corpus, RetrofitError};
 use proptest::prelude::*;
 
@@ -63,7 +66,99 @@ fn a_batch_larger_than_the_corpus_goes_round_it() {
     assert_eq!(corpus(1).batch(0, 9, 4), [0; 4]);
 }
 
+/// Documents of these lengths; token n of document d is 1000 d + n.
+fn documents(lengths: &[usize]) -> Vec<Encoded> {
+    let tokens = |d: usize, len: usize| (0..len).map(|n| (1000 * d + n) as u32).collect();
+    lengths.iter().enumerate().map(|(d, &len)| Encoded { source: format!("d{d}"), tokens: tokens(d, len) }).collect()
+}
+
+#[test]
+fn documents_are_packed_where_they_fit_best_and_long_ones_are_cut() {
+    let corpus = Corpus::pack(documents(&[25, 3, 6, 4, 1, 2]), 10).unwrap();
+    let layout: Vec<(Vec<usize>, String)> =
+        (0..corpus.len()).map(|n| (corpus.lengths(n).collect(), corpus.describe(&[n]))).collect();
+    // Parts of 10, 10 and 5 tokens; 3 fits behind the 5; 6 and 4 fill one; 1 predicts nothing; 2 fits behind the 3.
+    let expected = [(vec![10], "d0"), (vec![10], "d0"), (vec![5, 3, 2], "d0, d1, d5"), (vec![6, 4], "d2, d3")];
+    assert_eq!(layout, expected.map(|(lengths, sources)| (lengths, sources.to_owned())));
+    assert_eq!(corpus.sequence(2), [20, 21, 22, 23, 24, 1000, 1001, 1002, 5000, 5001]);
+    assert_eq!(corpus.pieces(2).nth(1).unwrap(), [1000, 1001, 1002]);
+    let part = corpus.range(2..4);
+    assert_eq!((part.len(), part.sequence(1)), (2, corpus.sequence(3)));
+    assert_eq!(part.describe(&[0]), "d0, d1, d5");
+}
+
+#[test]
+fn a_stream_runs_across_documents() {
+    let corpus = Corpus::stream(documents(&[5, 3, 9]), 6).unwrap();
+    assert_eq!(corpus.len(), 2);
+    assert!((0..2).all(|n| corpus.lengths(n).eq([6])));
+    assert_eq!(corpus.sequence(0), [0, 1, 2, 3, 4, 1000]);
+    assert_eq!((corpus.describe(&[0]), corpus.describe(&[1])), ("d0".into(), "d1".into()));
+}
+
+#[test]
+fn the_digest_knows_where_documents_begin() {
+    let digest = |lengths: &[usize]| {
+        // The same tokens in the same order.
+        let mut tokens = (0..10u32).collect::<Vec<_>>();
+        let parts = lengths.iter().map(|&len| Encoded { source: "d".into(), tokens: tokens.drain(..len).collect() });
+        let corpus = Corpus::pack(parts.collect(), 10).unwrap();
+        assert_eq!((corpus.len(), corpus.sequence(0).len()), (1, 10));
+        corpus.digest()
+    };
+    assert!(digest(&[10]) != digest(&[4, 6]) && digest(&[4, 6]) != digest(&[6, 4]));
+    assert_eq!(digest(&[4, 6]), digest(&[4, 6]));
+}
+
+#[test]
+fn texts_are_tokenised_in_order_up_to_a_limit_without_reading_on() {
+    let stories = Checkpoint::open("stories260k").unwrap();
+    let document = |n: usize| Document { source: n.to_string(), text: format!("Story {n}. ").repeat(1 + n % 9) };
+    let texts: Vec<Document> = (0..40_000).map(document).collect();
+    let mut read = Vec::new();
+    let some = encode(&texts, &stories.tokenizer, Some(5000), |bytes| read.push(bytes)).unwrap();
+    let total: usize = texts.iter().map(|document| document.text.len()).sum();
+    assert_eq!(some.iter().map(|document| document.tokens.len()).sum::<usize>(), 5000);
+    assert!(read.len() == 1 && read[0] < total / 2, "{read:?} of {total} bytes");
+    for (n, document) in some[..some.len() - 1].iter().enumerate() {
+        assert_eq!(document.source, n.to_string());
+        assert_eq!(document.tokens, stories.tokenizer.encode(&texts[n].text, true).unwrap());
+    }
+
+    // One text of which a little is wanted: the same tokens as of the whole.
+    let one = [Document { source: "one".into(), text: "Once upon a time there was a dog. ".repeat(3000) }];
+    let whole = encode(&one, &stories.tokenizer, None, |_| {}).unwrap();
+    let part = encode(&one, &stories.tokenizer, Some(700), |_| {}).unwrap();
+    assert_eq!(part[0].tokens, whole[0].tokens[..700]);
+    let all = stories.tokenizer.encode(&one[0].text, true).unwrap();
+    assert_eq!(whole[0].tokens, all);
+    assert_eq!(encode(&one, &stories.tokenizer, Some(usize::MAX), |_| {}).unwrap()[0].tokens, all);
+}
+
 proptest! {
+    #[test]
+    fn packing_loses_nothing_and_tears_nothing_short(lengths in prop::collection::vec(0usize..40, 1..30), length in 2usize..20) {
+        prop_assume!(lengths.iter().any(|&len| len > 1));
+        let documents = documents(&lengths);
+        let corpus = Corpus::pack(documents.clone(), length).unwrap();
+        let mut pieces: Vec<Vec<u32>> =
+            (0..corpus.len()).flat_map(|n| corpus.pieces(n).map(<[u32]>::to_vec).collect::<Vec<_>>()).collect();
+        let mut expected: Vec<Vec<u32>> = documents
+            .iter()
+            .flat_map(|document| document.tokens.chunks(length).filter(|piece| piece.len() > 1).map(<[u32]>::to_vec))
+            .collect();
+        pieces.sort();
+        expected.sort();
+        prop_assert_eq!(pieces, expected);
+        for n in 0..corpus.len() {
+            let len: usize = corpus.lengths(n).sum();
+            prop_assert!(len <= length && len == corpus.sequence(n).len());
+        }
+        // Best fit leaves at most one sequence that is no more than half full.
+        let half = (0..corpus.len()).filter(|&n| corpus.sequence(n).len() * 2 <= length).count();
+        prop_assert!(half <= 1, "{half} sequences could be joined");
+    }
+
     #[test]
     fn every_epoch_is_a_permutation_wherever_batches_end(len in 1usize..12, batch in 1usize..30, seed: u64) {
         let corpus = corpus(len);

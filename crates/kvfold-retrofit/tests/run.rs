@@ -142,7 +142,7 @@ fn the_two_newest_checkpoints_are_kept_and_nothing_else_is_left() {
     let run = Run::new(HEAD, (0, 3, 3));
     run.killed_after(&[1, 2, 3, 5]);
     let checkpoints = ["step-00000003.safetensors", "step-00000005.safetensors"];
-    assert_eq!(run.names(), [&["corpus.u32", "curve.jsonl", "run.json"][..], &checkpoints].concat());
+    assert_eq!(run.names(), [&["corpus.json", "corpus.u32", "curve.jsonl", "run.json"][..], &checkpoints].concat());
 }
 
 #[test]
@@ -242,7 +242,7 @@ fn another_run_is_refused_by_the_field_that_differs() {
     other("base_config_digest", &Checkpoint { config, ..tiny() }, &|_| {});
 
     change(&run.file("run.json"), |json| {
-        *json = String::from_utf8_lossy(json).replace("\"version\": 1", "\"version\": 2").into_bytes();
+        *json = String::from_utf8_lossy(json).replace("\"version\": 2", "\"version\": 3").into_bytes();
     });
     other("version", &base, &|s| s.seed = 12);
 }
@@ -257,8 +257,9 @@ fn a_run_may_go_on_with_recomputation() {
 
 #[test]
 fn a_damaged_corpus_or_run_file_is_an_error_that_names_it() {
-    let damages: [(&str, Damage); 5] = [
+    let damages: [(&str, Damage); 6] = [
         ("corpus.u32", |b| b[20] ^= 1),
+        ("corpus.json", |b| b.truncate(9)),
         ("corpus.u32", |b| b.truncate(4 * LENGTH)),
         ("corpus.u32", Vec::clear),
         ("run.json", |b| b.truncate(30)),
@@ -355,7 +356,7 @@ fn a_removal_that_was_cut_short_leaves_nothing_to_the_next_run() {
     assert!(!run.dir().exists());
     run.settings.seed = 5;
     run.create();
-    assert_eq!(run.names(), ["corpus.u32", "run.json"]);
+    assert_eq!(run.names(), ["corpus.json", "corpus.u32", "run.json"]);
     run.finishes_from(0, &[]);
 }
 

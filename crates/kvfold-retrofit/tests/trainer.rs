@@ -10,8 +10,9 @@ use kvfold_kernels::{FastCpu, Ops};
 use kvfold_model::attend::{Fading, Folding, Gated, Mode, Plain, gated};
 use kvfold_model::block::{Attend, Pass, Projected};
 use kvfold_model::{Checkpoint, Loaded};
+use kvfold_retrofit::corpus::Encoded;
 use kvfold_retrofit::schedule::Stage;
-use kvfold_retrofit::settings::Loss;
+use kvfold_retrofit::settings::{Loss, Train};
 use kvfold_retrofit::{Corpus, RetrofitError, Settings, StepReport, Trainer};
 use kvfold_tensor::{DType, HostTensor};
 use std::collections::{BTreeMap, BTreeSet};
@@ -351,7 +352,7 @@ fn a_step_that_is_not_finite_is_an_error_that_changes_nothing() {
     trainer.restore(2, |name, _| Ok(&state[name])).unwrap();
     let before = bits(&trainer);
     match trainer.step(&corpus).unwrap_err() {
-        RetrofitError::NotFinite { step, what, value, sequences } => {
+        RetrofitError::NotFinite { step, what, value, sequences, .. } => {
             assert_eq!((step, what, sequences), (3, "the loss", corpus.batch(11, 2, 3)));
             assert!(value.is_nan());
         }
@@ -539,4 +540,157 @@ fn the_lm_loss_predicts_no_token_of_the_next_sequence() {
     let report = trainer(&run).step(&corpus).unwrap();
     assert!((report.task_loss - cross_entropy(logits.data(), &batch)).abs() < 1e-5);
     assert!((report.task_loss - leaking).abs() > 1e-4, "the two could not be told apart");
+}
+
+/// Texts of these lengths, packed.
+fn packed(lengths: &[usize]) -> Corpus {
+    let token = |d: usize, n: usize| ((d * 31 + n * n * 7 + n) % common::VOCAB) as u32;
+    let document = |(d, &len): (usize, &usize)| Encoded {
+        source: format!("d{d}"),
+        tokens: (0..len).map(|n| token(d, n)).collect(),
+    };
+    Corpus::pack(lengths.iter().enumerate().map(document).collect(), LENGTH).unwrap()
+}
+
+#[test]
+fn documents_in_a_pack_know_nothing_of_each_other() {
+    // The loss over packed documents is that over documents alone, weighted by their predictions.
+    let corpus = packed(&[14, 10, 9, 9, 6, 17, 7]);
+    assert!((0..corpus.len()).any(|n| corpus.lengths(n).count() > 1), "nothing is packed");
+    let run = Settings { loss: Loss::Lm, batch: corpus.len(), ..settings(NEVER, (0, 1, 0)) };
+    let report = trainer(&run).step(&corpus).unwrap();
+    let model = Loaded::new(FastCpu::new(), &tiny());
+    let (mut nll, mut count) = (0.0, 0);
+    for piece in (0..corpus.len()).flat_map(|n| corpus.pieces(n)) {
+        let alone = (piece.to_vec(), Spans::of_lengths(&[piece.len()]));
+        let predicted = piece.len() - 1;
+        nll += predicted as f64 * cross_entropy(logits(&model, &alone, &mut Plain).data(), &alone);
+        count += predicted;
+    }
+    assert!((report.task_loss - nll / count as f64).abs() < 1e-5, "{} {}", report.task_loss, nll / count as f64);
+    assert_eq!(report.tokens, 72);
+}
+
+#[test]
+fn the_ratio_of_packed_documents_is_tokens_over_slots() {
+    // Everything that may fold does: of a document of T tokens with delay 3, T - 4 fold.
+    let all = Decision::Head { scale: 4.0, offset: -1e4 };
+    let lengths = [14, 10, 9, 9, 6, 17, 3, 4];
+    let corpus = packed(&lengths);
+    let run = Settings { batch: corpus.len(), ..settings(all, (0, 0, 1)) };
+    let mut trainer = trainer(&run);
+    let report = trainer.step(&corpus).unwrap();
+    let (tokens, slots): (usize, usize) = lengths.iter().fold((0, 0), |(t, s), &len| (t + len, s + len.min(4)));
+    let expected = tokens as f64 / slots as f64;
+    assert!((report.ratio - expected).abs() < 1e-5, "{} {expected}", report.ratio);
+    assert!(trainer.heads().iter().flatten().all(|ratio| (ratio - expected).abs() < 1e-5));
+    // 2x of 24 tokens is 12 of the 20 that may fold; of each document as large a share is asked.
+    let folds: f64 = lengths.iter().map(|&len| 12.0 / 20.0 * len.saturating_sub(4) as f64).sum();
+    let asked = tokens as f64 / (tokens as f64 - folds);
+    assert!((report.ratio_target - asked).abs() < 1e-9, "{} {asked}", report.ratio_target);
+    assert_eq!(report.hinge, 0.0);
+    assert!((run.ratio_on(lengths.iter().copied()).unwrap() - asked).abs() < 1e-9);
+    assert!(matches!(run.ratio_on([3, 4].into_iter()), Err(RetrofitError::ShortDocuments { longest: 4, delay: 3 })));
+
+    // With nothing folded, what is missing is what is asked.
+    for (over, expected) in [
+        (Over::Batch, folds / tokens as f64),
+        (Over::Sequence, {
+            let each = |&len: &usize| 12.0 / 20.0 * len.saturating_sub(4) as f64 / len as f64;
+            lengths.iter().map(each).sum::<f64>() / lengths.len() as f64
+        }),
+    ] {
+        let mut never = Settings { batch: corpus.len(), ..settings(NEVER, (0, 0, 1)) };
+        never.pressure.over = over;
+        let report = common::trainer(&never).step(&corpus).unwrap();
+        assert!((report.hinge - expected).abs() < 1e-6, "{over:?}: {} {expected}", report.hinge);
+    }
+}
+
+#[test]
+fn a_batch_in_parts_is_the_batch_up_to_rounding() {
+    let corpus = packed(&[14, 10, 9, 9, 6, 17, 7, 24, 24, 3, 20, 11]);
+    for (decision, stages) in [(HEAD, (0, 2, 2)), (BORROWED, (2, 2, 1))] {
+        for (loss, scope, over) in [
+            (Loss::Lm, Scope::Global, Over::Batch),
+            (Loss::Distill { direction: KlDirection::Forward }, Scope::Layer, Over::Batch),
+            (Loss::Distill { direction: KlDirection::Reverse }, Scope::Head, Over::Sequence),
+        ] {
+            let run = |accumulate| {
+                let mut run = Settings { batch: 5, accumulate, loss, ..settings(decision, stages) };
+                (run.pressure.scope, run.pressure.over) = (scope, over);
+                // Far enough that the hinge presses in some steps and not in others.
+                run.ratio = 1.3;
+                // AdamW takes a whole step on a gradient that is nothing but rounding, as the first of a distillation is.
+                run.learning.rate = 1e-6;
+                let mut trainer = trainer(&run);
+                let reports = steps(&mut trainer, &corpus, run.stages.total());
+                (reports, trainer.state().into_iter().collect::<BTreeMap<_, _>>())
+            };
+            let (whole, weights) = run(1);
+            for accumulate in [2, 3, 5] {
+                let (parts, others) = run(accumulate);
+                for (whole, part) in whole.iter().zip(&parts) {
+                    assert_eq!((whole.tokens, whole.ratio_target), (part.tokens, part.ratio_target));
+                    assert!((whole.ratio - part.ratio).abs() < 1e-6, "{accumulate}: {whole:?} {part:?}");
+                    assert!((whole.loss - part.loss).abs() < 1e-4, "{accumulate}: {whole:?} {part:?}");
+                    let apart = (whole.grad_norm - part.grad_norm).abs();
+                    assert!(apart <= 1e-3 * whole.grad_norm + 1e-6, "{accumulate}: {whole:?} {part:?}");
+                }
+                for (name, tensor) in weights.iter().filter(|(name, _)| name.starts_with("m.")) {
+                    let (a, b) = (tensor.to_f32(), others[name].to_f32());
+                    let scale = a.iter().map(|x| x.abs()).fold(1e-4, f32::max);
+                    assert!(largest(&a, &b) < 2e-2 * scale, "{decision:?} {accumulate} {name}: {}", largest(&a, &b));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn frozen_weights_stay_and_the_others_move_as_they_would() {
+    let corpus = corpus(5);
+    let base = tiny();
+    for decision in [HEAD, BORROWED] {
+        for recompute in [false, true] {
+            let run = |train| {
+                let run = Settings { train, recompute, ..settings(decision, (0, 1, 2)) };
+                let mut trainer = trainer(&run);
+                let first = trainer.step(&corpus).unwrap();
+                steps(&mut trainer, &corpus, 3);
+                (trainer, first)
+            };
+            let (all, _) = run(Train::All);
+            for (train, parts) in [
+                (Train::Qk, &["q_proj", "k_proj", "decide_proj"][..]),
+                (Train::Attention, &["q_proj", "k_proj", "v_proj", "o_proj", "decide_proj"]),
+            ] {
+                let (trainer, first) = run(train);
+                let state: BTreeMap<String, HostTensor> = trainer.state().into_iter().collect();
+                let trains = |name: &str| parts.iter().any(|part| name.contains(part));
+                assert!(state.keys().all(|name| trains(name)), "{:?}", state.keys());
+                let expected = all.state().iter().filter(|(name, _)| trains(name)).count();
+                assert_eq!(state.len(), expected, "{train:?}");
+                let model = trainer.checkpoint(&base).unwrap();
+                for (name, tensor) in &model.tensors {
+                    let moved = base.tensors.get(name).is_none_or(|before| before != tensor);
+                    assert_eq!(moved, trains(name), "{train:?} {name}");
+                }
+                // A gradient does not depend on which others are taken: the first moments after one step are the same.
+                let once = |train| {
+                    let run = Settings { train, recompute, ..settings(decision, (0, 1, 2)) };
+                    let run =
+                        Settings { learning: kvfold_retrofit::settings::Learning { clip: 1e9, ..run.learning }, ..run };
+                    let mut trainer = common::trainer(&run);
+                    steps(&mut trainer, &corpus, 1);
+                    trainer.state().into_iter().collect::<BTreeMap<_, _>>()
+                };
+                let (some, every) = (once(train), once(Train::All));
+                for (name, tensor) in some.iter().filter(|(name, _)| name.starts_with("m.")) {
+                    assert_eq!(tensor, &every[name], "{train:?} {name}");
+                }
+                assert!(first.grad_norm > 0.0);
+            }
+        }
+    }
 }

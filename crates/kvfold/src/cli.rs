@@ -3,19 +3,20 @@
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kvfold_kernels::dmc::Share;
 use kvfold_kernels::ops::{KlDirection, Over, Scope};
-use kvfold_retrofit::settings;
+use kvfold_model::{Checkpoint, ModelError};
+use kvfold_retrofit::settings::{self, Train};
 use std::path::PathBuf;
 
 const AFTER_HELP: &str = "\
-A MODEL is a Hugging Face directory (config.json, model.safetensors, tokenizer.json), or the name of the embedded \
-model: stories260k.
+A MODEL is a Hugging Face directory (config.json, model.safetensors, tokenizer.json), a delta over one (a file that \
+`kvfold export --delta` wrote), or the name of the embedded model: stories260k.
 
 Exit codes:
   0    done, or the reader of the output went away
   1    the machine failed: a disk, a permission
   2    the arguments are wrong
   3    the input cannot be used: a model, a text, a setting
-  4    training failed: a loss that is not a number
+  4    training failed: a loss that is not a number, or that exploded
   130  interrupted; what can be resumed is saved";
 
 /// Dynamic Memory Compression for Llama-family models: teach a model to keep a smaller cache, and prove what it costs.
@@ -47,6 +48,10 @@ pub(crate) enum Command {
     /// Dense models of architecture "llama": weights in F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K;
     /// tokenizer, chat template and configuration from the file's metadata.
     Import(ImportArgs),
+    /// Write a retrofitted model as what it changed of its base
+    ///
+    /// One file with the tensors that differ, by name; it opens wherever a model does, over the same base.
+    Export(ExportArgs),
     /// Continue a prompt
     Generate(GenerateArgs),
     /// Measure how good a model is, through the cache that serves it
@@ -110,11 +115,80 @@ pub(crate) struct ImportArgs {
     pub(crate) json: bool,
 }
 
+/// How a delta's matrices are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DeltaDType {
+    /// 32 bits
+    F32,
+    /// 16 bits, 11 of them precision
+    F16,
+    /// 16 bits, 8 of them precision
+    Bf16,
+    /// 8.25 bits: 64 numbers share a scale
+    Int8,
+}
+
 #[derive(Debug, Args)]
-pub(crate) struct GenerateArgs {
-    /// Model directory, or stories260k
+pub(crate) struct ExportArgs {
+    /// Write a delta: the only form there is
+    #[arg(long, required = true)]
+    pub(crate) delta: bool,
+
+    /// Retrofitted model
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: String,
+
+    /// File for the delta
+    #[arg(value_name = "OUT")]
+    pub(crate) out: PathBuf,
+
+    /// Model that was retrofitted [default: the one that MODEL names]
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) base: Option<String>,
+
+    /// How matrices are written; vectors and decision heads are exact
+    #[arg(long, value_enum, default_value_t = DeltaDType::Bf16)]
+    pub(crate) dtype: DeltaDType,
+
+    /// Print one JSON document at the end
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// A model, whole or as a delta over another.
+#[derive(Debug, Args)]
+pub(crate) struct ModelArgs {
+    /// Model directory, delta, or stories260k
     #[arg(long, value_name = "MODEL")]
     pub(crate) model: String,
+
+    /// A delta over --model
+    #[arg(long, value_name = "FILE")]
+    pub(crate) delta: Option<PathBuf>,
+}
+
+impl ModelArgs {
+    /// Opens the model.
+    pub(crate) fn open(&self) -> Result<Checkpoint, ModelError> {
+        match &self.delta {
+            Some(delta) => Checkpoint::open_delta(&self.model, delta),
+            None => Checkpoint::open(&self.model),
+        }
+    }
+
+    /// What the user called it.
+    pub(crate) fn name(&self) -> String {
+        match &self.delta {
+            Some(delta) => format!("{} + {}", self.model, delta.display()),
+            None => self.model.clone(),
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GenerateArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
 
     /// Text to continue
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
@@ -139,9 +213,8 @@ pub(crate) struct GenerateArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct PplArgs {
-    /// Model directory, or stories260k
-    #[arg(long, value_name = "MODEL")]
-    pub(crate) model: String,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
 
     /// Text to predict (UTF-8)
     #[arg(long, value_name = "FILE")]
@@ -235,6 +308,27 @@ impl From<OverArg> for Over {
     }
 }
 
+/// Which weights change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum TrainArg {
+    /// Queries and keys, and the decision heads
+    Qk,
+    /// Queries, keys, values, the heads' output, and the decision heads
+    Attention,
+    /// Everything
+    All,
+}
+
+impl From<TrainArg> for Train {
+    fn from(train: TrainArg) -> Self {
+        match train {
+            TrainArg::Qk => Train::Qk,
+            TrainArg::Attention => Train::Attention,
+            TrainArg::All => Train::All,
+        }
+    }
+}
+
 /// Who decides together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ShareArg {
@@ -267,8 +361,11 @@ pub(crate) struct RetrofitArgs {
     #[arg(long, value_name = "R", allow_negative_numbers = true)]
     pub(crate) ratio: f64,
 
-    /// Training text (UTF-8), one or more files [default: the model writes its own]
-    #[arg(long, value_name = "FILE", num_args = 1..)]
+    /// Training text: files or folders [default: the model writes its own]
+    ///
+    /// A .jsonl file holds a document per line, a .parquet file one per row, any other file is one; each may be compressed
+    /// (.zst). Folders are read with their folders. Attention, positions and folding start afresh at each document.
+    #[arg(long, value_name = "PATH", num_args = 1..)]
     pub(crate) text: Vec<PathBuf>,
 
     /// What the model is asked to keep
@@ -290,6 +387,16 @@ pub(crate) struct RetrofitArgs {
     /// Go on with the interrupted run of --out; the other arguments must be the same
     #[arg(long)]
     pub(crate) resume: bool,
+
+    /// Print tokens, steps, memory and expected hours, and stop
+    ///
+    /// Hours are from a few sequences that are trained on for the measurement; nothing is written.
+    #[arg(long, conflicts_with = "resume")]
+    pub(crate) plan: bool,
+
+    /// Which weights change; what does not costs no gradient and no moments
+    #[arg(long, value_enum, default_value_t = TrainArg::All)]
+    pub(crate) train: TrainArg,
 
     /// Print one JSON document at the end
     #[arg(long)]
@@ -329,7 +436,26 @@ pub(crate) struct RetrofitArgs {
     #[arg(long, value_name = "N", default_value_t = 8, help_heading = "How to train")]
     pub(crate) batch: usize,
 
-    /// Tokens of a sequence [default: 512, or the model's context if shorter]
+    /// Compute a step's sequences in this many parts: less memory, the same result up to rounding
+    ///
+    /// With --over batch the fold rates of all parts are needed before the first gradient, which costs a further forward
+    /// pass; with --over sequence nothing.
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "How to train")]
+    pub(crate) accumulate: usize,
+
+    /// The documents' field in JSON objects and their column in tables
+    #[arg(long, value_name = "NAME", default_value = "text", help_heading = "How to train")]
+    pub(crate) text_field: String,
+
+    /// Tokens of --text that are used at most [default: what the steps take]
+    #[arg(long, value_name = "N", help_heading = "How to train")]
+    pub(crate) max_tokens: Option<usize>,
+
+    /// Join the documents to one stream: no fresh start at each (the paper's code)
+    #[arg(long, help_heading = "How to train")]
+    pub(crate) no_reset: bool,
+
+    /// Tokens of a sequence at most [default: 512, or the model's context if shorter]
     #[arg(long, value_name = "N", help_heading = "How to train")]
     pub(crate) length: Option<usize>,
 

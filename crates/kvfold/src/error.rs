@@ -36,7 +36,7 @@ pub(crate) enum AppError {
 const MACHINE: u8 = 1;
 /// The input cannot be used: a model, a text, a setting. (2 is clap's, for arguments.)
 const INPUT: u8 = 3;
-/// Training went wrong: a loss that is not a number.
+/// Training went wrong: a loss that is not a number, or that exploded.
 const TRAINING: u8 = 4;
 /// The shell's code for Ctrl-C.
 pub(crate) const INTERRUPTED: u8 = 130;
@@ -56,7 +56,7 @@ impl AppError {
             )
             | AppError::File { source, .. } => of_io(source.kind()),
             AppError::Output(_) | AppError::Setup { .. } => MACHINE,
-            AppError::Retrofit(RetrofitError::NotFinite { .. }) => TRAINING,
+            AppError::Retrofit(RetrofitError::NotFinite { .. } | RetrofitError::Exploding { .. }) => TRAINING,
             AppError::Interrupted(_) => INTERRUPTED,
             AppError::Text { .. }
             | AppError::Model(_)

@@ -36,6 +36,7 @@ fn run(cli: &Cli) -> Result<(), AppError> {
         Command::Demo(args) => commands::demo::run(args),
         Command::Retrofit(args) => commands::retrofit::run(args, &interrupt),
         Command::Import(args) => commands::import::run(args),
+        Command::Export(args) => commands::export::run(args),
         Command::Generate(args) => commands::generate::run(args),
         Command::Eval { command: EvalCommand::Ppl(args) } => commands::eval_ppl::run(args),
     }

@@ -24,6 +24,16 @@ pub(crate) fn bar(label: &'static str, length: usize, unit: &str, quiet: bool) -
     bar
 }
 
+/// A progress bar with room for what else there is to see, below it.
+pub(crate) fn panel(label: &'static str, length: u64, unit: &str, quiet: bool) -> ProgressBar {
+    let panel = bar(label, 0, unit, quiet);
+    panel.set_length(length);
+    let template =
+        format!("{{prefix:<22}} {{bar:28}} {{human_pos}}/{{human_len}} {unit}  {{elapsed}}, {{eta}} left\n{{msg}}");
+    panel.set_style(ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar()));
+    panel
+}
+
 /// This build: version and commit.
 pub(crate) const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("KVFOLD_COMMIT"), ")");
 
@@ -84,6 +94,15 @@ pub(crate) fn style() -> Style {
     let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     let width = terminal_size::terminal_size().filter(|_| terminal).map_or(100, |(width, _)| usize::from(width.0));
     Style { color: terminal && !refused, width }
+}
+
+/// The same for standard error, and its rows; none where it is no terminal.
+pub(crate) fn error_style() -> (Style, usize) {
+    let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    match terminal_size::terminal_size_of(std::io::stderr()) {
+        Some((width, height)) => (Style { color: !refused, width: width.0.into() }, height.0.into()),
+        None => (Style { color: false, width: 100 }, 0),
+    }
 }
 
 /// The command line as the user typed it, without --resume: with that it could not be run again.

@@ -3,7 +3,7 @@
 use crate::check::{Tensor, check, check_against, gradients, ragged, uniform};
 use kvfold_autograd::Var;
 use kvfold_kernels::Reference;
-use kvfold_kernels::ops::{Borrowed, Heads, Hinge, Ops, Over, Scope, Spans};
+use kvfold_kernels::ops::{Borrowed, Heads, Hinge, Ops, Over, Scope, Spans, StatedAt};
 
 const LOGITS: (f64, f64) = (-3.0, 3.0);
 
@@ -80,7 +80,12 @@ fn fold_rate_is_straight_through() {
 
 fn hinges(target: f64) -> impl Iterator<Item = Hinge> {
     let scopes = [Scope::Global, Scope::Layer, Scope::Head];
-    scopes.into_iter().flat_map(move |scope| [Over::Sequence, Over::Batch].map(|over| Hinge { target, scope, over }))
+    let lengths = [None, Some(StatedAt { length: 11, delay: 2 })];
+    scopes.into_iter().flat_map(move |scope| {
+        [Over::Sequence, Over::Batch]
+            .into_iter()
+            .flat_map(move |over| lengths.map(|stated_at| Hinge { target, scope, over, stated_at }))
+    })
 }
 
 #[test]
@@ -101,7 +106,7 @@ fn hinge_has_exactly_no_gradient_once_reached() {
         for layers in 1..12 {
             for hinge in [0.3, 0.5, 0.75, 1.0 - 1.0 / 1.37].into_iter().flat_map(hinges) {
                 for above in [0.0, 0.01] {
-                    let rate = vec![hinge.target + above; spans.len() * 3];
+                    let rate = spans.iter().flat_map(|span| [hinge.target_of(span.len) + above; 3]).collect::<Vec<_>>();
                     let rates = vec![Reference::reference().array(&[spans.len(), 3], rate); layers];
                     let seeds = std::slice::from_ref(&seed);
                     let grads = gradients(&rates, |_| true, seeds, |t, x| vec![t.hinge(x, &spans, hinge)]);

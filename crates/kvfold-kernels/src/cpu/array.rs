@@ -2,7 +2,7 @@
 //!
 //! A training step makes the same few hundred arrays every time, and fresh pages from the system cost more than filling
 //! them. So a large buffer goes back to its backend's [`Recycler`] when the last array that uses it is dropped, and the
-//! next array of that size takes it.
+//! next array of about that size takes it: batches of packed documents are never quite equally long.
 
 use crate::ops::Precision;
 use crate::real::Real;
@@ -22,29 +22,42 @@ pub(crate) struct Recycler<T>(Mutex<Waiting<T>>);
 
 #[derive(Debug, Default)]
 struct Waiting<T> {
-    by_len: HashMap<usize, Vec<Vec<T>>>,
+    by_class: HashMap<usize, Vec<Vec<T>>>,
     elements: usize,
+}
+
+/// `len` rounded up to a size that buffers come in, by less than an eighth.
+fn size_class(len: usize) -> usize {
+    let step = (len.next_power_of_two() / 16).max(1);
+    len.next_multiple_of(step)
 }
 
 impl<T: Copy + Default> Recycler<T> {
     /// A buffer of `len` elements, of any content: callers overwrite all of it.
     pub(crate) fn take(&self, len: usize) -> Vec<T> {
-        if len >= SMALL {
-            let mut waiting = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(buffer) = waiting.by_len.get_mut(&len).and_then(Vec::pop) {
-                waiting.elements -= len;
-                return buffer;
-            }
+        if len < SMALL {
+            return vec![T::default(); len];
         }
-        vec![T::default(); len]
+        let class = size_class(len);
+        let mut waiting = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = waiting.by_class.get_mut(&class).and_then(Vec::pop);
+        if found.is_some() {
+            waiting.elements -= class;
+        }
+        drop(waiting);
+        let mut buffer = found.unwrap_or_else(|| Vec::with_capacity(class));
+        buffer.resize(len, T::default());
+        buffer
     }
 
     fn give(&self, buffer: Vec<T>) {
-        if buffer.len() >= SMALL {
+        // One that was not taken from here may have room for no more than its elements.
+        let class = size_class(buffer.len());
+        if buffer.len() >= SMALL && buffer.capacity() >= class {
             let mut waiting = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            if waiting.elements + buffer.len() <= KEPT {
-                waiting.elements += buffer.len();
-                waiting.by_len.entry(buffer.len()).or_default().push(buffer);
+            if waiting.elements + class <= KEPT {
+                waiting.elements += class;
+                waiting.by_class.entry(class).or_default().push(buffer);
             }
         }
     }

@@ -8,7 +8,7 @@ use kvfold_kernels::ops::{KlDirection, Over, Precision, Scope};
 use kvfold_model::shape::Shape;
 use kvfold_model::weights::Weights;
 use kvfold_model::{Checkpoint, Config};
-use kvfold_retrofit::settings::{Learning, Loss, Pressure, Stages, Text};
+use kvfold_retrofit::settings::{Learning, Loss, Pressure, Stages, Text, Train};
 use kvfold_retrofit::{Corpus, Settings, StepReport, Trainer};
 use kvfold_tensor::{DType, HostTensor};
 use serde_json::json;
@@ -61,11 +61,13 @@ pub(crate) fn settings(decision: Decision, (zeroing, ramp, hold): (u64, u64, u64
         dmc: Dmc { decision, delay: 3, pool_window: Some(5), log_mass: true, share: Share::Head },
         ratio: 2.0,
         loss: Loss::Distill { direction: KlDirection::Forward },
-        text: Text::Given,
+        text: Text::Given { digest: String::new(), max_tokens: None, reset: true },
         pressure: Pressure { scope: Scope::Global, over: Over::Batch, weight: 2.0, margin: 0.0 },
         temperature: 0.5,
         length: LENGTH,
         batch: 3,
+        accumulate: 1,
+        train: Train::All,
         stages: Stages { zeroing, ramp, hold },
         learning: Learning {
             rate: 3e-3,

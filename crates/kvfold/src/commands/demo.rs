@@ -59,7 +59,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), AppError> {
         ..Settings::recipe(&shape, dmc.clone(), RATIO, STEPS)
     };
     let mut trainer = Trainer::new(FastCpu::new(), &base, settings)?;
-    let trained = train(&mut trainer, &corpus, Vec::new(), false, |_, _| Ok(()))?;
+    let trained = train(&mut trainer, &corpus, Vec::new(), false, |_, _, _| Ok(()))?;
     let model = trainer.checkpoint(&base)?;
     let mut compressed = Engine::new(FastCpu::new(), &model);
 

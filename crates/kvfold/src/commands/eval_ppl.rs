@@ -7,7 +7,6 @@ use crate::output;
 use kvfold_engine::Engine;
 use kvfold_eval::{cut, perplexity};
 use kvfold_kernels::FastCpu;
-use kvfold_model::Checkpoint;
 use kvfold_report::format;
 use serde::Serialize;
 
@@ -15,9 +14,9 @@ use serde::Serialize;
 const WINDOW: usize = 1024;
 
 #[derive(Serialize)]
-struct Output<'a> {
+struct Output {
     schema: &'static str,
-    model: &'a str,
+    model: String,
     text: String,
     perplexity: f64,
     tokens: usize,
@@ -28,7 +27,7 @@ struct Output<'a> {
 }
 
 pub(crate) fn run(args: &PplArgs) -> Result<(), AppError> {
-    let checkpoint = Checkpoint::open(&args.model)?;
+    let checkpoint = args.model.open()?;
     let context = checkpoint.config.max_position_embeddings;
     let window = args.window.unwrap_or(WINDOW.min(context));
     if !(2..=context).contains(&window) {
@@ -42,7 +41,7 @@ pub(crate) fn run(args: &PplArgs) -> Result<(), AppError> {
     bar.finish_and_clear();
     let result = Output {
         schema: "kvfold.perplexity/1",
-        model: &args.model,
+        model: args.model.name(),
         text: args.text.display().to_string(),
         perplexity: result.value(),
         tokens: result.predicted,

@@ -18,7 +18,7 @@ const NEW_TOKENS: usize = 256;
 #[derive(Serialize)]
 struct Output<'a> {
     schema: &'static str,
-    model: &'a str,
+    model: String,
     prompt: &'a str,
     text: &'a str,
     prompt_tokens: usize,
@@ -34,7 +34,7 @@ struct Output<'a> {
 }
 
 pub(crate) fn run(args: &GenerateArgs) -> Result<(), AppError> {
-    let checkpoint = Checkpoint::open(&args.model)?;
+    let checkpoint = args.model.open()?;
     let mut prompt = checkpoint.tokenizer.encode(&args.prompt, true)?;
     prompt.extend(checkpoint.config.bos_token_id.filter(|_| prompt.is_empty()));
     let room = checkpoint.config.max_position_embeddings.saturating_sub(prompt.len());
@@ -71,7 +71,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<(), AppError> {
     let dense = engine.dense_usage(held.tokens).bytes();
     let result = Output {
         schema: "kvfold.generate/1",
-        model: &args.model,
+        model: args.model.name(),
         prompt: &args.prompt,
         text: &text.all,
         prompt_tokens: prompt.len(),

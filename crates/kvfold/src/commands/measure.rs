@@ -16,7 +16,9 @@ pub(crate) fn measure(pair: Pair<'_>, windows: &[&[u32]], quiet: bool) -> Result
     let bar = output::bar("evaluating", windows.len(), "windows", quiet);
     let comparison = compare(pair, windows, |done| bar.set_position(done as u64))?;
     bar.finish_and_clear();
-    let context = windows.first().map_or(0, |window| window.len());
+    // Windows of packed documents differ in length.
+    let tokens: usize = windows.iter().map(|window| window.len()).sum();
+    let context = (tokens as f64 / windows.len().max(1) as f64).round() as usize;
     Ok((memory(&comparison, context), quality(&comparison)))
 }
 

@@ -2,11 +2,15 @@
 
 pub(crate) mod demo;
 pub(crate) mod eval_ppl;
+pub(crate) mod export;
 pub(crate) mod generate;
 pub(crate) mod import;
 mod measure;
+mod panel;
 mod papers;
+mod plan;
 pub(crate) mod retrofit;
+mod texts;
 mod train;
 
 use crate::error::AppError;

@@ -9,8 +9,8 @@ use kvfold_model::{Checkpoint, embedded};
 use kvfold_report::card::Recipe;
 use kvfold_report::receipt::{self, Memory, Quality, Training};
 use kvfold_report::{Card, Curve, Point};
+use kvfold_retrofit::Trainer;
 use kvfold_retrofit::settings::{Loss, Text};
-use kvfold_retrofit::{Settings, Trainer};
 use std::path::{Path, PathBuf};
 
 /// A retrofit and what came of it.
@@ -42,7 +42,9 @@ impl Papers<'_> {
 
     /// What the training of this process took.
     pub(crate) fn training(&self) -> Training {
-        let tokens = self.trained.steps * tokens_per_step(self.trainer.settings());
+        let reports = &self.trained.reports;
+        let before = reports.len() - self.trained.steps as usize;
+        let tokens = reports[before..].iter().map(|report| report.tokens).sum();
         let seconds = self.trained.elapsed.as_secs_f64();
         Training { steps: self.trained.steps, tokens, seconds, tokens_per_second: tokens as f64 / seconds }
     }
@@ -66,11 +68,11 @@ impl Papers<'_> {
                     Loss::Distill { .. } => "distill".to_owned(),
                 },
                 steps: self.trainer.steps(),
-                tokens: self.trainer.steps() * tokens_per_step(settings),
+                tokens: self.trained.reports.iter().map(|report| report.tokens).sum(),
                 seed: settings.seed,
                 text: match settings.text {
                     Text::Own { samples } => format!("{samples} texts that the model wrote itself"),
-                    Text::Given => {
+                    Text::Given { .. } => {
                         self.text.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
                     }
                 },
@@ -87,9 +89,14 @@ impl Papers<'_> {
         let value = serde_json::to_value(settings).map_err(|error| AppError::Output(error.into()))?;
         let speed = self.training().tokens_per_second;
         let mut curve = Curve::new(value);
-        curve.points.extend(self.trained.reports.iter().map(|report| Point {
+        let mut tokens = 0;
+        let seen = self.trained.reports.iter().map(|report| {
+            tokens += report.tokens;
+            (report, tokens)
+        });
+        curve.points.extend(seen.map(|(report, tokens)| Point {
             step: report.step,
-            tokens: report.step * tokens_per_step(settings),
+            tokens,
             stage: report.stage.name().to_owned(),
             loss: report.loss,
             task_loss: report.task_loss,
@@ -102,10 +109,6 @@ impl Papers<'_> {
         }));
         Ok(curve)
     }
-}
-
-fn tokens_per_step(settings: &Settings) -> u64 {
-    (settings.batch * settings.length) as u64
 }
 
 /// The report's name for where decisions come from.

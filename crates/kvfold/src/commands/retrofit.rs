@@ -2,8 +2,9 @@
 
 use super::measure::measure;
 use super::papers::Papers;
-use super::train::{SelfText, self_text, train};
-use super::{start_token, tokens_of};
+use super::plan::plan;
+use super::texts::{self, Texts};
+use super::train::train;
 use crate::cli::{DecisionSource, LossKind, RetrofitArgs};
 use crate::error::AppError;
 use crate::interrupt::Interrupt;
@@ -15,12 +16,9 @@ use kvfold_model::shape::Shape;
 use kvfold_model::{Checkpoint, ensure_absent};
 use kvfold_report::receipt::{Memory, Quality, Training};
 use kvfold_report::{format, heat_map};
-use kvfold_retrofit::settings::{BORROWED_SCALE, HEAD_SCALE, Loss, Text};
-use kvfold_retrofit::{Corpus, RetrofitError, RunDir, Settings, Trainer};
+use kvfold_retrofit::settings::{BORROWED_SCALE, HEAD_SCALE, Loss};
+use kvfold_retrofit::{RetrofitError, RunDir, Settings, Trainer};
 use serde::Serialize;
-
-/// Sequences that are kept from training to measure on: a tenth of the text, at least one and at most this many.
-const HELD_OUT: usize = 16;
 
 #[derive(Serialize)]
 struct Output<'a> {
@@ -41,35 +39,39 @@ struct Output<'a> {
 pub(crate) fn run(args: &RetrofitArgs, interrupt: &Interrupt) -> Result<(), AppError> {
     ensure_absent(&args.out)?;
     let base = Checkpoint::open(&args.model)?;
-    let settings = settings(args, &base)?;
-    let mut trainer = Trainer::new(FastCpu::new(), &base, settings)?;
+    let texts = Texts::read(args)?;
+    let settings = settings(args, &base, &texts)?;
+    if args.plan {
+        return plan(args, &base, settings);
+    }
     let run = RunDir::of(&args.out);
     if run.exists() && !args.resume {
         return Err(RetrofitError::Unfinished { dir: run.path().display().to_string() }.into());
     }
-    let mut original = Engine::new(FastCpu::new(), &base);
+    let mut trainer = Trainer::new(FastCpu::new(), &base, settings)?;
     let (corpus, reports) = if args.resume {
-        let resumed = run.resume(&base, &mut trainer)?;
-        ensure_same_text(args, &base, &resumed.corpus, &run)?;
+        let resumed = run.resume(&base, &mut trainer).map_err(other_text)?;
         for reason in &resumed.damaged {
             output::note(&format!("kvfold: {reason}; going on without it"));
         }
         output::note(&format!("going on after step {} of {}", trainer.steps(), trainer.settings().stages.total()));
         (resumed.corpus, resumed.reports)
     } else {
-        let corpus = corpus(args, &base, &mut original, trainer.settings().length)?;
-        ensure_two(&corpus)?;
+        let corpus = texts.corpus(trainer.settings(), &base, args.json)?;
+        texts::check(&corpus, trainer.settings())?;
         run.create(&base, trainer.settings(), &corpus)?;
         (corpus, Vec::new())
     };
-    let (training_text, held_out) = split(&corpus)?;
+    drop(texts);
+    let (training_text, windows) = texts::split(&corpus);
 
     let saved = format!("the run is saved in {}: go on with --resume", run.path().display());
     interrupt.farewell(&format!("interrupted; {saved}"));
     let trained = interrupt.deferred(|asked| {
-        train(&mut trainer, &training_text, reports, args.json, |trainer, reports| {
+        train(&mut trainer, &training_text, reports, args.json, |trainer, reports, wary| {
             let stop = asked() && !trainer.finished();
-            if stop || trainer.steps().is_multiple_of(args.checkpoint_every) || trainer.finished() {
+            let due = trainer.steps().is_multiple_of(args.checkpoint_every) || trainer.finished();
+            if stop || due && !wary {
                 run.save(trainer, reports)?;
             }
             match stop {
@@ -80,8 +82,8 @@ pub(crate) fn run(args: &RetrofitArgs, interrupt: &Interrupt) -> Result<(), AppE
     })?;
 
     let model = trainer.checkpoint(&base)?;
+    let mut original = Engine::new(FastCpu::new(), &base);
     let mut compressed = Engine::new(FastCpu::new(), &model);
-    let windows: Vec<&[u32]> = held_out.iter().map(Vec::as_slice).collect();
     let (memory, quality) = measure((&mut original, &mut compressed), &windows, args.json)?;
     let papers = Papers {
         base: &base,
@@ -123,7 +125,7 @@ pub(crate) fn run(args: &RetrofitArgs, interrupt: &Interrupt) -> Result<(), AppE
 }
 
 /// The run that the arguments define.
-fn settings(args: &RetrofitArgs, base: &Checkpoint) -> Result<Settings, AppError> {
+fn settings(args: &RetrofitArgs, base: &Checkpoint, texts: &Texts) -> Result<Settings, AppError> {
     let shape = Shape::of(&base.config);
     let offset = args.decision_offset;
     let decision = match args.decision {
@@ -149,9 +151,9 @@ fn settings(args: &RetrofitArgs, base: &Checkpoint) -> Result<Settings, AppError
     settings.batch = args.batch;
     settings.seed = args.seed;
     settings.recompute = args.recompute;
-    if args.text.is_empty() {
-        settings.text = Text::Own { samples: args.samples };
-    }
+    settings.accumulate = args.accumulate;
+    settings.train = args.train.into();
+    settings.text = texts.settings(args, (settings.stages, settings.length));
     settings.validate(&shape)?;
     if args.checkpoint_every == 0 {
         let expected = "at least 1 step".into();
@@ -160,60 +162,15 @@ fn settings(args: &RetrofitArgs, base: &Checkpoint) -> Result<Settings, AppError
     Ok(settings)
 }
 
-/// Sequences to train on and to measure on: the user's texts, or the model's own.
-fn corpus(
-    args: &RetrofitArgs,
-    base: &Checkpoint,
-    original: &mut Engine<FastCpu>,
-    length: usize,
-) -> Result<Corpus, AppError> {
-    if args.text.is_empty() {
-        let wanted = SelfText { texts: args.samples, length, seed: args.seed };
-        let texts = self_text(original, base, wanted, args.json)?;
-        return Ok(Corpus::cut(texts.into_iter().flatten().collect(), length)?);
+/// Says in words that the texts are not those that the run was started with.
+fn other_text(error: RetrofitError) -> RetrofitError {
+    match error {
+        RetrofitError::OtherRun { dir, what, .. } if what == "text.digest" => RetrofitError::OtherRun {
+            dir,
+            what: "text".into(),
+            found: "of other contents".into(),
+            wanted: "what the files of --text hold now".into(),
+        },
+        other => other,
     }
-    given(args, base, length)
-}
-
-/// The user's texts, one after the other.
-fn given(args: &RetrofitArgs, base: &Checkpoint, length: usize) -> Result<Corpus, AppError> {
-    let mut tokens = Vec::new();
-    for path in &args.text {
-        tokens.extend(start_token(base).ok());
-        tokens.extend(tokens_of(path, &base.tokenizer)?);
-    }
-    Ok(Corpus::cut(tokens, length)?)
-}
-
-/// Checks that the texts of a run that goes on are those it was started with.
-fn ensure_same_text(args: &RetrofitArgs, base: &Checkpoint, corpus: &Corpus, run: &RunDir) -> Result<(), AppError> {
-    if args.text.is_empty() || given(args, base, corpus.length())? == *corpus {
-        return Ok(());
-    }
-    let (what, found, wanted) = ("text".into(), "of other contents".into(), "what the files of --text hold now".into());
-    Err(RetrofitError::OtherRun { dir: run.path().display().to_string(), what, found, wanted }.into())
-}
-
-/// Checks that there is something to train on and something else to measure on.
-fn ensure_two(corpus: &Corpus) -> Result<(), AppError> {
-    match corpus.len() {
-        0 | 1 => Err(AppError::Text {
-            file: "the training text".into(),
-            reason: format!(
-                "it fills one sequence of {} tokens, and two are needed, one to train on and one to measure on; give \
-                 more text or a smaller --length",
-                corpus.length()
-            ),
-        }),
-        _ => Ok(()),
-    }
-}
-
-/// Keeps the last sequences from training.
-fn split(corpus: &Corpus) -> Result<(Corpus, Vec<Vec<u32>>), AppError> {
-    let held = (corpus.len() / 10).clamp(1, HELD_OUT);
-    let kept = corpus.len() - held;
-    let held_out = (kept..corpus.len()).map(|n| corpus.sequence(n).to_vec()).collect();
-    let training = Corpus::cut(corpus.tokens()[..kept * corpus.length()].to_vec(), corpus.length())?;
-    Ok((training, held_out))
 }

@@ -1,13 +1,13 @@
 //! Sampling and training with progress bars, shared by `retrofit` and `demo`.
 
+use super::panel::Panel;
 use super::start_token;
 use crate::error::AppError;
 use crate::output;
 use kvfold_engine::{Engine, Sampler, sample_corpus};
 use kvfold_kernels::FastCpu;
 use kvfold_model::Checkpoint;
-use kvfold_report::format;
-use kvfold_retrofit::{Corpus, StepReport, Trainer};
+use kvfold_retrofit::{Corpus, StepReport, Trainer, Watch};
 use std::time::{Duration, Instant};
 
 /// Texts that a model writes about itself.
@@ -48,31 +48,30 @@ pub(crate) struct Trained {
     pub(crate) steps: u64,
 }
 
-/// Trains to the end. `after_step` sees all reports so far and may stop the run with an error.
+/// Trains to the end, or until the loss explodes. `after_step` sees all reports so far, and whether the last loss is
+/// suspicious; it may stop the run with an error.
 pub(crate) fn train(
     trainer: &mut Trainer<FastCpu>,
     corpus: &Corpus,
     mut reports: Vec<StepReport>,
     quiet: bool,
-    mut after_step: impl FnMut(&Trainer<FastCpu>, &[StepReport]) -> Result<(), AppError>,
+    mut after_step: impl FnMut(&Trainer<FastCpu>, &[StepReport], bool) -> Result<(), AppError>,
 ) -> Result<Trained, AppError> {
-    let total = trainer.settings().stages.total();
-    let bar = output::bar("retrofitting", total as usize, "steps", quiet);
-    bar.set_position(trainer.steps());
-    bar.reset_eta();
+    let mut panel = Panel::new(trainer, quiet);
+    let mut watch = Watch::new(trainer.shape().vocab);
+    reports.iter().for_each(|report| {
+        watch.exploded(report);
+    });
     let (started, first) = (Instant::now(), trainer.steps());
     while !trainer.finished() {
         let report = trainer.step(corpus)?;
         reports.push(report);
-        bar.set_message(format!(
-            "loss {:.4}  ratio {} of {}",
-            report.task_loss,
-            format::ratio(report.ratio),
-            format::ratio(report.ratio_target)
-        ));
-        bar.set_position(report.step);
-        after_step(trainer, &reports)?;
+        if watch.exploded(&report) {
+            return Err(watch.error(&report, corpus, trainer.settings()).into());
+        }
+        panel.show(trainer, &report);
+        after_step(trainer, &reports, watch.is_wary())?;
     }
-    bar.finish_and_clear();
+    panel.close();
     Ok(Trained { reports, elapsed: started.elapsed(), steps: trainer.steps() - first })
 }

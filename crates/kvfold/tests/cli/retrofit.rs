@@ -181,6 +181,8 @@ const IMPOSSIBLE: &[(&[&str], &[&str])] = &[
     (&["--ratio", "12.9"], &["`ratio` is 12.9", "at most 12.80", "4 stay exact"]),
     (&["--steps", "0"], &["`steps` is 0"]),
     (&["--batch", "0"], &["`batch` is 0"]),
+    (&["--accumulate", "0"], &["`accumulate` is 0", "1 to 2, the sequences of a step"]),
+    (&["--accumulate", "3"], &["`accumulate` is 3", "1 to 2"]),
     (&["--batch", "1000000000000"], &["`batch` is 1000000000000"]),
     (&["--samples", "1"], &["`samples` is 1", "one to measure on"]),
     (&["--samples", "18446744073709551615"], &["`samples` is"]),
@@ -224,8 +226,8 @@ fn texts_that_are_none_are_refused_and_leave_nothing() {
     for (name, content, phrases) in [
         ("empty.txt", &b""[..], &["empty.txt", "no text"][..]),
         ("latin1.txt", b"caf\xe9", &["latin1.txt", "not UTF-8", "byte at 3"]),
-        ("short.txt", b"Once upon a time", &["5 tokens", "one sequence takes 64", "smaller --length"]),
-        ("single.txt", &story.as_bytes()[..180], &["two are needed", "one to measure on", "smaller --length"]),
+        ("short.txt", b"Once upon a time", &["two are needed", "one to measure on", "smaller --length"]),
+        ("single.txt", &story.as_bytes()[..150], &["two are needed", "one to measure on", "smaller --length"]),
     ] {
         dir.write(name, content);
         dir.run_with(TINY, &["--text", name]).fails(3, phrases);

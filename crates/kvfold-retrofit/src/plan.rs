@@ -1,0 +1,151 @@
+//! What a run takes, before it starts: steps, tokens, and memory from the shapes.
+//!
+//! Memory is counted in f32 arrays that are alive at the same time, for the backend as it is: what the tape keeps for the
+//! backward pass, weights packed for products, and the buffers that the backend keeps for the next step. What is not
+//! counted is the program itself and the text.
+
+use crate::settings::{Loss, Settings};
+use kvfold_model::Checkpoint;
+use kvfold_model::names;
+use kvfold_model::shape::Shape;
+use kvfold_model::weights::Weights;
+use serde::Serialize;
+
+/// Bytes of a number.
+const F32: u64 = 4;
+
+/// Rows that packed weights are filled up to.
+const PANEL: u64 = 32;
+
+/// Bytes that the backend keeps for reuse at most.
+const RECYCLED: u64 = (1 << 29) * F32;
+
+/// What a run takes.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Plan {
+    /// Optimiser steps.
+    pub steps: u64,
+    /// Sequences of a step.
+    pub batch: usize,
+    /// Sequences that are in memory at a time.
+    pub part: usize,
+    /// Tokens of a sequence.
+    pub length: usize,
+    /// Tokens of the run at most; documents do not always fill their sequences.
+    pub tokens: u64,
+    /// Parameters of the model, decision heads included.
+    pub parameters: u64,
+    /// Parameters that train.
+    pub trained_parameters: u64,
+    /// Bytes of main memory.
+    pub memory: Memory,
+    /// Bytes on disk of the run's two checkpoints, and a third while it is written.
+    pub run_bytes: u64,
+}
+
+/// Bytes of main memory, by what they are for.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Memory {
+    /// The base model as it is stored; the new model takes from it what does not train.
+    pub base: u64,
+    /// Weights of the model and of its teacher; those that do not train count once.
+    pub weights: u64,
+    /// The same, packed for products.
+    pub packed: u64,
+    /// Gradients of what trains; the sum and a part's when a step is computed in parts.
+    pub gradients: u64,
+    /// First and second moments of what trains.
+    pub moments: u64,
+    /// What the backward pass needs of the forward pass, and one layer's gradients.
+    pub activations: u64,
+    /// Logits of model and teacher, and their gradient.
+    pub logits: u64,
+    /// A checkpoint before it is written.
+    pub checkpoint: u64,
+    /// Both models as they are measured at the end.
+    pub evaluation: u64,
+    /// The highest of training, saving and evaluating.
+    pub peak: u64,
+}
+
+impl Plan {
+    /// The plan of a run that [`Settings::validate`] has passed.
+    pub fn new(base: &Checkpoint, settings: &Settings) -> Self {
+        let plain = Shape::of(&base.config);
+        let shape = Shape { decides_by_head: !settings.dmc.decision.borrows_channel(), ..plain };
+        let expected = Weights::<()>::expected(&shape);
+        let count = |of: &dyn Fn(&str) -> bool| -> u64 {
+            expected.iter().filter(|(name, _)| of(name)).map(|(_, dims)| dims.iter().product::<usize>() as u64).sum()
+        };
+        let packed = |of: &dyn Fn(&str) -> bool| -> u64 {
+            let matrices = expected
+                .iter()
+                .filter(|(name, dims)| of(name) && dims.len() == 2 && (name != names::EMBED || shape.tied));
+            matrices.map(|(_, dims)| (dims[0] as u64).next_multiple_of(PANEL) * dims[1] as u64).sum()
+        };
+        let trains = |name: &str| settings.train.trains(name);
+        // The teacher has its own copy of what trains, decision heads apart.
+        let teaches = matches!(settings.loss, Loss::Distill { .. });
+        let taught = |name: &str| teaches && trains(name) && !name.contains(names::DECIDE_PROJ);
+        let (parameters, trained) = (count(&|_| true), count(&trains));
+        let weights = (parameters + count(&taught)) * F32;
+        let packed_all = packed(&|_| true) * F32;
+        let packed = packed_all + packed(&taught) * F32;
+        let base_bytes = base.tensors.values().map(|tensor| tensor.bytes().len() as u64).sum();
+
+        let rows = (settings.part() * settings.length) as u64;
+        let activations = rows * activations(&shape, settings) * F32;
+        let logits = rows * shape.vocab as u64 * F32 * if teaches { 3 } else { 2 };
+        let gradients = trained * F32 * if settings.accumulate > 1 { 2 } else { 1 };
+        let moments = 2 * trained * F32;
+        let checkpoint = 3 * trained * F32;
+        let new_model = base_bytes + trained * F32;
+        let evaluation = new_model + 2 * (parameters * F32 + packed_all);
+
+        let standing = base_bytes + weights + packed + moments;
+        let step = gradients + activations + logits;
+        let afterwards = step.min(RECYCLED) + checkpoint.max(evaluation);
+        Self {
+            steps: settings.stages.total(),
+            batch: settings.batch,
+            part: settings.part(),
+            length: settings.length,
+            tokens: settings.stages.total() * (settings.batch * settings.length) as u64,
+            parameters,
+            trained_parameters: trained,
+            memory: Memory {
+                base: base_bytes,
+                weights,
+                packed,
+                gradients,
+                moments,
+                activations,
+                logits,
+                checkpoint,
+                evaluation,
+                peak: standing + step.max(afterwards),
+            },
+            run_bytes: 3 * checkpoint,
+        }
+    }
+}
+
+/// Numbers per token that a part's passes hold at their highest.
+fn activations(shape: &Shape, settings: &Settings) -> u64 {
+    let heads = shape.heads;
+    let (c, f) = (shape.hidden as u64, shape.intermediate as u64);
+    let (q, kv) = ((heads.query * heads.dim) as u64, (heads.kv * heads.dim) as u64);
+    let per_head = heads.query as u64 + 12 * heads.kv as u64;
+    // Inputs of frozen matrices are not kept.
+    let trains = |part: &str| u64::from(settings.train.trains(&names::layer(0, part)));
+    // Both norms' inputs and the first's output; the second's; rotated queries and attention's output; keys and values,
+    // exact, rotated and pooled; the two halves of the MLP and their product.
+    let kept = 3 * c + c * trains(names::UP_PROJ) + 2 * q + 5 * kv + per_head + 2 * f + f * trains(names::DOWN_PROJ);
+    // Gradients of one layer on the way back.
+    let gradients = 4 * c + 2 * q + 6 * kv + 3 * f;
+    let layers = shape.layers as u64;
+    match settings.recompute {
+        true => layers * c + kept + gradients,
+        false => layers * kept + gradients,
+    }
+}

@@ -1,0 +1,100 @@
+//! What a retrofit is trained on and measured on: the user's texts, or the model's own.
+
+use super::train::{SelfText, self_text};
+use crate::cli::RetrofitArgs;
+use crate::error::AppError;
+use crate::output;
+use kvfold_engine::Engine;
+use kvfold_kernels::FastCpu;
+use kvfold_model::Checkpoint;
+use kvfold_report::format;
+use kvfold_retrofit::documents::{self, Document};
+use kvfold_retrofit::settings::{Stages, Text};
+use kvfold_retrofit::{Corpus, Settings, corpus};
+
+/// Sequences that are kept from training to measure on: a tenth of the text, at least one and at most this many.
+const HELD_OUT: usize = 16;
+
+/// The user's documents; none when the model writes its own.
+pub(crate) struct Texts(Vec<Document>);
+
+impl Texts {
+    /// Reads what --text names, in the order of the seed.
+    pub(crate) fn read(args: &RetrofitArgs) -> Result<Self, AppError> {
+        let mut documents = documents::read(&args.text, &args.text_field)?;
+        documents::shuffle(&mut documents, args.seed);
+        Ok(Self(documents))
+    }
+
+    /// What the settings say of them.
+    pub(crate) fn settings(&self, args: &RetrofitArgs, (stages, length): (Stages, usize)) -> Text {
+        if args.text.is_empty() {
+            return Text::Own { samples: args.samples };
+        }
+        // What every step takes, once, and what is kept to measure on.
+        let steps = stages.total().saturating_mul(args.batch as u64).saturating_mul(length as u64);
+        let used = usize::try_from(steps).unwrap_or(usize::MAX);
+        let enough = used.saturating_add((used / 9).min(HELD_OUT.saturating_mul(length)));
+        Text::Given {
+            digest: documents::digest(&self.0),
+            max_tokens: Some(args.max_tokens.unwrap_or(enough)),
+            reset: !args.no_reset,
+        }
+    }
+
+    /// The corpus that the settings define.
+    pub(crate) fn corpus(&self, settings: &Settings, base: &Checkpoint, quiet: bool) -> Result<Corpus, AppError> {
+        let length = settings.length;
+        match settings.text {
+            Text::Own { samples } => {
+                let wanted = SelfText { texts: samples, length, seed: settings.seed };
+                // Gone before training starts, which needs the memory.
+                let mut original = Engine::new(FastCpu::new(), base);
+                let texts = self_text(&mut original, base, wanted, quiet)?;
+                Ok(Corpus::cut(texts.into_iter().flatten().collect(), length)?)
+            }
+            Text::Given { max_tokens, reset, .. } => {
+                let bytes = self.0.iter().map(|document| document.text.len()).sum();
+                let bar = output::bar("reading the text", bytes, "bytes", quiet);
+                let encoded =
+                    corpus::encode(&self.0, &base.tokenizer, max_tokens, |done| bar.set_position(done as u64))?;
+                bar.finish_and_clear();
+                Ok(if reset { Corpus::pack(encoded, length)? } else { Corpus::stream(encoded, length)? })
+            }
+        }
+    }
+}
+
+/// Checks that there is something to train on and something else to measure on, and that it can be folded.
+pub(crate) fn check(corpus: &Corpus, settings: &Settings) -> Result<(), AppError> {
+    if corpus.len() < 2 {
+        return Err(AppError::Text {
+            file: "the training text".into(),
+            reason: format!(
+                "it fills one sequence of {} tokens, and two are needed, one to train on and one to measure on; give \
+                 more text or a smaller --length",
+                corpus.length()
+            ),
+        });
+    }
+    let asked = settings.ratio_on((0..corpus.len()).flat_map(|n| corpus.lengths(n)))?;
+    if asked < 0.95 * settings.ratio {
+        output::note(&format!(
+            "kvfold: the documents are short: {} at {} tokens is {} on them, since the {} newest of each stay exact",
+            format::ratio(settings.ratio),
+            settings.length,
+            format::ratio(asked),
+            settings.dmc.delay,
+        ));
+    }
+    Ok(())
+}
+
+/// Keeps the last sequences from training: their documents, each by itself.
+pub(crate) fn split(corpus: &Corpus) -> (Corpus, Vec<&[u32]>) {
+    let held = (corpus.len() / 10).clamp(1, HELD_OUT);
+    let kept = corpus.len() - held;
+    // One token predicts nothing.
+    let held_out = (kept..corpus.len()).flat_map(|n| corpus.pieces(n)).filter(|piece| piece.len() > 1).collect();
+    (corpus.range(0..kept), held_out)
+}
