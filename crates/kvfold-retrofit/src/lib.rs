@@ -6,11 +6,13 @@
 //! * [`settings`]: everything that defines a run, checked before it starts;
 //! * [`schedule`]: stages, compression targets and learning rates by step;
 //! * [`corpus`]: sequences, and which of them make which batch;
+//! * `gqa`: a model with fewer KV heads, where a student of GQA starts;
 //! * [`trainer`]: one step, from ids to new weights;
 //! * [`run`]: the directory in which a run survives.
 
 pub mod corpus;
 mod error;
+mod gqa;
 pub mod run;
 pub mod schedule;
 pub mod settings;
@@ -18,6 +20,7 @@ pub mod trainer;
 
 pub use corpus::Corpus;
 pub use error::RetrofitError;
+pub use gqa::mean_pooled;
 pub use run::RunDir;
 pub use settings::Settings;
 pub use trainer::{StepReport, Trainer};

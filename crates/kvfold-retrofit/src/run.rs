@@ -34,7 +34,7 @@ const RUN: &str = "run.json";
 const CORPUS: &str = "corpus.u32";
 const CURVE: &str = "curve.jsonl";
 const MODEL: &str = "model";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Checkpoints that are kept.
 const KEPT: usize = 2;

@@ -2,11 +2,12 @@
 
 use crate::corpus::Corpus;
 use crate::error::RetrofitError;
+use crate::gqa::mean_pooled;
 use crate::schedule::{Place, Stage, place};
-use crate::settings::{Loss, Settings};
+use crate::settings::{Loss, Method, Settings};
 use kvfold_autograd::{Optimizer, Rates, Tape, Var};
 use kvfold_kernels::Grad;
-use kvfold_kernels::dmc::Dmc;
+use kvfold_kernels::dmc::{Borrows, Dmc};
 use kvfold_kernels::ops::{Hinge, NO_TARGET, Ops, Spans};
 use kvfold_model::attend::{Fading, Folding, Mode, Noise, Plain};
 use kvfold_model::block::Pass;
@@ -48,14 +49,22 @@ pub struct Trainer<O: Grad> {
     shape: Shape,
     angles: O::Tensor,
     weights: Weights<O::Tensor>,
-    teacher: Option<Weights<O::Tensor>>,
+    teacher: Option<Teacher<O::Tensor>>,
     optimizer: Optimizer<O::Tensor>,
+}
+
+/// The original model, whose shape is another where heads are merged.
+#[derive(Debug)]
+struct Teacher<T> {
+    shape: Shape,
+    weights: Weights<T>,
 }
 
 /// Which attention a block runs with; makes a fresh one each time a segment runs.
 #[derive(Clone, Debug)]
 enum Attention {
-    Fading { factor: f64 },
+    Plain,
+    Fading(Fading),
     Folding { dmc: Dmc, temperature: f64, seed: u64, step: u64 },
 }
 
@@ -80,7 +89,8 @@ impl<T: Clone + std::fmt::Debug + 'static> Frame<T> {
         let angles = Var::constant(self.angles.clone());
         let pass = Pass { ops: tape, shape: &self.shape, angles: &angles, spans: &self.spans };
         match &self.attention {
-            Attention::Fading { factor } => vec![pass.block(layer, block, x, &mut Fading { factor: *factor })],
+            Attention::Plain => vec![pass.block(layer, block, x, &mut Plain)],
+            Attention::Fading(fading) => vec![pass.block(layer, block, x, &mut { *fading })],
             Attention::Folding { dmc, temperature, seed, step } => {
                 let noise = Noise::Keyed { seed: *seed, step: *step };
                 let mode = Mode::Soft { temperature: *temperature, noise };
@@ -96,7 +106,8 @@ impl<O: Grad + Clone + 'static> Trainer<O>
 where
     O::Tensor: 'static,
 {
-    /// A run's beginning: the base model, with zero-initialised decision heads where they are asked for.
+    /// A run's beginning: the base model, with zero-initialised decision heads or with merged KV heads where they are
+    /// asked for.
     pub fn new(ops: O, base: &Checkpoint, settings: Settings) -> Result<Self, RetrofitError> {
         let plain = Shape::of(&base.config);
         settings.validate(&plain)?;
@@ -107,23 +118,29 @@ where
                 expected: "a plain model".into(),
             });
         }
-        let shape = Shape { decides_by_head: !settings.dmc.decision.borrows_channel(), ..plain.clone() };
-        let load = |shape: &Shape| {
+        let pooled = match settings.method {
+            Method::Gqa { kv_heads } => Some(mean_pooled(base, kv_heads)?),
+            Method::Dynamic(_) => None,
+        };
+        let student = pooled.as_ref().unwrap_or(base);
+        let decide_outputs = settings.method.dynamic().map_or(0, |dmc| dmc.decide_outputs(plain.heads.kv));
+        let shape = Shape { decide_outputs, ..Shape::of(&student.config) };
+        let load = |model: &Checkpoint, shape: &Shape| {
             let built = Weights::build(shape, |name, dims| {
-                let values = base.tensors.get(name).map(HostTensor::to_f32);
+                let values = model.tensors.get(name).map(HostTensor::to_f32);
                 let values = values.unwrap_or_else(|| vec![0.0; dims.iter().product()]);
                 Ok::<_, Infallible>(ops.tensor(dims, &values))
             });
             let Ok(weights) = built;
             weights
         };
-        let weights = load(&shape);
-        let teacher = matches!(settings.loss, Loss::Distill { .. }).then(|| load(&plain));
+        let weights = load(student, &shape);
+        let distills = matches!(settings.loss, Loss::Distill { .. });
+        let teacher = distills.then(|| Teacher { weights: load(base, &plain), shape: plain });
         let optimizer = Optimizer::new(&ops, &weights.list());
         let angles = ops.rope_table(&shape.inv_freq(), settings.length);
         let mut trainer = Self { angles, weights, teacher, optimizer, shape, settings, ops };
-        let Settings { dmc, stages, .. } = &trainer.settings;
-        if dmc.decision.borrows_channel() && stages.zeroing == 0 {
+        if trainer.settings.stages.zeroing == 0 {
             trainer.zero_borrowed_rows();
         }
         Ok(trainer)
@@ -152,14 +169,14 @@ where
         let sequences = corpus.batch(settings.seed, step, settings.batch);
         let ids: Vec<u32> = sequences.iter().flat_map(|&n| corpus.sequence(n)).copied().collect();
         let spans = Spans::of_lengths(&vec![corpus.length(); sequences.len()]);
-        let attention = match at.stage {
-            Stage::Zeroing => Attention::Fading { factor: at.channel },
-            Stage::Ramp | Stage::Hold => Attention::Folding {
-                dmc: settings.dmc.clone(),
-                temperature: settings.temperature,
-                seed: settings.seed,
-                step,
-            },
+        let attention = match (&settings.method, at.stage) {
+            (Method::Gqa { .. }, _) => Attention::Plain,
+            (Method::Dynamic(dmc), Stage::Zeroing) => {
+                Attention::Fading(Fading { borrows: dmc.borrows(), factor: at.channel })
+            }
+            (Method::Dynamic(dmc), Stage::Ramp | Stage::Hold) => {
+                Attention::Folding { dmc: dmc.clone(), temperature: settings.temperature, seed: settings.seed, step }
+            }
         };
         let frame = Frame { shape: self.shape.clone(), angles: self.angles.clone(), spans, attention };
 
@@ -248,8 +265,8 @@ where
     ) -> Var<O::Tensor> {
         match (self.settings.loss, &self.teacher) {
             (Loss::Distill { direction }, Some(teacher)) => {
-                let pass = Pass { ops: &self.ops, shape: &frame.shape, angles: &frame.angles, spans: &frame.spans };
-                let wanted = pass.forward(teacher, ids, &mut Plain);
+                let pass = Pass { ops: &self.ops, shape: &teacher.shape, angles: &frame.angles, spans: &frame.spans };
+                let wanted = pass.forward(&teacher.weights, ids, &mut Plain);
                 tape.kl(logits, &Var::constant(wanted), direction)
             }
             _ => {
@@ -260,8 +277,11 @@ where
         }
     }
 
-    /// Tokens seen per slot held, over the batch.
+    /// Tokens seen per slot held, over the batch; where heads are merged, heads merged.
     fn ratio(&self, rates: &[Var<O::Tensor>]) -> f64 {
+        if let Method::Gqa { .. } = self.settings.method {
+            return self.settings.ratio;
+        }
         let rates: Vec<f32> = rates.iter().flat_map(|rate| self.ops.to_host(&rate.value)).collect();
         let mean = rates.iter().map(|&r| f64::from(r)).sum::<f64>() / rates.len().max(1) as f64;
         1.0 / (1.0 - mean)
@@ -285,12 +305,18 @@ where
         }
     }
 
-    /// Ends the zeroing stage: the rows that make the borrowed channel become 0, so every logit starts at `-offset`.
+    /// Ends the zeroing stage: the rows that make the borrowed channels become 0, so every logit starts at `-offset`.
     /// Their moments go with them: they are those of a channel with another meaning.
     fn zero_borrowed_rows(&mut self) {
         let heads = self.shape.heads;
-        let rows = |count: usize| (1..=count).map(|head| head * heads.dim - 1).collect::<Vec<_>>();
-        let (query, kv) = (rows(heads.query), rows(heads.kv));
+        // The last channel of every n-th head, beginning with the first.
+        let rows =
+            |count: usize, n: usize| (0..count).step_by(n).map(|head| (head + 1) * heads.dim - 1).collect::<Vec<_>>();
+        let (query, kv) = match self.settings.method.borrows() {
+            Borrows::Nothing => return,
+            Borrows::KeysAndQueries => (rows(heads.query, 1), rows(heads.kv, 1)),
+            Borrows::FirstQueries => (rows(heads.query, heads.group()), Vec::new()),
+        };
         let names = Weights::<()>::expected(&self.shape);
         let params = self.weights.list_mut().into_iter().zip(self.optimizer.moments_mut());
         for ((name, _), (weight, moments)) in names.iter().zip(params) {
@@ -339,15 +365,18 @@ where
         Ok(())
     }
 
-    /// The model as trained so far: the base's files with new weights in the base's dtypes, and our section in its
-    /// configuration.
+    /// The model as trained so far: the base's files with new weights in the base's dtypes, and our section, or fewer KV
+    /// heads, in its configuration.
     pub fn checkpoint(&self, base: &Checkpoint) -> Result<Checkpoint, RetrofitError> {
-        let config = base.config.with_compression(Compression {
-            dmc: self.settings.dmc.clone(),
-            ratio: self.settings.ratio,
-            trained_length: self.settings.length,
-            base_model: base.source.clone(),
-        })?;
+        let config = match &self.settings.method {
+            Method::Gqa { kv_heads } => base.config.with_kv_heads(*kv_heads)?,
+            Method::Dynamic(dmc) => base.config.with_compression(Compression {
+                dmc: dmc.clone(),
+                ratio: self.settings.ratio,
+                trained_length: self.settings.length,
+                base_model: base.source.clone(),
+            })?,
+        };
         let tensors = Weights::<()>::expected(&self.shape)
             .into_iter()
             .zip(self.weights.list())
