@@ -1,11 +1,13 @@
-"""Goldens of DMC training and evaluation: a small random Llama, five cases, float64.
+"""Goldens of DMC and DMS training and evaluation: a small random Llama, seven cases, float64.
 
     python oracle/golden_dmc.py --out crates/kvfold-model/tests/goldens
 
 A plain PyTorch implementation: one sequence and one KV head at a time, masks and loops instead of scans, autograd for
-the gradients. It shares no code with kvfold. Each dmc_<case>.safetensors holds, all F64 unless said,
+the gradients. It shares no code with kvfold. DMS is written as its authors do: training by a window's mask, decoding by
+a ring of (slot, evict?) whose slots are used again, while kvfold sees in it a DMC that keeps the newest token of a slot.
+Each dmc_<case>.safetensors holds, all F64 unless said,
 
-    weights under Hugging Face names (+ model.layers.{i}.self_attn.decide_proj.weight [2G, C] for decision "head")
+    weights under Hugging Face names (+ model.layers.{i}.self_attn.decide_proj.weight [2G, C] for decision "head", [G, C] in DMS)
     grad.<weight name>              d total / d weight, training mode
     tokens I64 [N], lengths I64 [2] two sequences, one after the other
     noise [L, N, G]                 logistic noise of the decisions
@@ -43,8 +45,9 @@ N = sum(LENGTHS)
 OMEGA_MIN = 2.0**-7
 
 
-def case(source, scale, offset, delay, pool_window, log_mass, share, loss, scope, over, ratio, weight=1.0):
+def case(source, scale, offset, delay, pool_window, log_mass, share, loss, scope, over, ratio, weight=1.0, method="dmc"):
     return {
+        "method": method,
         "decision": {"source": source, "scale": scale, "offset": offset},
         "delay": delay,
         "pool_window": pool_window,
@@ -63,11 +66,13 @@ CASES = {
     "borrowed_window": (2, case("borrowed", 3.0, -1.5, 0, 12, True, "head", "kl_forward", "layer", "batch", 8.0)),
     "head_delay": (3, case("head", 1.0, 0.5, 5, None, True, "head", "kl_forward", "global", "sequence", 3.0)),
     "head_layer": (4, case("head", 2.0, 0.5, 0, 3, False, "layer", "kl_reverse", "head", "sequence", 1.6, 0.5)),
+    "dms_head": (6, case("head", 2.0, 0.5, 5, None, False, "head", "kl_forward", "global", "batch", 3.0, method="dms")),
+    "dms_borrowed": (7, case("borrowed", 3.0, 0.5, 0, None, False, "head", "kl_reverse", "layer", "sequence", 4.0, method="dms")),
     "head_delay_window": (5, case("head", 1.0, -1.5, 8, 12, False, "head", "ce", "global", "batch", 1.25)),
 }
 
 
-def random_weights(rng, source):
+def random_weights(rng, s):
     def matrix(rows, cols, gain=1.0):
         return torch.from_numpy(rng.normal(size=(rows, cols)) * gain / cols**0.5)
 
@@ -82,8 +87,8 @@ def random_weights(rng, source):
         w[p + "self_attn.k_proj.weight"] = matrix(G * D, C)
         w[p + "self_attn.v_proj.weight"] = matrix(G * D, C)
         w[p + "self_attn.o_proj.weight"] = matrix(C, H * D)
-        if source == "head":
-            w[p + "self_attn.decide_proj.weight"] = matrix(2 * G, C, 1.5)
+        if s["decision"]["source"] == "head":
+            w[p + "self_attn.decide_proj.weight"] = matrix(2 * G if s["method"] == "dmc" else G, C, 1.5)
         w[p + "post_attention_layernorm.weight"] = norm()
         w[p + "mlp.gate_proj.weight"] = matrix(FFN, C)
         w[p + "mlp.up_proj.weight"] = matrix(FFN, C)
@@ -111,25 +116,34 @@ def mlp(w, p, x):
 
 
 def project(w, p, x, s):
-    """The attention block up to RoPE. x: [T, C] -> q [T, H, D], k, v [T, G, D], a, omega [T, G], keep [D]."""
+    """The attention block up to RoPE. x: [T, C] -> q [T, H, D], k, v [T, G, D], a, omega [T, G], keep.
+
+    keep: the channels that attention may use, of queries [H, D] and of keys [D]."""
     y = rms_norm(x, w[p + "input_layernorm.weight"])
     q = (y @ w[p + "self_attn.q_proj.weight"].T).view(-1, H, D)
     k = (y @ w[p + "self_attn.k_proj.weight"].T).view(-1, G, D)
     v = (y @ w[p + "self_attn.v_proj.weight"].T).view(-1, G, D)
-    keep = torch.ones(D)  # channels that attention may use
+    keep_q, keep_k = torch.ones(H, D), torch.ones(D)
     source, scale, offset = s["decision"].values()
-    if source == "borrowed":
+    if s["method"] == "dms":
+        omega = torch.ones(len(x), G)
+        if source == "borrowed":
+            a = scale * q.view(-1, G, H // G, D)[:, :, 0, D - 1] - offset
+            keep_q[:: H // G, D - 1] = 0.0
+        else:
+            a = scale * (y @ w[p + "self_attn.decide_proj.weight"].T) - offset
+    elif source == "borrowed":
         a = scale * k[:, :, D - 1] - offset
         u = q[:, :, D - 1].view(-1, G, H // G).mean(2)
         omega = torch.sigmoid(u + offset) + OMEGA_MIN
-        keep[D - 1] = 0.0
+        keep_q[:, D - 1] = keep_k[D - 1] = 0.0
     else:
         r = scale * (y @ w[p + "self_attn.decide_proj.weight"].T)
         a = r[:, :G] - offset
         omega = OMEGA_MIN + (2 - 2 * OMEGA_MIN) * torch.sigmoid(r[:, G:])
     if s["share"] == "layer":
         a = a.mean(1, keepdim=True).expand(-1, G)
-    return q * keep, k * keep, v, a, omega, keep
+    return q * keep_q, k * keep_k, v, a, omega, (keep_q, keep_k)
 
 
 def pool(x, alpha, omega, window):
@@ -156,9 +170,14 @@ def attend(q, k, v, alpha, close, omega, keep, s):
     T, W = len(q), s["delay"]
     pos = torch.arange(T)
     i, j = pos[:, None], pos[None, :]
+    keep_q, keep_k = keep
+    if s["method"] == "dms":
+        score = (rope(q, pos) * keep_q) @ (rope(k, pos) * keep_k).T / D**0.5
+        score = torch.where(i - j > W, score + close, score)
+        return score.masked_fill(j > i, float("-inf")).softmax(1) @ v
     mean, z = pool(torch.cat([k, v], 1), alpha, omega, s["pool_window"])
     pk, pv = mean[:, :D], mean[:, D:]
-    q, k, pk = (rope(x, pos) * keep for x in (q, k, pk))
+    q, k, pk = rope(q, pos) * keep_q, rope(k, pos) * keep_k, rope(pk, pos) * keep_k
     raw, pooled = q @ k.T / D**0.5, q @ pk.T / D**0.5  # [T, T]
     if s["log_mass"]:
         raw, pooled = raw + omega.log(), pooled + z.log()
@@ -192,7 +211,7 @@ def forward(w, s, tokens, noise=None, soft=False):
                     alpha, close = torch.sigmoid(logit), F.logsigmoid(-logit)
                 alpha = torch.cat([torch.zeros(1), alpha[1:]])  # the first token appends
                 close = torch.cat([close[1:], torch.zeros(1)])
-                heads.append(attend(q[r, h], k[r, g], v[r, g], alpha, close, omega[r, g], keep, s))
+                heads.append(attend(q[r, h], k[r, g], v[r, g], alpha, close, omega[r, g], (keep[0][h], keep[1]), s))
                 if h % (H // G) == 0:
                     d = alpha if soft else (alpha > 0.5).double() - alpha.detach() + alpha
                     ds.append((r, g, d))
@@ -249,12 +268,13 @@ def stream(w, s, tokens):
         # a slot is the list of the tokens folded into it; a token is (position, k, v, omega, fold?)
         slots = [[[] for _ in range(G)] for _ in range(L)]
         ring = [[[] for _ in range(G)] for _ in range(L)]
+        windows = [[Window(W) for _ in range(G)] for _ in range(L)]
         for t in range(T):
             x = w["model.embed_tokens.weight"][tokens[at + t]][None]
             pos = torch.tensor([t])
             for layer in range(L):
                 p = f"model.layers.{layer}."
-                q, k, v, a, omega, keep = project(w, p, x, s)
+                q, k, v, a, omega, (keep_q, keep_k) = project(w, p, x, s)
                 out = []
                 for g in range(G):
                     mine, late = slots[layer][g], ring[layer][g]
@@ -262,9 +282,12 @@ def stream(w, s, tokens):
                     if len(late) > W:  # the oldest leaves the ring: fold or append
                         token = late.pop(0)
                         mine[-1].append(token) if token[4] else mine.append([token])
-                    entries = [entry(members[-P:], keep) for members in mine] + [entry([token], keep) for token in late]
+                    entries = [entry(members[-P:], keep_k) for members in mine + [[token] for token in late]]
+                    if s["method"] == "dms":
+                        pair = (rope(k[:, g], pos)[0] * keep_k, v[0, g], None)
+                        entries = windows[layer][g].take(pair, bool(a[0, g] > 0))
                     for h in range(g * H // G, (g + 1) * H // G):
-                        query = rope(q[:, h], pos)[0] * keep
+                        query = rope(q[:, h], pos)[0] * keep_q[h]
                         score = torch.stack([query @ key / D**0.5 for key, _, _ in entries])
                         if s["log_mass"]:
                             score = score + torch.stack([mass for _, _, mass in entries]).log()
@@ -276,6 +299,28 @@ def stream(w, s, tokens):
             logits.append(rms_norm(x, w["model.norm.weight"]) @ w["lm_head.weight"].T)
         at += T
     return torch.cat(logits), counts, longest
+
+
+class Window:
+    """The cache of one head in DMS: slots that are used again W + 1 tokens after what they hold, if that is evicted."""
+
+    def __init__(self, window):
+        self.slots, self.ring, self.tokens = [], [(0, False)] * (window + 1), 0
+
+    def take(self, pair, decision):
+        """A new token, whose decision is about the token before it. -> the slots."""
+        ring, r = self.ring, self.tokens % len(self.ring)
+        if self.tokens > 0:
+            ring[r - 1] = (ring[r - 1][0], decision)
+        slot, evicted = ring[r]
+        if evicted:
+            self.slots[slot] = pair
+        else:
+            slot = len(self.slots)
+            self.slots.append(pair)
+        ring[r] = (slot, False)
+        self.tokens += 1
+        return self.slots
 
 
 def entry(members, keep):
@@ -312,7 +357,7 @@ def check_gradients(w, s, tokens, noise, teacher, rng):
 
 def make(name, seed, s, out):
     rng = np.random.default_rng(seed)
-    w = {k: v.requires_grad_() for k, v in random_weights(rng, s["decision"]["source"]).items()}
+    w = {k: v.requires_grad_() for k, v in random_weights(rng, s).items()}
     tokens = torch.from_numpy(rng.integers(0, V, size=N))
     noise = torch.from_numpy(rng.logistic(size=(L, N, G)))
     teacher = torch.from_numpy(1.5 * rng.normal(size=(N, V)))

@@ -3,8 +3,8 @@
 use crate::tape::{Tape, Var};
 use kvfold_kernels::Grad;
 use kvfold_kernels::ops::{
-    AttentionSaved, Borrowed, Decided, Gate, Goal, Heads, Hinge, Keys, LossGrad, Ops, PoolInput, PoolOutput, PoolShape,
-    Pooled, Precision, Predictions, Spans, Visible,
+    AttentionSaved, Borrowed, Channel, Decided, Gate, Goal, Heads, Hinge, Keys, LossGrad, Ops, PoolInput, PoolOutput,
+    PoolShape, Pooled, Precision, Predictions, Spans, Visible,
 };
 
 /// The backend's tensors behind a set of keys.
@@ -89,10 +89,10 @@ where
         self.one(&[x], y, move |ops, d, grads| grads.give(ops, id, || ops.rope_grad(&table, &spans, d)))
     }
 
-    fn scale_last_channel(&self, x: &Self::Tensor, dim: usize, factor: f64) -> Self::Tensor {
-        let y = self.ops.scale_last_channel(&x.value, dim, factor);
+    fn scale_channel(&self, x: &Self::Tensor, channel: Channel, factor: f64) -> Self::Tensor {
+        let y = self.ops.scale_channel(&x.value, channel, factor);
         let id = x.id;
-        self.one(&[x], y, move |ops, d, grads| grads.give(ops, id, || ops.scale_last_channel(d, dim, factor)))
+        self.one(&[x], y, move |ops, d, grads| grads.give(ops, id, || ops.scale_channel(d, channel, factor)))
     }
 
     fn swiglu(&self, gate: &Self::Tensor, up: &Self::Tensor) -> Self::Tensor {
@@ -112,6 +112,12 @@ where
             grads.give(ops, x_id, || d.clone());
             grads.give(ops, y_id, || if factor == 1.0 { d.clone() } else { ops.scale(d, factor) });
         })
+    }
+
+    fn affine(&self, x: &Self::Tensor, scale: f64, offset: f64) -> Self::Tensor {
+        let y = self.ops.affine(&x.value, scale, offset);
+        let id = x.id;
+        self.one(&[x], y, move |ops, d, grads| grads.give(ops, id, || ops.scale(d, scale)))
     }
 
     fn ln(&self, x: &Self::Tensor) -> Self::Tensor {
@@ -152,6 +158,12 @@ where
             grads.give(ops, qs.id, || dq);
             grads.give(ops, ks.id, || dk);
         })
+    }
+
+    fn query_logit(&self, q: &Self::Tensor, heads: Heads, by: Borrowed) -> Self::Tensor {
+        let logit = self.ops.query_logit(&q.value, heads, by);
+        let id = q.id;
+        self.one(&[q], logit, move |ops, d, grads| grads.give(ops, id, || ops.query_logit_grad(heads, by, d)))
     }
 
     fn head_gate(&self, r: &Self::Tensor, scale: f64, offset: f64) -> Gate<Self::Tensor> {

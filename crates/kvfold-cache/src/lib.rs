@@ -14,6 +14,6 @@ mod pool;
 mod usage;
 
 pub use error::CacheError;
-pub use policies::{CachePolicy, Dense, Folding};
+pub use policies::{CachePolicy, Dense, Evicting, Folding, policy_of};
 pub use pool::{PagePool, SequenceCache};
 pub use usage::{Held, Usage};

@@ -114,7 +114,7 @@ impl<O: CacheOps> PagePool<O> {
                     pages.extend(free.pages.pop());
                 }
             }
-            if table.state.is_none() && self.rule != Rule::Keep {
+            if table.state.is_none() && self.rule.state_len(self.heads.dim) > 0 {
                 if free.states.is_empty() {
                     let blocks = ops.grow(&mut self.states, 1);
                     self.made.1 += blocks.len();

@@ -2,7 +2,7 @@
 
 use kvfold_cache::{CacheError, CachePolicy, Dense, Folding, PagePool, SequenceCache};
 use kvfold_kernels::Reference;
-use kvfold_kernels::dmc::{Decision, Dmc, Share};
+use kvfold_kernels::dmc::{Decision, Dmc, Method, Share};
 use kvfold_kernels::ops::Heads;
 use kvfold_kernels::paged::PAGE_SLOTS;
 use proptest::prelude::*;
@@ -14,7 +14,7 @@ const HEADS: Heads = Heads { query: 4, kv: 2, dim: 4 };
 
 fn folding(delay: usize) -> Folding {
     let decision = Decision::Head { scale: 1.0, offset: 0.0 };
-    Folding::new(Dmc { decision, delay, pool_window: None, log_mass: false, share: Share::Head })
+    Folding::new(Dmc { method: Method::Dmc, decision, delay, pool_window: None, log_mass: false, share: Share::Head })
 }
 
 fn pool(policy: &dyn CachePolicy, limit: usize) -> (Reference<f32>, Pool) {

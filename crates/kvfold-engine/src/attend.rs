@@ -20,11 +20,11 @@ pub struct CachedAttend<'a, O: CacheOps> {
 impl<O: CacheOps> Attend<O> for CachedAttend<'_, O> {
     fn attend(&mut self, layer: usize, pass: &Pass<'_, O>, p: Projected<O::Tensor>) -> O::Tensor {
         let Pass { ops, shape, angles, spans } = *pass;
-        let (q, k, v, gate) = match self.policy.decisions() {
-            None => (ops.rope(&p.q, angles, spans), p.k, p.v, None),
+        let (q, k, v, logit, omega) = match self.policy.decisions() {
+            None => (ops.rope(&p.q, angles, spans), p.k, p.v, None, None),
             Some(dmc) => {
-                let Gated { q, k, v, gate } = gated(pass, dmc, p);
-                (rotated_query(pass, dmc, &q), k, v, Some(gate))
+                let Gated { q, k, v, logit, omega } = gated(pass, dmc, p);
+                (rotated_query(pass, dmc, &q), k, v, Some(logit), omega)
             }
         };
         for (cache, span) in self.caches.iter_mut().zip(spans) {
@@ -34,7 +34,8 @@ impl<O: CacheOps> Attend<O> for CachedAttend<'_, O> {
             q: &q,
             k: &k,
             v: &v,
-            gate: gate.as_ref(),
+            logit: logit.as_ref(),
+            omega: omega.as_ref(),
             angles,
             spans,
             heads: shape.heads,

@@ -1,7 +1,7 @@
 //! A model, a cache policy, and the pool its sequences share.
 
 use crate::attend::CachedAttend;
-use kvfold_cache::{CacheError, CachePolicy, Dense, Folding, Held, PagePool, SequenceCache, Usage};
+use kvfold_cache::{CacheError, CachePolicy, Held, PagePool, SequenceCache, Usage, policy_of};
 use kvfold_kernels::CacheOps;
 use kvfold_kernels::ops::Spans;
 use kvfold_model::shape::Shape;
@@ -62,13 +62,10 @@ pub struct Engine<O: CacheOps> {
 const CHUNK: usize = 128;
 
 impl<O: CacheOps> Engine<O> {
-    /// An engine for a checkpoint, folding if the model was taught to.
+    /// An engine for a checkpoint, folding or evicting if the model was taught to.
     pub fn new(ops: O, checkpoint: &Checkpoint) -> Self {
         let model = Loaded::new(ops, checkpoint);
-        let policy: Box<dyn CachePolicy> = match &model.dmc {
-            Some(dmc) => Box::new(Folding::new(dmc.clone())),
-            None => Box::new(Dense),
-        };
+        let policy = policy_of(model.dmc.as_ref());
         Self::with_policy(model, policy)
     }
 

@@ -9,7 +9,7 @@ mod common;
 use common::{cut, worst};
 use kvfold_cache::{CachePolicy, Folding as FoldingCache, PagePool};
 use kvfold_engine::CachedAttend;
-use kvfold_kernels::dmc::{Decision, Dmc, Share};
+use kvfold_kernels::dmc::{Decision, Dmc, Method, Share};
 use kvfold_kernels::ops::{Heads, MIN_IMPORTANCE, Spans};
 use kvfold_kernels::{Array, Ops, Reference};
 use kvfold_model::attend::{Folding, Mode};
@@ -52,7 +52,8 @@ const KEEP: f64 = -0.5;
 impl Scene {
     /// One KV head that folds where `alpha` is 1, at once and over whole segments.
     fn of(decision: Decision, alpha: &[u8]) -> Self {
-        let dmc = Dmc { decision, delay: 0, pool_window: None, log_mass: false, share: Share::Head };
+        let dmc =
+            Dmc { method: Method::Dmc, decision, delay: 0, pool_window: None, log_mass: false, share: Share::Head };
         let logit = |&a: &u8| vec![if a == 1 { FOLD } else { KEEP }];
         Self { dmc, group: 2, logits: alpha.iter().map(logit).collect() }
     }
@@ -145,7 +146,7 @@ impl Scene {
             norm_eps: 1e-5,
             rope_theta: 10_000.0,
             tied: true,
-            decides_by_head: !self.dmc.decision.borrows_channel(),
+            decide_outputs: self.dmc.decide_outputs(kv),
         };
         let ops = Reference::<f64>::reference();
         let angles = ops.rope_table(&shape.inv_freq(), shape.context);

@@ -1,7 +1,7 @@
 //! Decisions and importances: where they come from, how they are relaxed, what they cost (spec 1.2, 2.1, 2.5, 2.6).
 
 use crate::kernel_set::KernelSet;
-use crate::ops::{Borrowed, Heads, Hinge, MIN_IMPORTANCE, Over, Scope, Span, Spans};
+use crate::ops::{Borrowed, Channel, Heads, Hinge, MIN_IMPORTANCE, Over, Scope, Span, Spans};
 use crate::real::{Real, sigmoid, softplus};
 
 /// One row of the borrowed gate: `a = scale * k[D-1] - offset`, `omega = sigmoid(mean_g q[D-1] + offset) + eps`.
@@ -39,6 +39,22 @@ pub(crate) fn borrowed_row_grad<F: Real>(
         let s = sigmoid(F::exp, importance_logit(q, heads, by, g));
         let du = d_omega[g] * s * (F::one() - s) / F::of(group as f64);
         (0..group).for_each(|h| dq[(g * group + h + 1) * dim - 1] = du);
+    }
+}
+
+/// One row of the queries' logits: `a = scale * q[first of the group][D-1] - offset`.
+pub(crate) fn query_row<F: Real>(q: &[F], heads: Heads, by: Borrowed, logit: &mut [F]) {
+    let Channel { every, at } = Channel::last_of_first_query(heads);
+    for (group, logit) in q.chunks_exact(every).zip(logit) {
+        *logit = group[at] * F::of(by.scale) - F::of(by.offset);
+    }
+}
+
+/// Gradient of one row of queries, into zeros.
+pub(crate) fn query_row_grad<F: Real>(heads: Heads, by: Borrowed, d: &[F], dq: &mut [F]) {
+    let Channel { every, at } = Channel::last_of_first_query(heads);
+    for (group, &d) in dq.chunks_exact_mut(every).zip(d) {
+        group[at] = d * F::of(by.scale);
     }
 }
 

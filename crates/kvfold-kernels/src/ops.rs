@@ -362,14 +362,17 @@ pub trait Ops: std::fmt::Debug {
     /// Rotates every head of `x [N, heads*D]` by its position (half-rotation layout: channel d pairs with d + D/2).
     fn rope(&self, x: &Self::Tensor, table: &Self::Tensor, spans: &Spans) -> Self::Tensor;
 
-    /// Multiplies the last channel of every head of `x [N, heads*D]` by `factor`.
-    fn scale_last_channel(&self, x: &Self::Tensor, dim: usize, factor: f64) -> Self::Tensor;
+    /// Multiplies one channel of every head, or of every group of heads, of `x [N, heads*D]` by `factor`.
+    fn scale_channel(&self, x: &Self::Tensor, channel: Channel, factor: f64) -> Self::Tensor;
 
     /// `gate * sigmoid(gate) * up`.
     fn swiglu(&self, gate: &Self::Tensor, up: &Self::Tensor) -> Self::Tensor;
 
     /// `x + factor * y`.
     fn add(&self, x: &Self::Tensor, y: &Self::Tensor, factor: f64) -> Self::Tensor;
+
+    /// `scale * x - offset`.
+    fn affine(&self, x: &Self::Tensor, scale: f64, offset: f64) -> Self::Tensor;
 
     /// Natural logarithm.
     fn ln(&self, x: &Self::Tensor) -> Self::Tensor;
@@ -380,6 +383,9 @@ pub trait Ops: std::fmt::Debug {
     /// Logit and importance from the last channels of keys and queries before rotation (spec 1.2).
     fn borrowed_gate(&self, q: &Self::Tensor, k: &Self::Tensor, heads: Heads, decision: Borrowed)
     -> Gate<Self::Tensor>;
+
+    /// Decision logit `[N, G]` from the last channel of each group's first query before rotation (spec 5.2).
+    fn query_logit(&self, q: &Self::Tensor, heads: Heads, decision: Borrowed) -> Self::Tensor;
 
     /// Logit and importance from the head's outputs `[N, 2G]`: `scale * r - offset`, and an importance that is 1 at
     /// `r = 0`, so that a zero-initialised head weighs all tokens alike.
@@ -412,10 +418,31 @@ pub trait Ops: std::fmt::Debug {
     -> Self::Tensor;
 }
 
+/// Column `at` of every `every` columns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Channel {
+    /// Columns of a head, or of a group of heads.
+    pub every: usize,
+    /// Which of them.
+    pub at: usize,
+}
+
+impl Channel {
+    /// The last channel of every head.
+    pub fn last(dim: usize) -> Self {
+        Self { every: dim, at: dim - 1 }
+    }
+
+    /// The last channel of the first query head of every group.
+    pub fn last_of_first_query(heads: Heads) -> Self {
+        Self { every: heads.group() * heads.dim, at: heads.dim - 1 }
+    }
+}
+
 /// The numbers of [`Decision::Borrowed`].
 #[derive(Clone, Copy, Debug)]
 pub struct Borrowed {
-    /// Factor on the key channel.
+    /// Factor on the channel of the logit.
     pub scale: f64,
     /// Subtracted from the logit, added to the importance logit.
     pub offset: f64,
@@ -518,6 +545,8 @@ pub trait Grad: Ops {
         decision: Borrowed,
         d: &Gate<Self::Tensor>,
     ) -> (Self::Tensor, Self::Tensor);
+    /// Gradient of `q` in [`Ops::query_logit`].
+    fn query_logit_grad(&self, heads: Heads, decision: Borrowed, d: &Self::Tensor) -> Self::Tensor;
     /// Gradient of `r` in [`Ops::head_gate`].
     fn head_gate_grad(&self, r: &Self::Tensor, scale: f64, d: &Gate<Self::Tensor>) -> Self::Tensor;
     /// Gradient of the relaxed logits in [`Ops::decide_soft`].
@@ -571,8 +600,10 @@ pub struct CachedAttention<'a, O: CacheOps> {
     pub k: &'a O::Tensor,
     /// Values `[N, G*D]`.
     pub v: &'a O::Tensor,
-    /// Decisions, for rules that fold.
-    pub gate: Option<&'a Gate<O::Tensor>>,
+    /// Decision logits `[N, G]`, for rules that decide.
+    pub logit: Option<&'a O::Tensor>,
+    /// Importances `[N, G]`, for rules that average.
+    pub omega: Option<&'a O::Tensor>,
     /// The rotary table.
     pub angles: &'a O::Tensor,
     /// The batch's sequences.

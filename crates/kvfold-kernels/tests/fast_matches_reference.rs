@@ -3,15 +3,15 @@
 
 use kvfold_kernels::noise::{hash, unit};
 use kvfold_kernels::ops::{
-    AdamW, Borrowed, Decided, Gate, Goal, Heads, Hinge, Keys, KlDirection, Moments, NO_TARGET, Over, PoolInput,
-    PoolOutput, PoolShape, Pooled, Precision, Predictions, Scope, Spans, Visible,
+    AdamW, Borrowed, Channel, Decided, Gate, Goal, Heads, Hinge, Keys, KlDirection, Moments, NO_TARGET, Over,
+    PoolInput, PoolOutput, PoolShape, Pooled, Precision, Predictions, Scope, Spans, Visible,
 };
 use kvfold_kernels::simd::Level;
 use kvfold_kernels::{FastCpu, Grad, Ops, Reference};
 
 /// Largest difference of an f32 result from the f64 reference, relative to the largest element of the result (or to
 /// 0.1, where all are smaller).
-const TOLERANCES: [(&str, f32); 32] = [
+const TOLERANCES: [(&str, f32); 33] = [
     ("linear", 2e-6),
     ("linear_grad", 2e-6),
     ("linear_bf16", 2e-6),
@@ -23,10 +23,11 @@ const TOLERANCES: [(&str, f32); 32] = [
     ("rms_norm_grad", 2e-6),
     ("rope", 3e-7),
     ("rope_grad", 3e-7),
-    ("scale_last_channel", 2e-7),
+    ("scale_channel", 2e-7),
     ("swiglu", 5e-7),
     ("swiglu_grad", 1e-6),
     ("add", 2e-7),
+    ("affine", 2e-7),
     ("scale", 2e-7),
     ("ln", 3e-7),
     ("ln_grad", 3e-7),
@@ -188,6 +189,7 @@ impl<O: Grad> Bench<'_, O> {
         self.keep_tokens("swiglu_grad", [&d_gate, &d_up]);
         self.keep("add", true, &ops.add(&gate, &up, 0.3));
         self.keep("scale", true, &ops.scale(&gate, 0.3));
+        self.keep("affine", true, &ops.affine(&gate, 1.7, 0.4));
         self.keep("scale zeros", true, &ops.zeros_like(&gate));
         let mass = self.tokens("mass", wide, (0.01, 90.0));
         self.keep("ln", true, &ops.ln(&mass));
@@ -201,7 +203,9 @@ impl<O: Grad> Bench<'_, O> {
         let table = ops.rope_table(&inv_freq, self.rows);
         self.keep("rope", true, &ops.rope(&x, &table, spans));
         self.keep("rope_grad", true, &ops.rope_grad(&table, spans, &x));
-        self.keep("scale_last_channel", true, &ops.scale_last_channel(&x, dim, 0.7));
+        for channel in [Channel::last(dim), Channel::last_of_first_query(self.case.heads)] {
+            self.keep("scale_channel", true, &ops.scale_channel(&x, channel, 0.7));
+        }
     }
 
     fn losses(&mut self) {
@@ -244,6 +248,8 @@ impl<O: Grad> Bench<'_, O> {
         let r = self.tokens("r", 2 * kv, (-3.0, 3.0));
         let gate = ops.head_gate(&r, 2.0, 0.4);
         self.keep_tokens("gate head", [&gate.logit, &gate.omega]);
+        self.keep("gate query", true, &ops.query_logit(&q, heads, by));
+        self.keep("gate_grad query", true, &ops.query_logit_grad(heads, by, &d.logit));
         self.keep("gate_grad head", true, &ops.head_gate_grad(&r, 2.0, &d));
 
         let (logit, noise) = (self.tokens("logit", kv, logits), self.units("noise", kv));

@@ -1,15 +1,15 @@
 //! Attention over whole sequences: plain, while the borrowed channel fades out, and with folding.
 //!
 //! [`gated`] and [`rotated_query`] are what training, evaluation and the paged cache share: where decisions come from,
-//! and what borrowing a channel does to queries and keys. The borrowed channel is zeroed before rotation in queries and
-//! keys, and again after it in queries; that alone keeps it out of every score, since scores are products of the two
-//! (spec 1.3 zeroes it in the keys as well, to the same effect).
+//! and what borrowing a channel does to queries and keys. A borrowed channel is zeroed before rotation in queries and
+//! (DMC) keys, and again after it in queries; that alone keeps it out of every score, since scores are products of the
+//! two (spec 1.3 zeroes it in the keys as well, to the same effect; in DMS, spec 5.2, keys stay whole).
 
 use crate::block::{Attend, Pass, Projected};
 use kvfold_kernels::Ops;
-use kvfold_kernels::dmc::{Decision, Dmc, Share};
+use kvfold_kernels::dmc::{Borrows, Decision, Dmc, Method, Share};
 use kvfold_kernels::noise::{self, NoiseKey};
-use kvfold_kernels::ops::{Borrowed, Gate, Keys, PoolInput, PoolShape, Pooled, Visible};
+use kvfold_kernels::ops::{Borrowed, Channel, Gate, Keys, PoolInput, PoolShape, Pooled, Visible};
 
 /// Plain causal attention: the original model.
 #[derive(Clone, Copy, Debug, Default)]
@@ -24,20 +24,41 @@ impl<O: Ops> Attend<O> for Plain {
     }
 }
 
-/// Plain attention while the last channel of queries and keys fades out (stage 1 of the paper, spec 2.8).
+/// Plain attention while the borrowed channels fade out (stage 1 of the paper, spec 2.8).
 #[derive(Clone, Copy, Debug)]
 pub struct Fading {
-    /// What is left of the channel, from 1 to 0.
+    /// Which channels.
+    pub borrows: Borrows,
+    /// What is left of them, from 1 to 0.
     pub factor: f64,
+}
+
+/// Queries with `factor` left of what is borrowed from them.
+fn fade_queries<O: Ops>(pass: &Pass<'_, O>, Fading { borrows, factor }: Fading, q: O::Tensor) -> O::Tensor {
+    let heads = pass.shape.heads;
+    match borrows {
+        Borrows::Nothing => q,
+        Borrows::KeysAndQueries => pass.ops.scale_channel(&q, Channel::last(heads.dim), factor),
+        Borrows::FirstQueries => pass.ops.scale_channel(&q, Channel::last_of_first_query(heads), factor),
+    }
+}
+
+/// Keys with `factor` left of what is borrowed from them.
+fn fade_keys<O: Ops>(pass: &Pass<'_, O>, Fading { borrows, factor }: Fading, k: O::Tensor) -> O::Tensor {
+    match borrows {
+        Borrows::Nothing | Borrows::FirstQueries => k,
+        Borrows::KeysAndQueries => pass.ops.scale_channel(&k, Channel::last(pass.shape.heads.dim), factor),
+    }
 }
 
 impl<O: Ops> Attend<O> for Fading {
     fn attend(&mut self, _: usize, pass: &Pass<'_, O>, p: Projected<O::Tensor>) -> O::Tensor {
         let Pass { ops, shape, angles, spans } = *pass;
-        let fade = |x: &O::Tensor| ops.scale_last_channel(x, shape.heads.dim, self.factor);
-        let turn = |x: &O::Tensor| fade(&ops.rope(&fade(x), angles, spans));
-        let exact = Some(Keys { k: turn(&p.k), v: p.v, mass: None });
-        ops.attention(&turn(&p.q), &Visible { exact, pooled: None, delay: 0 }, spans, shape.heads)
+        let turn = |x: &O::Tensor| ops.rope(x, angles, spans);
+        let q = fade_queries(pass, *self, turn(&fade_queries(pass, *self, p.q)));
+        let k = fade_keys(pass, *self, turn(&fade_keys(pass, *self, p.k)));
+        let exact = Some(Keys { k, v: p.v, mass: None });
+        ops.attention(&q, &Visible { exact, pooled: None, delay: 0 }, spans, shape.heads)
     }
 }
 
@@ -50,39 +71,43 @@ pub struct Gated<T> {
     pub k: T,
     /// Values.
     pub v: T,
-    /// Decision logits and importances `[N, G]`.
-    pub gate: Gate<T>,
+    /// Decision logits `[N, G]`.
+    pub logit: T,
+    /// Importances `[N, G]`; none in DMS.
+    pub omega: Option<T>,
 }
 
-/// Decisions and importances of one layer (spec 1.2), and the projections without the borrowed channel.
+/// Decisions and importances of one layer (spec 1.2, 5.2), and the projections without the borrowed channels.
 pub fn gated<O: Ops>(pass: &Pass<'_, O>, dmc: &Dmc, p: Projected<O::Tensor>) -> Gated<O::Tensor> {
     let (ops, heads) = (pass.ops, pass.shape.heads);
-    let Projected { mut q, mut k, v, decide } = p;
-    let mut gate = match dmc.decision {
+    let Projected { q, k, v, decide } = p;
+    let with_importance = |gate: Gate<O::Tensor>| (gate.logit, Some(gate.omega));
+    let (mut logit, omega) = match dmc.decision {
         Decision::Borrowed { scale, offset } => {
-            let gate = ops.borrowed_gate(&q, &k, heads, Borrowed { scale, offset });
-            q = ops.scale_last_channel(&q, heads.dim, 0.0);
-            k = ops.scale_last_channel(&k, heads.dim, 0.0);
-            gate
+            let by = Borrowed { scale, offset };
+            match dmc.method {
+                Method::Dmc => with_importance(ops.borrowed_gate(&q, &k, heads, by)),
+                Method::Dms => (ops.query_logit(&q, heads, by), None),
+            }
         }
         Decision::Head { scale, offset } => {
             let r = decide.expect("a model that decides by a head has decision heads: checked when it is loaded");
-            ops.head_gate(&r, scale, offset)
+            match dmc.method {
+                Method::Dmc => with_importance(ops.head_gate(&r, scale, offset)),
+                Method::Dms => (ops.affine(&r, scale, offset), None),
+            }
         }
     };
     if dmc.share == Share::Layer {
-        gate.logit = ops.share_columns(&gate.logit);
+        logit = ops.share_columns(&logit);
     }
-    Gated { q, k, v, gate }
+    let gone = Fading { borrows: dmc.borrows(), factor: 0.0 };
+    Gated { q: fade_queries(pass, gone, q), k: fade_keys(pass, gone, k), v, logit, omega }
 }
 
-/// Queries as scores need them: rotated, and without the borrowed channel.
+/// Queries as scores need them: rotated, and without the borrowed channels.
 pub fn rotated_query<O: Ops>(pass: &Pass<'_, O>, dmc: &Dmc, q: &O::Tensor) -> O::Tensor {
-    let q = pass.ops.rope(q, pass.angles, pass.spans);
-    match dmc.decision.borrows_channel() {
-        true => pass.ops.scale_last_channel(&q, pass.shape.heads.dim, 0.0),
-        false => q,
-    }
+    fade_queries(pass, Fading { borrows: dmc.borrows(), factor: 0.0 }, pass.ops.rope(q, pass.angles, pass.spans))
 }
 
 /// Where the noise on decisions comes from.
@@ -115,7 +140,7 @@ pub enum Mode<T> {
     Hard,
 }
 
-/// Folding attention over whole sequences (spec 2.5, with a delay).
+/// Folding or evicting attention over whole sequences (spec 2.5, with a delay, and 5.3).
 #[derive(Clone, Debug)]
 pub struct Folding<T> {
     /// How the model compresses.
@@ -155,29 +180,38 @@ impl<T> Folding<T> {
 impl<O: Ops> Attend<O> for Folding<O::Tensor> {
     fn attend(&mut self, layer: usize, pass: &Pass<'_, O>, p: Projected<O::Tensor>) -> O::Tensor {
         let Pass { ops, shape, angles, spans } = *pass;
-        let Gated { q, k, v, gate } = gated(pass, &self.dmc, p);
+        let Gated { q, k, v, logit, omega } = gated(pass, &self.dmc, p);
         let (logit, decided) = match &self.mode {
             Mode::Soft { temperature, noise } => {
-                let relaxed = ops.relax(&gate.logit, &self.noise(pass, layer, noise), *temperature);
+                let relaxed = ops.relax(&logit, &self.noise(pass, layer, noise), *temperature);
                 let decided = ops.decide_soft(&relaxed, spans);
                 (relaxed, decided)
             }
             Mode::Hard => {
-                let decided = ops.decide_hard(&gate.logit, spans);
-                (gate.logit, decided)
+                let decided = ops.decide_hard(&logit, spans);
+                (logit, decided)
             }
         };
-        self.rates.push(ops.fold_rate(&logit, spans, self.dmc.delay));
+        let delay = self.dmc.delay;
+        self.rates.push(ops.fold_rate(&logit, spans, delay));
 
-        let input = PoolInput { k, v, alpha: decided.alpha, omega: gate.omega };
-        let states = ops.pool(&input, spans, PoolShape { heads: shape.heads, window: self.dmc.pool_window });
-        let mass = |z: &O::Tensor| self.dmc.log_mass.then(|| ops.ln(z));
         let turn = |k: &O::Tensor| ops.rope(k, angles, spans);
-        let pooled = Keys { k: turn(&states.k), mass: mass(&states.mass), v: states.v };
-        let exact =
-            (self.dmc.delay > 0).then(|| Keys { k: turn(&input.k), v: input.v.clone(), mass: mass(&input.omega) });
-        let visible =
-            Visible { exact, pooled: Some(Pooled { keys: pooled, close: decided.close }), delay: self.dmc.delay };
+        let (exact, pooled) = match omega {
+            // A slot of DMS is its newest token: nothing to pool.
+            None => {
+                let keys = Keys { k: turn(&k), v, mass: None };
+                ((delay > 0).then(|| keys.clone()), keys)
+            }
+            Some(omega) => {
+                let input = PoolInput { k, v, alpha: decided.alpha, omega };
+                let states = ops.pool(&input, spans, PoolShape { heads: shape.heads, window: self.dmc.pool_window });
+                let mass = |z: &O::Tensor| self.dmc.log_mass.then(|| ops.ln(z));
+                let exact =
+                    (delay > 0).then(|| Keys { k: turn(&input.k), v: input.v.clone(), mass: mass(&input.omega) });
+                (exact, Keys { k: turn(&states.k), mass: mass(&states.mass), v: states.v })
+            }
+        };
+        let visible = Visible { exact, pooled: Some(Pooled { keys: pooled, close: decided.close }), delay };
         ops.attention(&rotated_query(pass, &self.dmc, &q), &visible, spans, shape.heads)
     }
 }

@@ -30,7 +30,7 @@ pub struct Projected<T> {
     pub k: T,
     /// Values `[N, G*D]`.
     pub v: T,
-    /// Outputs of the decision head `[N, 2G]`, in models that have one.
+    /// Outputs of the decision head `[N, 2G]` (DMS: `[N, G]`), in models that have one.
     pub decide: Option<T>,
 }
 

@@ -135,6 +135,14 @@ impl Config {
         Ok(Config { compression: Some(compression), raw, ..self.clone() })
     }
 
+    /// The configuration of this model with `kv_heads` KV heads: the same architecture, so that any loader takes it.
+    pub fn with_kv_heads(&self, kv_heads: usize) -> Result<Config> {
+        let mut raw = self.raw.clone();
+        raw.insert("num_key_value_heads".into(), json!(kv_heads));
+        // The default of a width that is not stated is the same before and after: it follows from the query heads.
+        Self::from_map(raw, "the new config.json")
+    }
+
     /// The file for this configuration, unknown fields included, in the order they were read.
     pub fn to_json(&self) -> String {
         debug_assert_eq!(Self::from_map(self.raw.clone(), "").as_ref().ok(), Some(self), "a field was changed by hand");

@@ -30,7 +30,7 @@ pub const V_PROJ: &str = "self_attn.v_proj";
 /// The heads' outputs back to the residual stream, `[C, H*D]`.
 pub const O_PROJ: &str = "self_attn.o_proj";
 
-/// Decision and importance logits of each KV head, `[2*G, C]`; ours, in models whose decisions have a head of their own.
+/// Decision and importance logits of each KV head, `[2*G, C]`, in DMS `[G, C]`; ours, in models whose decisions have a head of their own.
 pub const DECIDE_PROJ: &str = "self_attn.decide_proj";
 
 /// The gain of the norm before the MLP, `[C]`.

@@ -2,7 +2,6 @@
 
 use crate::Config;
 use crate::weights::Weights;
-use kvfold_kernels::dmc::Decision;
 use kvfold_kernels::ops::Heads;
 
 /// Sizes and constants of a Llama-family model.
@@ -26,25 +25,25 @@ pub struct Shape {
     pub rope_theta: f64,
     /// Whether the embeddings also make the logits.
     pub tied: bool,
-    /// Whether each block has a decision head.
-    pub decides_by_head: bool,
+    /// Outputs of each block's decision head; 0 without one.
+    pub decide_outputs: usize,
 }
 
 impl Shape {
     /// The sizes that a configuration states.
     pub fn of(config: &Config) -> Self {
-        let decision = config.compression.as_ref().map(|compression| compression.dmc.decision);
+        let kv = config.num_key_value_heads;
         Self {
             layers: config.num_hidden_layers,
             hidden: config.hidden_size,
             intermediate: config.intermediate_size,
-            heads: Heads { query: config.num_attention_heads, kv: config.num_key_value_heads, dim: config.head_dim },
+            heads: Heads { query: config.num_attention_heads, kv, dim: config.head_dim },
             vocab: config.vocab_size,
             context: config.max_position_embeddings,
             norm_eps: config.rms_norm_eps,
             rope_theta: config.rope_theta,
             tied: config.tie_word_embeddings,
-            decides_by_head: matches!(decision, Some(Decision::Head { .. })),
+            decide_outputs: config.compression.as_ref().map_or(0, |c| c.dmc.decide_outputs(kv)),
         }
     }
 

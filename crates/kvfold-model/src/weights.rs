@@ -16,7 +16,7 @@ pub struct Block<T> {
     pub v: T,
     /// Output projection, `[C, H*D]`.
     pub o: T,
-    /// Decision head, `[2G, C]`: logits, then importances. Only in models that decide by a head.
+    /// Decision head, `[2G, C]`: logits, then importances; `[G, C]` in DMS. Only in models that decide by a head.
     pub decide: Option<T>,
     /// Norm before the feed-forward layer, `[C]`.
     pub post_norm: T,
@@ -52,9 +52,9 @@ impl<T> Block<T> {
             k: make(names::K_PROJ, &[kv, hidden])?,
             v: make(names::V_PROJ, &[kv, hidden])?,
             o: make(names::O_PROJ, &[hidden, q])?,
-            decide: match shape.decides_by_head {
-                true => Some(make(names::DECIDE_PROJ, &[2 * shape.heads.kv, hidden])?),
-                false => None,
+            decide: match shape.decide_outputs {
+                0 => None,
+                outputs => Some(make(names::DECIDE_PROJ, &[outputs, hidden])?),
             },
             post_norm: make(names::POST_ATTENTION_NORM, &[hidden])?,
             gate: make(names::GATE_PROJ, &[ffn, hidden])?,

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{BORROWED, HEAD, compression, parse, refused_in, retrofitted, says, section, valid};
-use kvfold_kernels::dmc::Decision;
+use kvfold_kernels::dmc::{Decision, Method};
 use kvfold_model::{Compression, Config};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -22,11 +22,11 @@ fn a_retrofitted_model_has_a_section_and_a_plain_one_has_none() {
 
 #[test]
 fn an_unknown_version_says_which_is_read() {
-    let message = refused_in(retrofitted(), "kvfold.version", json!(2));
-    says(&message, &["`kvfold.version` is 2", "this build reads version 1"]);
+    let message = refused_in(retrofitted(), "kvfold.version", json!(3));
+    says(&message, &["`kvfold.version` is 3", "this build reads versions 1 to 2"]);
     says(
         &refused_in(retrofitted(), "kvfold.version", json!("1")),
-        &["`kvfold.version` is \"1\"; expected the integer 1"],
+        &["`kvfold.version` is \"1\"; expected an integer from 1 to 2"],
     );
     says(&refused_in(retrofitted(), "kvfold.version", None), &["`kvfold.version` is missing"]);
 }
@@ -34,18 +34,47 @@ fn an_unknown_version_says_which_is_read() {
 #[test]
 fn a_bad_section_names_the_field() {
     let bad = |field: &str, value: Value| refused_in(retrofitted(), field, value);
-    says(&bad("kvfold.dmc.delay", json!(513)), &["`kvfold.dmc.delay` is 513", "at most 512"]);
-    says(&bad("kvfold.dmc.delay", json!(-1)), &["`kvfold.dmc`", "-1"]);
-    says(&bad("kvfold.dmc.pool_window", json!(0)), &["`kvfold.dmc.pool_window` is 0; expected 1 to 512", "null"]);
-    says(&bad("kvfold.dmc.decision.scale", json!(0.0)), &["`kvfold.dmc.decision.scale` is 0; expected", "above 0"]);
-    says(&bad("kvfold.dmc.decision.scale", json!("1")), &["`kvfold.dmc` cannot be read", "string \"1\""]);
-    says(&bad("kvfold.dmc.decision.source", json!("oracle")), &["`kvfold.dmc`", "oracle", "borrowed", "head"]);
-    says(&bad("kvfold.dmc.surprise", json!(1)), &["`kvfold.dmc`", "unknown field `surprise`"]);
-    says(&bad("kvfold.dmc", json!(null)), &["`kvfold.dmc` is null; expected an object"]);
+    says(&bad("kvfold.cache.delay", json!(513)), &["`kvfold.cache.delay` is 513", "at most 512"]);
+    says(&bad("kvfold.cache.delay", json!(-1)), &["`kvfold.cache`", "-1"]);
+    says(&bad("kvfold.cache.pool_window", json!(0)), &["`kvfold.cache.pool_window` is 0; expected 1 to 512", "null"]);
+    says(&bad("kvfold.cache.decision.scale", json!(0.0)), &["`kvfold.cache.decision.scale` is 0; expected", "above 0"]);
+    says(&bad("kvfold.cache.decision.scale", json!("1")), &["`kvfold.cache` cannot be read", "string \"1\""]);
+    says(&bad("kvfold.cache.decision.source", json!("oracle")), &["`kvfold.cache`", "oracle", "borrowed", "head"]);
+    says(&bad("kvfold.cache.surprise", json!(1)), &["`kvfold.cache`", "unknown field `surprise`"]);
+    says(&bad("kvfold.cache", json!(null)), &["`kvfold.cache` is null; expected an object"]);
     says(&bad("kvfold.surprise", json!(1)), &["`kvfold` cannot be read: unknown field `surprise`"]);
     says(&bad("kvfold.ratio", json!(0.5)), &["`kvfold.ratio` is 0.5; expected", "from 1"]);
     says(&bad("kvfold.trained_length", json!(0)), &["`kvfold.trained_length` is 0"]);
     says(&refused_in(retrofitted(), "kvfold.base_model", None), &["`kvfold` cannot be read", "base_model"]);
+}
+
+#[test]
+fn version_1_is_read_as_the_same_model() {
+    let mut old = retrofitted();
+    let section = old["kvfold"].as_object_mut().unwrap();
+    let mut cache = section.shift_remove("cache").unwrap();
+    cache.as_object_mut().unwrap().shift_remove("method");
+    section.insert("dmc".into(), cache);
+    section.insert("version".into(), json!(1));
+    let config = parse(&old).unwrap();
+    assert_eq!(config.compression, Some(compression(BORROWED)));
+    let bad = |field: &str, value: Value| refused_in(old.clone(), field, value);
+    says(&bad("kvfold.dmc.delay", json!(513)), &["`kvfold.dmc.delay` is 513", "at most 512"]);
+    says(&bad("kvfold.dmc.method", json!("dms")), &["`kvfold.dmc.method` is \"dms\"; expected none", "version 1"]);
+    says(&bad("kvfold.cache", json!({})), &["`kvfold.cache` is {}; expected none", "version 1"]);
+    says(&bad("kvfold.version", json!(2)), &["`kvfold.cache` is missing; expected an object"]);
+}
+
+#[test]
+fn dms_has_nothing_to_average() {
+    let mut dms = retrofitted();
+    dms["kvfold"]["cache"]["method"] = json!("dms");
+    says(&refused_in(dms.clone(), "kvfold.ratio", json!(2.0)), &["`kvfold.cache.pool_window` is 12; expected null"]);
+    dms["kvfold"]["cache"]["pool_window"] = json!(null);
+    says(&refused_in(dms.clone(), "kvfold.ratio", json!(2.0)), &["`kvfold.cache.log_mass` is true; expected false"]);
+    dms["kvfold"]["cache"]["log_mass"] = json!(false);
+    assert_eq!(parse(&dms).unwrap().compression.unwrap().dmc.method, Method::Dms);
+    says(&refused_in(dms, "kvfold.cache.method", json!("h2o")), &["`kvfold.cache`", "h2o", "dmc", "dms"]);
 }
 
 #[test]
@@ -60,7 +89,7 @@ fn with_compression_makes_a_config_that_plain_loaders_refuse() {
     let json: Value = serde_json::from_str(&text).unwrap();
     assert_eq!(json["architectures"], json!(["KvfoldLlamaForCausalLM"]));
     assert_eq!(json["model_type"], "kvfold_llama");
-    assert_eq!(json["kvfold"]["version"], 1);
+    assert_eq!(json["kvfold"]["version"], 2);
     assert_eq!(json["something_of_tomorrow"], plain["something_of_tomorrow"]);
     assert_eq!(json.get("auto_map"), None);
     assert_eq!(json["rms_norm_eps"], plain["rms_norm_eps"]);
@@ -76,14 +105,14 @@ fn with_compression_refuses_what_could_not_be_read_back() {
         plain.with_compression(compression).unwrap_err().to_string()
     };
     says(&with(|c| c.ratio = f64::NAN), &["`kvfold.ratio` is NaN"]);
-    says(&with(|c| c.dmc.pool_window = Some(0)), &["`kvfold.dmc.pool_window` is 0"]);
+    says(&with(|c| c.dmc.pool_window = Some(0)), &["`kvfold.cache.pool_window` is 0"]);
     says(
         &with(|c| c.dmc.decision = Decision::Head { scale: f64::INFINITY, offset: 0.0 }),
-        &["`kvfold.dmc.decision.scale` is inf"],
+        &["`kvfold.cache.decision.scale` is inf"],
     );
     says(
         &with(|c| c.dmc.decision = Decision::Head { scale: 1.0, offset: f64::NAN }),
-        &["`kvfold.dmc.decision.offset` is NaN"],
+        &["`kvfold.cache.decision.offset` is NaN"],
     );
 }
 

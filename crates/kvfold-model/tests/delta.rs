@@ -1,6 +1,6 @@
 //! Models as what they changed of their bases.
 
-use kvfold_kernels::dmc::{Decision, Dmc, Share};
+use kvfold_kernels::dmc::{Decision, Dmc, Method, Share};
 use kvfold_kernels::noise::{hash, unit};
 use kvfold_model::delta::{self, Precision};
 use kvfold_model::shape::Shape;
@@ -19,6 +19,7 @@ fn base() -> Checkpoint {
 fn retrofitted(base: &Checkpoint, by: f32) -> Checkpoint {
     let compression = Compression {
         dmc: Dmc {
+            method: Method::Dmc,
             decision: Decision::Head { scale: 4.0, offset: 3.0 },
             delay: 32,
             pool_window: None,
@@ -108,6 +109,50 @@ fn values_are_stored_where_they_come_closer() {
     let written = delta::write(&path, &model, &base, Precision::Bf16).unwrap();
     assert_eq!((written.relative_error, written.largest_error), (0.0, 0.0));
     assert_eq!(delta::open(&path, Some(&base)).unwrap().tensors, model.tensors);
+}
+
+/// `base` with `kv_heads` KV heads, whose keys and values are the first rows of its own.
+fn merged(base: &Checkpoint, kv_heads: usize) -> Checkpoint {
+    let config = base.config.with_kv_heads(kv_heads).unwrap();
+    let tensors = Weights::<()>::expected(&Shape::of(&config)).into_iter().map(|(name, dims)| {
+        let before = &base.tensors[&name];
+        let values = &before.to_f32()[..dims.iter().product()];
+        (name, HostTensor::from_f32(dims, values).to_dtype(before.dtype()))
+    });
+    Checkpoint { tensors: tensors.collect(), config, source: "merged".into(), ..base.clone() }
+}
+
+#[test]
+fn a_model_with_merged_heads_has_a_delta_of_its_keys_and_values() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("d.safetensors");
+    let base = base();
+    let model = merged(&base, 2);
+    let mut sizes = Vec::new();
+    for precision in ALL {
+        let written = delta::write(&path, &model, &base, precision).unwrap();
+        assert_eq!(written.tensors, 2 * base.config.num_hidden_layers);
+        let limit = match precision {
+            Precision::F32 => 0.0,
+            Precision::F16 => 1e-3,
+            Precision::Bf16 | Precision::Int8 => 1e-2,
+        };
+        assert!(written.relative_error <= limit, "{precision:?} {written:?}");
+        assert!(written.relative_error > 0.0 || precision == Precision::F32);
+        sizes.push(written.bytes);
+        let again = delta::open(&path, Some(&base)).unwrap();
+        assert_eq!(again.config, model.config);
+        for (name, tensor) in &model.tensors {
+            let found = &again.tensors[name];
+            assert_eq!((found.dtype(), found.shape()), (tensor.dtype(), tensor.shape()));
+            assert!(found == tensor || precision != Precision::F32 && tensor.shape() != base.tensors[name].shape());
+        }
+    }
+    assert!(sizes[0] > sizes[1] && sizes[2] > sizes[3], "{sizes:?}");
+
+    // More heads than the base has are no merged ones.
+    let error = delta::write(&path, &base, &model, Precision::F32).unwrap_err().to_string();
+    assert!(error.contains("another shape in merged") && error.contains("--base"), "{error}");
 }
 
 #[test]

@@ -71,6 +71,8 @@ struct Case {
 // `Dmc` denies unknown fields, which flattening cannot honour.
 #[derive(Deserialize)]
 struct Dmc_ {
+    #[serde(default)]
+    method: kvfold_kernels::dmc::Method,
     decision: kvfold_kernels::dmc::Decision,
     delay: usize,
     pool_window: Option<usize>,
@@ -96,7 +98,7 @@ const TINY: Shape = Shape {
     norm_eps: 1e-5,
     rope_theta: 10_000.0,
     tied: false,
-    decides_by_head: false,
+    decide_outputs: 0,
 };
 
 fn dmc_case(name: &str) {
@@ -105,9 +107,9 @@ fn dmc_case(name: &str) {
     let metadata: &HashMap<String, String> = header.metadata().as_ref().expect("metadata");
     let case: Case = serde_json::from_str(&metadata["case"]).expect("a case");
     let file = SafeTensors::deserialize(&bytes).expect("a golden");
-    let Dmc_ { decision, delay, pool_window, log_mass, share } = case.dmc;
-    let dmc = Dmc { decision, delay, pool_window, log_mass, share };
-    let shape = Shape { decides_by_head: !decision.borrows_channel(), ..TINY };
+    let Dmc_ { method, decision, delay, pool_window, log_mass, share } = case.dmc;
+    let dmc = Dmc { method, decision, delay, pool_window, log_mass, share };
+    let shape = Shape { decide_outputs: dmc.decide_outputs(TINY.heads.kv), ..TINY };
     let kv = shape.heads.kv;
 
     let ops = Reference::<f64>::reference();
@@ -212,4 +214,14 @@ fn decision_head_with_a_delay_and_a_window() {
 #[test]
 fn decisions_shared_by_a_layer() {
     dmc_case("head_layer");
+}
+
+#[test]
+fn evicting_by_a_head() {
+    dmc_case("dms_head");
+}
+
+#[test]
+fn evicting_by_a_borrowed_channel_of_the_first_queries() {
+    dmc_case("dms_borrowed");
 }

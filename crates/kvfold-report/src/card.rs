@@ -8,7 +8,7 @@
 use std::fmt::Write;
 
 use crate::format;
-use crate::receipt::{Decision, Memory, Quality};
+use crate::receipt::{Decision, Memory, Method, Quality};
 use crate::text::clean_line;
 
 /// Everything a model card says.
@@ -38,6 +38,8 @@ pub struct Card {
 /// The settings of a retrofit that a reader of the card wants to know.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Recipe {
+    /// How the cache became smaller.
+    pub method: Method,
     /// The logical ratio asked for.
     pub ratio_asked: f64,
     /// The logical ratio at the end of training, on training text.
@@ -46,8 +48,9 @@ pub struct Recipe {
     pub context_tokens: u64,
     /// How many of the most recent tokens are held exactly.
     pub delay: u64,
-    /// Where the decision to append or to fold comes from.
-    pub decision: Decision,
+    /// Where the decision to append or to fold comes from; none where nothing
+    /// is decided.
+    pub decision: Option<Decision>,
     /// The loss, such as `distill` or `lm`.
     pub loss: String,
     /// Steps of the optimiser.
@@ -90,28 +93,51 @@ impl Card {
         }
         out.push_str("library_name: kvfold\n");
         out.push_str("pipeline_tag: text-generation\n");
-        out.push_str("tags:\n- kvfold\n- dynamic-memory-compression\n- kv-cache\n");
+        let tag = match self.recipe.method {
+            Method::Dmc => "dynamic-memory-compression",
+            Method::Dms => "dynamic-memory-sparsification",
+            Method::Gqa => "grouped-query-attention",
+        };
+        let _ = writeln!(out, "tags:\n- kvfold\n- {tag}\n- kv-cache");
         out.push_str("---\n\n");
     }
 
     fn introduction(&self, out: &mut String) {
         let base = inline(&self.base_model);
-        let _ = write!(
-            out,
-            "# {name}\n\n\
-             {base}, retrofitted with Dynamic Memory Compression (DMC) to a key-value cache {asked} \
-             smaller. For every layer and KV head the model decides whether a new key and value are \
-             appended to the cache or folded into its newest slot.\n\n\
-             ## How to run it\n\n{run}\n\
-             Plain Llama loaders refuse this model, and they should. Its `config.json` names the \
-             architecture `{architecture}`, because the weights have learned to live with a folding \
-             cache; run as a plain Llama they would seem to work and write worse text, without any \
-             sign of why.\n",
-            name = clean_line(&self.name),
-            asked = format::ratio(self.recipe.ratio_asked),
-            run = fenced("sh", "kvfold generate --model . --prompt \"Once upon a time\""),
-            architecture = clean_line(&self.architecture),
-        );
+        let asked = format::ratio(self.recipe.ratio_asked);
+        let what = match self.recipe.method {
+            Method::Dmc => format!(
+                "{base}, retrofitted with Dynamic Memory Compression (DMC) to a key-value cache {asked} \
+                 smaller. For every layer and KV head the model decides whether a new key and value are \
+                 appended to the cache or folded into its newest slot."
+            ),
+            Method::Dms => format!(
+                "{base}, retrofitted with Dynamic Memory Sparsification (DMS) to a key-value cache {asked} \
+                 smaller. For every layer and KV head the model decides which keys and values are evicted \
+                 when they leave the window of the newest tokens."
+            ),
+            Method::Gqa => format!(
+                "{base}, up-trained to grouped-query attention with a key-value cache {asked} smaller. Each \
+                 KV head began as the mean of the original's heads that it stands for."
+            ),
+        };
+        let architecture = clean_line(&self.architecture);
+        let learned = match self.recipe.method {
+            Method::Dmc => Some("a folding"),
+            Method::Dms => Some("an evicting"),
+            Method::Gqa => None,
+        };
+        let who = match learned {
+            Some(cache) => format!(
+                "Plain Llama loaders refuse this model, and they should. Its `config.json` names the \
+                 architecture `{architecture}`, because the weights have learned to live with {cache} \
+                 cache; run as a plain Llama they would seem to work and write worse text, without any \
+                 sign of why."
+            ),
+            None => format!("It is a plain `{architecture}`: what loads the original loads this model too."),
+        };
+        let run = fenced("sh", "kvfold generate --model . --prompt \"Once upon a time\"");
+        let _ = write!(out, "# {}\n\n{what}\n\n## How to run it\n\n{run}\n{who}\n", clean_line(&self.name));
     }
 
     fn settings(&self, out: &mut String) {
@@ -119,19 +145,31 @@ impl Card {
         let measured = |ratio: fn(&Memory) -> f64| {
             self.memory.as_ref().map_or_else(|| "not measured".to_owned(), |m| format::ratio_and_removed(ratio(m)))
         };
-        let decision = match recipe.decision {
-            Decision::Head => "`head`: a linear layer of its own in every layer",
-            Decision::Borrowed => "`borrowed`: the last channel of each key, given up for it",
+        let decision = match (recipe.decision, recipe.method) {
+            (None, _) => "none: nothing is decided",
+            (Some(Decision::Head), _) => "`head`: a linear layer of its own in every layer",
+            (Some(Decision::Borrowed), Method::Dms) => {
+                "`borrowed`: the last channel of each group's first query, given up for it"
+            }
+            (Some(Decision::Borrowed), _) => "`borrowed`: the last channel of each key, given up for it",
         };
-        let delay = match recipe.delay {
-            0 => "0: tokens are folded at once".to_owned(),
-            delay => format!("{delay}: that many recent tokens are held exactly"),
+        let delay = match (recipe.delay, recipe.method) {
+            (_, Method::Gqa) => "none: every token keeps its slot".to_owned(),
+            (0, Method::Dmc) => "0: tokens are folded at once".to_owned(),
+            (0, Method::Dms) => "0: tokens are evicted at once".to_owned(),
+            (delay, _) => format!("{delay}: that many recent tokens are held exactly"),
+        };
+        let method = match recipe.method {
+            Method::Dmc => "Dynamic Memory Compression",
+            Method::Dms => "Dynamic Memory Sparsification",
+            Method::Gqa => "grouped-query attention, up-trained",
         };
         out.push_str("\n## Settings\n\n");
         table(
             out,
             ["setting", "value"],
             &[
+                ["method", method],
                 ["ratio asked for", &format::ratio_and_removed(recipe.ratio_asked)],
                 ["logical ratio at the end of training", &format::ratio_and_removed(recipe.ratio_trained)],
                 ["logical ratio measured", &measured(|m| m.logical_ratio)],
@@ -188,18 +226,32 @@ impl Card {
     }
 
     fn limitations(&self, out: &mut String) {
-        let _ = write!(
-            out,
-            "\n## Limitations\n\n\
-             - Folding is lossy. What was folded cannot be told apart again, so tasks that quote a \
-             long context word for word suffer first.\n\
-             - The ratio is learned, not enforced: other kinds of text, and sequences other than {} \
-             tokens long, reach other ratios.\n\
-             - The physical ratio falls short of the logical one, most of all in short sequences, whose \
-             last pages are mostly empty.\n\
-             - Whatever the original model gets wrong, this one gets wrong too.\n",
-            format::exact(self.recipe.context_tokens)
-        );
+        out.push_str("\n## Limitations\n\n");
+        out.push_str(match self.recipe.method {
+            Method::Dmc => {
+                "- Folding is lossy. What was folded cannot be told apart again, so tasks that quote a \
+                 long context word for word suffer first.\n"
+            }
+            Method::Dms => {
+                "- Eviction is lossy. What was evicted is gone, so tasks that quote a long context word for \
+                 word suffer first.\n"
+            }
+            Method::Gqa => {
+                "- Merging heads is lossy: what distinct heads told apart, the merged one has to learn \
+                 again.\n"
+            }
+        });
+        if self.recipe.method != Method::Gqa {
+            let _ = write!(
+                out,
+                "- The ratio is learned, not enforced: other kinds of text, and sequences other than {} \
+                 tokens long, reach other ratios.\n\
+                 - The physical ratio falls short of the logical one, most of all in short sequences, whose \
+                 last pages are mostly empty.\n",
+                format::exact(self.recipe.context_tokens)
+            );
+        }
+        out.push_str("- Whatever the original model gets wrong, this one gets wrong too.\n");
         match &self.license {
             Some(_) => out.push_str("- The licence of the original model applies.\n"),
             None => out.push_str(
@@ -258,8 +310,9 @@ mod tests {
                 ratio_asked: 4.0,
                 ratio_trained: 4.06,
                 context_tokens: 512,
+                method: Method::Dmc,
                 delay: 16,
-                decision: Decision::Head,
+                decision: Some(Decision::Head),
                 loss: "distill".to_owned(),
                 steps: 150,
                 tokens: 1_228_800,
@@ -310,6 +363,7 @@ mod tests {
 
         | setting | value |
         |---|---|
+        | method | Dynamic Memory Compression |
         | ratio asked for | 4.00x (75.0 % removed) |
         | logical ratio at the end of training | 4.06x (75.4 % removed) |
         | logical ratio measured | 3.84x (74.0 % removed) |

@@ -34,6 +34,9 @@ pub struct Receipt {
     pub model: String,
     /// The seed of everything random in the run.
     pub seed: u64,
+    /// How the cache became smaller.
+    #[serde(default)]
+    pub method: Method,
     /// How many of the most recent tokens are always held exactly; 0 is the
     /// DMC of the paper.
     pub delay: u64,
@@ -77,6 +80,19 @@ pub struct Machine {
     pub os: String,
 }
 
+/// How a cache became smaller.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Method {
+    /// Dynamic Memory Compression: tokens are folded into the newest slot.
+    #[default]
+    Dmc,
+    /// Dynamic Memory Sparsification: tokens are evicted.
+    Dms,
+    /// Up-trained grouped-query attention: KV heads are merged.
+    Gqa,
+}
+
 /// Where the decision to append or to fold comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -105,7 +121,8 @@ impl Decision {
 pub struct Memory {
     /// The length of the sequences measured.
     pub context_tokens: u64,
-    /// Tokens seen over slots held, exact recent tokens counted as slots.
+    /// Tokens seen over slots held, exact recent tokens counted as slots. A
+    /// slot of a merged head is one for every head that it stands for.
     #[serde(deserialize_with = "crate::non_finite::nullable")]
     pub logical_ratio: f64,
     /// `dense_kv_bytes` over `kv_bytes`.
@@ -339,6 +356,7 @@ mod tests {
           },
           "model": "stories260k",
           "seed": 7,
+          "method": "dmc",
           "delay": 16,
           "decision": "head",
           "context_tokens": 512,

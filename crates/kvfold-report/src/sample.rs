@@ -3,7 +3,7 @@
 
 use crate::quantiles::Quantiles;
 use crate::receipt::{
-    Decision, KvBytes, Machine, Memory, Perplexity, Quality, Receipt, Schema, Speed, Story, Training,
+    Decision, KvBytes, Machine, Memory, Method, Perplexity, Quality, Receipt, Schema, Speed, Story, Training,
 };
 
 pub(crate) fn receipt() -> Receipt {
@@ -24,6 +24,7 @@ pub(crate) fn receipt() -> Receipt {
         },
         model: "stories260k".to_owned(),
         seed: 7,
+        method: Method::Dmc,
         delay: 16,
         decision: Decision::Head,
         memory: Memory {

@@ -7,6 +7,7 @@
 //! * [`schedule`]: stages, compression targets and learning rates by step;
 //! * [`documents`]: texts from files and folders;
 //! * [`corpus`]: sequences, packed from documents, and which of them make which batch;
+//! * `gqa`: a model with fewer KV heads, where a student of GQA starts;
 //! * [`trainer`]: one step, from ids to new weights;
 //! * [`run`]: the directory in which a run survives;
 //! * [`watch`]: whether the loss is beyond hope;
@@ -15,6 +16,7 @@
 pub mod corpus;
 pub mod documents;
 mod error;
+mod gqa;
 pub mod plan;
 mod pressure;
 pub mod run;
@@ -25,6 +27,7 @@ pub mod watch;
 
 pub use corpus::Corpus;
 pub use error::RetrofitError;
+pub use gqa::mean_pooled;
 pub use run::RunDir;
 pub use settings::Settings;
 pub use trainer::{StepReport, Trainer};

@@ -4,7 +4,7 @@
 //! backward pass, weights packed for products, and the buffers that the backend keeps for the next step. What is not
 //! counted is the program itself and the text.
 
-use crate::settings::{Loss, Settings};
+use crate::settings::{Loss, Method, Settings};
 use kvfold_model::Checkpoint;
 use kvfold_model::names;
 use kvfold_model::shape::Shape;
@@ -72,25 +72,28 @@ impl Plan {
     /// The plan of a run that [`Settings::validate`] has passed.
     pub fn new(base: &Checkpoint, settings: &Settings) -> Self {
         let plain = Shape::of(&base.config);
-        let shape = Shape { decides_by_head: !settings.dmc.decision.borrows_channel(), ..plain };
-        let expected = Weights::<()>::expected(&shape);
-        let count = |of: &dyn Fn(&str) -> bool| -> u64 {
-            expected.iter().filter(|(name, _)| of(name)).map(|(_, dims)| dims.iter().product::<usize>() as u64).sum()
-        };
-        let packed = |of: &dyn Fn(&str) -> bool| -> u64 {
-            let matrices = expected
-                .iter()
-                .filter(|(name, dims)| of(name) && dims.len() == 2 && (name != names::EMBED || shape.tied));
-            matrices.map(|(_, dims)| (dims[0] as u64).next_multiple_of(PANEL) * dims[1] as u64).sum()
-        };
-        let trains = |name: &str| settings.train.trains(name);
-        // The teacher has its own copy of what trains, decision heads apart.
+        let shape = settings.shape(&plain);
+        let student = Weights::<()>::expected(&shape);
+        let (mut trained, mut own) = (student.clone(), Vec::new());
+        trained.retain(|(name, _)| settings.train.trains(name));
+        // The teacher has its own copy of what trains, and of what is merged in the model.
         let teaches = matches!(settings.loss, Loss::Distill { .. });
-        let taught = |name: &str| teaches && trains(name) && !name.contains(names::DECIDE_PROJ);
-        let (parameters, trained) = (count(&|_| true), count(&trains));
-        let weights = (parameters + count(&taught)) * F32;
-        let packed_all = packed(&|_| true) * F32;
-        let packed = packed_all + packed(&taught) * F32;
+        if teaches {
+            own = Weights::<()>::expected(&plain);
+            own.retain(|weight| settings.train.trains(&weight.0) || !student.contains(weight));
+        }
+        let packed_of = |weights: &[(String, Vec<usize>)]| packed(weights, shape.tied);
+        let (parameters, trained) = (count(&student), count(&trained));
+        let weights = (parameters + count(&own)) * F32;
+        let packed = (packed_of(&student) + packed_of(&own)) * F32;
+        // Afterwards both models are there whole.
+        let (original, packed_original) = match settings.method {
+            Method::Gqa { .. } => {
+                let plain = Weights::<()>::expected(&plain);
+                (count(&plain), packed_of(&plain))
+            }
+            Method::Dynamic(_) => (parameters, packed_of(&student)),
+        };
         let base_bytes = base.tensors.values().map(|tensor| tensor.bytes().len() as u64).sum();
 
         let rows = (settings.part() * settings.length) as u64;
@@ -100,7 +103,7 @@ impl Plan {
         let moments = 2 * trained * F32;
         let checkpoint = 3 * trained * F32;
         let new_model = base_bytes + trained * F32;
-        let evaluation = new_model + 2 * (parameters * F32 + packed_all);
+        let evaluation = new_model + (parameters + original + packed_of(&student) + packed_original) * F32;
 
         let standing = base_bytes + weights + packed + moments;
         let step = gradients + activations + logits;
@@ -128,6 +131,16 @@ impl Plan {
             run_bytes: 3 * checkpoint,
         }
     }
+}
+
+fn count(weights: &[(String, Vec<usize>)]) -> u64 {
+    weights.iter().map(|(_, dims)| dims.iter().product::<usize>() as u64).sum()
+}
+
+/// Numbers that matrices are packed into.
+fn packed(weights: &[(String, Vec<usize>)], tied: bool) -> u64 {
+    let matrices = weights.iter().filter(|(name, dims)| dims.len() == 2 && (name != names::EMBED || tied));
+    matrices.map(|(_, dims)| (dims[0] as u64).next_multiple_of(PANEL) * dims[1] as u64).sum()
 }
 
 /// Numbers per token that a part's passes hold at their highest.

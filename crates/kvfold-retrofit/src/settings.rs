@@ -1,11 +1,59 @@
 //! Everything that defines a run.
 
 use crate::error::RetrofitError;
-use kvfold_kernels::dmc::{Decision, Dmc, Share};
-use kvfold_kernels::ops::{KlDirection, Over, Precision, Scope, StatedAt};
+use kvfold_kernels::dmc::{self, Borrows, Decision, Dmc, Share};
+use kvfold_kernels::ops::{Heads, KlDirection, Over, Precision, Scope, StatedAt};
 use kvfold_model::names;
 use kvfold_model::shape::Shape;
 use serde::{Deserialize, Serialize};
+
+/// How the cache is to become smaller.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Method {
+    /// The model decides token by token: DMC or DMS.
+    Dynamic(Dmc),
+    /// Up-trained grouped-query attention: fewer KV heads, each at first the mean of those it stands for (spec 3.2). The
+    /// result is a plain model.
+    Gqa {
+        /// KV heads that are left; a divisor of the model's.
+        kv_heads: usize,
+    },
+}
+
+impl Method {
+    /// What the model decides with; `None` when it decides nothing.
+    pub fn dynamic(&self) -> Option<&Dmc> {
+        match self {
+            Method::Dynamic(dmc) => Some(dmc),
+            Method::Gqa { .. } => None,
+        }
+    }
+
+    /// Channels that attention cannot use.
+    pub fn borrows(&self) -> Borrows {
+        self.dynamic().map_or(Borrows::Nothing, Dmc::borrows)
+    }
+
+    /// Tokens that stay exact at the end of a sequence whatever is decided.
+    pub fn delay(&self) -> usize {
+        self.dynamic().map_or(0, |dmc| dmc.delay)
+    }
+
+    /// Its name on the command line and in reports.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Method::Dynamic(dmc) => dmc.method.name(),
+            Method::Gqa { .. } => "gqa",
+        }
+    }
+}
+
+impl From<Dmc> for Method {
+    fn from(dmc: Dmc) -> Self {
+        Method::Dynamic(dmc)
+    }
+}
 
 /// What the model is asked to keep.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -130,10 +178,11 @@ pub struct Learning {
 /// A run's definition.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Settings {
-    /// How the model is to compress.
-    pub dmc: Dmc,
+    /// How the cache is to become smaller.
+    pub method: Method,
     /// Compression asked for: tokens seen per slot held, exact recent tokens counted, at `length` tokens. Of shorter
-    /// documents the same share of the tokens that are no longer exact is asked for.
+    /// documents the same share of the tokens that are no longer exact is asked for. In GQA the KV heads of the original
+    /// per KV head that is left.
     pub ratio: f64,
     /// What the model is asked to keep.
     pub loss: Loss,
@@ -169,14 +218,17 @@ pub const DELAY: usize = 32;
 pub const OFFSET: f64 = 3.0;
 /// Factor on a decision head's outputs.
 pub const HEAD_SCALE: f64 = 4.0;
-/// Factor on a borrowed channel.
+/// Factor on a channel that DMC borrows.
 pub const BORROWED_SCALE: f64 = 20.0;
+/// Factor on a channel that DMS borrows, and what is subtracted then: its authors' numbers (spec 5.2).
+pub const DMS_BORROWED: (f64, f64) = (100.0, 5.0);
 /// Optimiser steps that teach a small model 4x.
 pub const STEPS: u64 = 120;
 
 /// How a model compresses unless somebody wants it otherwise.
 pub fn default_dmc() -> Dmc {
     Dmc {
+        method: dmc::Method::Dmc,
         decision: Decision::Head { scale: HEAD_SCALE, offset: OFFSET },
         delay: DELAY,
         pool_window: None,
@@ -197,13 +249,17 @@ const MAX_BATCH: usize = 1 << 16;
 const MAX_SAMPLES: usize = 1 << 20;
 
 impl Settings {
-    /// The recipe for a model, a ratio and a budget of steps. The numbers are measured: see `docs/LOG.md`.
-    pub fn recipe(shape: &Shape, dmc: Dmc, ratio: f64, steps: u64) -> Self {
+    /// The recipe for a model, a method, a ratio and a budget of steps. The numbers are measured: see `docs/LOG.md`.
+    pub fn recipe(shape: &Shape, method: impl Into<Method>, ratio: f64, steps: u64) -> Self {
+        let method = method.into();
         let share = |part: f64| (steps as f64 * part).round() as u64;
-        let zeroing = if dmc.decision.borrows_channel() { share(ZEROING) } else { 0 };
-        let hold = share(HOLD).min(steps - zeroing);
+        let zeroing = if method.borrows() == Borrows::Nothing { 0 } else { share(ZEROING) };
+        let hold = match method {
+            Method::Dynamic(_) => share(HOLD).min(steps - zeroing),
+            Method::Gqa { .. } => steps,
+        };
         Self {
-            dmc,
+            method,
             ratio,
             loss: Loss::Distill { direction: KlDirection::Forward },
             text: Text::Given { digest: String::new(), max_tokens: None, reset: true },
@@ -235,9 +291,13 @@ impl Settings {
         (self.ratio * (1.0 + self.pressure.margin)).min(self.highest_ratio())
     }
 
-    /// The highest ratio that the delay leaves possible at this length: the ring and one slot.
+    /// The highest ratio that the delay leaves possible at this length: the ring and one slot. Heads that are merged are
+    /// as many as they are.
     pub fn highest_ratio(&self) -> f64 {
-        self.length as f64 / (self.dmc.delay.min(self.length.saturating_sub(1)) + 1) as f64
+        match &self.method {
+            Method::Dynamic(dmc) => self.length as f64 / (dmc.delay.min(self.length.saturating_sub(1)) + 1) as f64,
+            Method::Gqa { .. } => self.ratio,
+        }
     }
 
     /// Sequences of each part of a step's batch.
@@ -247,20 +307,32 @@ impl Settings {
 
     /// Where the ratio is stated: at a sequence's full length.
     pub fn stated_at(&self) -> StatedAt {
-        StatedAt { length: self.length, delay: self.dmc.delay }
+        StatedAt { length: self.length, delay: self.method.delay() }
     }
 
-    /// The ratio that is asked of documents of these lengths; an error if nothing of them is ever folded.
+    /// The sizes of the model that is trained, for an original of these.
+    pub fn shape(&self, original: &Shape) -> Shape {
+        let Heads { kv: all, .. } = original.heads;
+        let (kv, decide_outputs) = match &self.method {
+            Method::Dynamic(dmc) => (all, dmc.decide_outputs(all)),
+            Method::Gqa { kv_heads } => (*kv_heads, 0),
+        };
+        Shape { heads: Heads { kv, ..original.heads }, decide_outputs, ..original.clone() }
+    }
+
+    /// The ratio that is asked of documents of these lengths; an error if nothing of them is ever folded. Merged heads are
+    /// as many on every document.
     pub fn ratio_on(&self, lengths: impl Iterator<Item = usize>) -> Result<f64, RetrofitError> {
+        let Method::Dynamic(dmc) = &self.method else { return Ok(self.ratio) };
         let (mut tokens, mut folds, mut longest) = (0.0, 0.0, 0);
         for length in lengths {
             tokens += length as f64;
             folds += self.stated_at().target(1.0 - 1.0 / self.ratio, length) * length as f64;
             longest = longest.max(length);
         }
-        match longest > self.dmc.delay + 1 {
+        match longest > dmc.delay + 1 {
             true => Ok(tokens / (tokens - folds)),
-            false => Err(RetrofitError::ShortDocuments { longest, delay: self.dmc.delay }),
+            false => Err(RetrofitError::ShortDocuments { longest, delay: dmc.delay }),
         }
     }
 
@@ -277,7 +349,7 @@ impl Settings {
         let (context, length) = (shape.context, self.length);
         let in_context = (2..=context).contains(&length);
         must(in_context, "length", length.to_string(), format!("2 to {context}, the model's context"))?;
-        let (delay, highest) = (self.dmc.delay, self.highest_ratio());
+        let (delay, highest) = (self.method.delay(), self.highest_ratio());
         let expected =
             format!("less than {length}, the tokens of a sequence: no token of a longer delay is ever folded");
         must(delay < length, "delay", delay.to_string(), expected)?;
@@ -290,16 +362,37 @@ impl Settings {
         let (parts, expected) = (self.accumulate, format!("1 to {}, the sequences of a step", self.batch));
         must((1..=self.batch).contains(&parts), "accumulate", parts.to_string(), expected)?;
         must(self.stages.total() > 0, "steps", "0".into(), "at least 1 step".into())?;
-        let (borrows, zeroing) = (self.dmc.decision.borrows_channel(), self.stages.zeroing);
-        let expected = "0: a decision head borrows no channel".into();
+        let (borrows, zeroing) = (self.method.borrows() != Borrows::Nothing, self.stages.zeroing);
+        let expected = "0: no channel is borrowed".into();
         must(borrows || zeroing == 0, "zeroing steps", zeroing.to_string(), expected)?;
         if let Text::Own { samples } = self.text {
             let expected = format!("2 (one to train on and one to measure on) to {MAX_SAMPLES}");
             must((2..=MAX_SAMPLES).contains(&samples), "samples", samples.to_string(), expected)?;
         }
-        if let Some(window) = self.dmc.pool_window {
-            let expected = format!("1 to {context}, the model's context, or none for the whole segment");
-            must((1..=context).contains(&window), "pool_window", window.to_string(), expected)?;
+        match &self.method {
+            Method::Gqa { kv_heads } => {
+                let all = shape.heads.kv;
+                let expected = format!("a divisor of {all}, the model's KV heads, below it");
+                let fewer = (1..all).contains(kv_heads) && all.is_multiple_of(*kv_heads);
+                must(fewer, "kv_heads", kv_heads.to_string(), expected)?;
+                let ratio = all as f64 / *kv_heads as f64;
+                let expected = format!("{ratio}, since {kv_heads} of {all} KV heads are left");
+                must(self.ratio == ratio, "ratio", self.ratio.to_string(), expected)?;
+            }
+            Method::Dynamic(dmc) => {
+                if let Some(window) = dmc.pool_window {
+                    let expected = format!("1 to {context}, the model's context, or none for the whole segment");
+                    must((1..=context).contains(&window), "pool_window", window.to_string(), expected)?;
+                }
+                if dmc.method == dmc::Method::Dms {
+                    let window = dmc.pool_window.unwrap_or(0);
+                    must(window == 0, "pool_window", window.to_string(), "none: DMS averages nothing".into())?;
+                    must(!dmc.log_mass, "log_mass", "true".into(), "false: DMS has no importances".into())?;
+                }
+                let (Decision::Borrowed { scale, offset } | Decision::Head { scale, offset }) = dmc.decision;
+                number(scale, 1e-6, "decision scale")?;
+                must(offset.is_finite(), "decision offset", offset.to_string(), "a finite number".into())?;
+            }
         }
         number(self.temperature, 1e-6, "temperature")?;
         number(self.pressure.weight, 0.0, "hinge weight")?;
@@ -312,10 +405,7 @@ impl Settings {
             must((0.0..1.0).contains(&beta), setting, beta.to_string(), "at least 0 and below 1".into())?;
         }
         number(learning.weight_decay, 0.0, "weight decay")?;
-        number(learning.clip, 1e-12, "clip")?;
-        let (Decision::Borrowed { scale, offset } | Decision::Head { scale, offset }) = self.dmc.decision;
-        number(scale, 1e-6, "decision scale")?;
-        must(offset.is_finite(), "decision offset", offset.to_string(), "a finite number".into())
+        number(learning.clip, 1e-12, "clip")
     }
 }
 

@@ -2,12 +2,13 @@
 
 use crate::corpus::Corpus;
 use crate::error::RetrofitError;
+use crate::gqa::mean_pooled;
 use crate::pressure::{BatchRates, asked};
 use crate::schedule::{Place, Stage, place};
-use crate::settings::{Loss, Pressure, Settings};
+use crate::settings::{Loss, Method, Pressure, Settings};
 use kvfold_autograd::{Optimizer, Rates, Tape, Var};
 use kvfold_kernels::Grad;
-use kvfold_kernels::dmc::Dmc;
+use kvfold_kernels::dmc::{Borrows, Dmc};
 use kvfold_kernels::ops::{Goal, Hinge, Moments, NO_TARGET, Ops, Over, Predictions, Spans};
 use kvfold_model::attend::{Fading, Folding, Mode, Noise, Plain};
 use kvfold_model::block::Pass;
@@ -35,7 +36,7 @@ pub struct StepReport {
     pub hinge: f64,
     /// Compression asked of this batch; less than at full length where documents are short.
     pub ratio_target: f64,
-    /// Compression of this batch, counting hard decisions with noise.
+    /// Compression of this batch, counting hard decisions with noise; where heads are merged, heads merged.
     pub ratio: f64,
     /// Gradient norm before clipping.
     pub grad_norm: f64,
@@ -53,7 +54,7 @@ pub struct Trainer<O: Grad> {
     shape: Shape,
     angles: O::Tensor,
     weights: Weights<O::Tensor>,
-    teacher: Option<Weights<O::Tensor>>,
+    teacher: Option<Teacher<O::Tensor>>,
     /// Moments of the weights that train, in their order.
     optimizer: Optimizer<O::Tensor>,
     /// All weights, in their order.
@@ -61,10 +62,18 @@ pub struct Trainer<O: Grad> {
     heads: Vec<Vec<f64>>,
 }
 
+/// The original model, whose shape is another where heads are merged.
+#[derive(Debug)]
+struct Teacher<T> {
+    shape: Shape,
+    weights: Weights<T>,
+}
+
 /// Which attention a block runs with; makes a fresh one each time a segment runs.
 #[derive(Clone, Debug)]
 enum Attention {
-    Fading { factor: f64 },
+    Plain,
+    Fading(Fading),
     Folding { dmc: Dmc, temperature: f64, seed: u64, step: u64, first_row: usize },
 }
 
@@ -99,7 +108,8 @@ impl<T: Clone + std::fmt::Debug + 'static> Frame<T> {
         x: &P::Tensor,
     ) -> Vec<P::Tensor> {
         match &self.attention {
-            Attention::Fading { factor } => vec![pass.block(layer, block, x, &mut Fading { factor: *factor })],
+            Attention::Plain => vec![pass.block(layer, block, x, &mut Plain)],
+            Attention::Fading(fading) => vec![pass.block(layer, block, x, &mut { *fading })],
             &Attention::Folding { ref dmc, temperature, seed, step, first_row } => {
                 let mode = Mode::Soft { temperature, noise: Noise::Keyed { seed, step, first_row } };
                 let mut attend = Folding::new(dmc, mode);
@@ -125,8 +135,8 @@ impl<O: Grad + Clone + 'static> Trainer<O>
 where
     O::Tensor: 'static,
 {
-    /// A run's beginning: the base model, with zero-initialised decision heads where they are asked for. Weights that do not
-    /// train are in memory once, for the model and its teacher.
+    /// A run's beginning: the base model, with zero-initialised decision heads or with merged KV heads where they are
+    /// asked for. Weights that do not train are in memory once, for the model and its teacher, merged heads apart.
     pub fn new(ops: O, base: &Checkpoint, settings: Settings) -> Result<Self, RetrofitError> {
         let plain = Shape::of(&base.config);
         settings.validate(&plain)?;
@@ -137,12 +147,17 @@ where
                 expected: "a plain model".into(),
             });
         }
-        let shape = Shape { decides_by_head: !settings.dmc.decision.borrows_channel(), ..plain.clone() };
-        let mut loaded: BTreeMap<String, O::Tensor> = BTreeMap::new();
-        let mut load = |shape: &Shape| {
+        let merged = match settings.method {
+            Method::Gqa { kv_heads } => mean_pooled(base, kv_heads),
+            Method::Dynamic(_) => BTreeMap::new(),
+        };
+        let shape = settings.shape(&plain);
+        let mut loaded: BTreeMap<(String, Vec<usize>), O::Tensor> = BTreeMap::new();
+        let mut load = |shape: &Shape, merged: &BTreeMap<String, HostTensor>| {
             let built = Weights::build(shape, |name, dims| {
-                let weight = loaded.entry(name.to_owned()).or_insert_with(|| {
-                    let values = base.tensors.get(name).map(HostTensor::to_f32);
+                // Merged heads have fewer rows than those they stand for, so the two are never taken for each other.
+                let weight = loaded.entry((name.to_owned(), dims.to_vec())).or_insert_with(|| {
+                    let values = merged.get(name).or(base.tensors.get(name)).map(HostTensor::to_f32);
                     let values = values.unwrap_or_else(|| vec![0.0; dims.iter().product()]);
                     ops.master(dims, &values, names::precision(name, dims, settings.precision))
                 });
@@ -151,17 +166,17 @@ where
             let Ok(weights) = built;
             weights
         };
-        let weights = load(&shape);
-        let teacher = matches!(settings.loss, Loss::Distill { .. }).then(|| load(&plain));
-        drop(loaded);
+        let weights = load(&shape, &merged);
+        let distills = matches!(settings.loss, Loss::Distill { .. });
+        let teacher = distills.then(|| Teacher { weights: load(&plain, &BTreeMap::new()), shape: plain });
+        drop((loaded, merged));
         let names = Weights::<()>::expected(&shape);
         let names: Vec<Name> =
             names.into_iter().map(|(name, dims)| Name { trains: settings.train.trains(&name), name, dims }).collect();
         let optimizer = Optimizer::new(&ops, &trained(&names, weights.list()));
         let angles = ops.rope_table(&shape.inv_freq(), settings.length);
         let mut trainer = Self { angles, weights, teacher, optimizer, shape, settings, names, heads: Vec::new(), ops };
-        let Settings { dmc, stages, .. } = &trainer.settings;
-        if dmc.decision.borrows_channel() && stages.zeroing == 0 {
+        if trainer.settings.stages.zeroing == 0 {
             trainer.zero_borrowed_rows();
         }
         Ok(trainer)
@@ -200,7 +215,7 @@ where
         let lengths: Vec<usize> = sequences.iter().flat_map(|&n| corpus.lengths(n)).collect();
         let spans = Spans::of_lengths(&lengths);
         let parts = self.parts(corpus, &sequences, at);
-        let folds = at.stage != Stage::Zeroing;
+        let folds = self.settings.method.dynamic().is_some() && at.stage != Stage::Zeroing;
         let Pressure { scope, over, weight, .. } = self.settings.pressure;
         let target = 1.0 - 1.0 / at.ratio;
         let hinge = Hinge { target, scope, over, stated_at: Some(self.settings.stated_at()) };
@@ -260,7 +275,11 @@ where
             task_loss,
             hinge: missing,
             ratio_target: if full || !folds { at.ratio } else { asked(hinge, &spans) },
-            ratio: if folds { rates.ratio() } else { 1.0 },
+            ratio: match self.settings.method {
+                Method::Dynamic(_) if folds => rates.ratio(),
+                Method::Dynamic(_) => 1.0,
+                Method::Gqa { .. } => self.settings.ratio,
+            },
             grad_norm,
             rate: at.rate,
             tokens: spans.rows() as u64,
@@ -277,10 +296,13 @@ where
         let parts = sequences.chunks(settings.part()).map(|sequences| {
             let lengths: Vec<usize> = sequences.iter().flat_map(|&n| corpus.lengths(n)).collect();
             let spans = Spans::of_lengths(&lengths);
-            let attention = match at.stage {
-                Stage::Zeroing => Attention::Fading { factor: at.channel },
-                Stage::Ramp | Stage::Hold => Attention::Folding {
-                    dmc: settings.dmc.clone(),
+            let attention = match (&settings.method, at.stage) {
+                (Method::Gqa { .. }, _) => Attention::Plain,
+                (Method::Dynamic(dmc), Stage::Zeroing) => {
+                    Attention::Fading(Fading { borrows: dmc.borrows(), factor: at.channel })
+                }
+                (Method::Dynamic(dmc), Stage::Ramp | Stage::Hold) => Attention::Folding {
+                    dmc: dmc.clone(),
                     temperature: settings.temperature,
                     seed: settings.seed,
                     step: self.steps(),
@@ -371,9 +393,10 @@ where
     ) -> Var<O::Tensor> {
         match (self.settings.loss, &self.teacher) {
             (Loss::Distill { direction }, Some(teacher)) => {
-                let pass = Pass { ops: &self.ops, shape: &frame.shape, angles: &frame.angles, spans: &frame.spans };
-                let x = pass.normed(teacher, &pass.hidden(teacher, ids, &mut Plain));
-                let (x, w) = (Var::constant(x), Var::constant(teacher.unembed().clone()));
+                let pass = Pass { ops: &self.ops, shape: &teacher.shape, angles: &frame.angles, spans: &frame.spans };
+                let hidden = pass.hidden(&teacher.weights, ids, &mut Plain);
+                let x = Var::constant(pass.normed(&teacher.weights, &hidden));
+                let w = Var::constant(teacher.weights.unembed().clone());
                 tape.prediction_loss(predicted, Goal::Teacher(Predictions { x: &x, w: &w }, direction))
             }
             _ => {
@@ -402,12 +425,18 @@ where
         }
     }
 
-    /// Ends the zeroing stage: the rows that make the borrowed channel become 0, so every logit starts at `-offset`.
+    /// Ends the zeroing stage: the rows that make the borrowed channels become 0, so every logit starts at `-offset`.
     /// Their moments go with them: they are those of a channel with another meaning.
     fn zero_borrowed_rows(&mut self) {
         let heads = self.shape.heads;
-        let rows = |count: usize| (1..=count).map(|head| head * heads.dim - 1).collect::<Vec<_>>();
-        let (query, kv) = (rows(heads.query), rows(heads.kv));
+        // The last channel of every n-th head, beginning with the first.
+        let rows =
+            |count: usize, n: usize| (0..count).step_by(n).map(|head| (head + 1) * heads.dim - 1).collect::<Vec<_>>();
+        let (query, kv) = match self.settings.method.borrows() {
+            Borrows::Nothing => return,
+            Borrows::KeysAndQueries => (rows(heads.query, 1), rows(heads.kv, 1)),
+            Borrows::FirstQueries => (rows(heads.query, heads.group()), Vec::new()),
+        };
         let names = self.names.iter().filter(|name| name.trains);
         let params = trained(&self.names, self.weights.list_mut()).into_iter().zip(self.optimizer.moments_mut());
         for (Name { name, .. }, (weight, moments)) in names.zip(params) {
@@ -460,15 +489,18 @@ where
         Ok(())
     }
 
-    /// The model as trained so far: the base's files with new weights in the base's dtypes, and our section in its
-    /// configuration.
+    /// The model as trained so far: the base's files with new weights in the base's dtypes, and our section, or fewer KV
+    /// heads, in its configuration.
     pub fn checkpoint(&self, base: &Checkpoint) -> Result<Checkpoint, RetrofitError> {
-        let config = base.config.with_compression(Compression {
-            dmc: self.settings.dmc.clone(),
-            ratio: self.settings.ratio,
-            trained_length: self.settings.length,
-            base_model: base.source.clone(),
-        })?;
+        let config = match &self.settings.method {
+            Method::Gqa { kv_heads } => base.config.with_kv_heads(*kv_heads)?,
+            Method::Dynamic(dmc) => base.config.with_compression(Compression {
+                dmc: dmc.clone(),
+                ratio: self.settings.ratio,
+                trained_length: self.settings.length,
+                base_model: base.source.clone(),
+            })?,
+        };
         let tensors = Weights::<()>::expected(&self.shape)
             .into_iter()
             .zip(self.weights.list())

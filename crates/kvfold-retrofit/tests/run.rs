@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{BORROWED, HEAD, LENGTH, bits, corpus, settings, steps, tiny, trainer};
+use common::{BORROWED, HEAD, LENGTH, bits, corpus, dmc, settings, steps, tiny, trainer};
 use kvfold_kernels::FastCpu;
 use kvfold_kernels::dmc::Decision;
 use kvfold_model::{Checkpoint, Config};
@@ -223,9 +223,9 @@ fn another_run_is_refused_by_the_field_that_differs() {
     other("ratio", &base, &|s| s.ratio = 2.5);
     other("length", &base, &|s| s.length = LENGTH / 2);
     other("length", &base, &|s| s.length = 2 * LENGTH);
-    other("dmc.delay", &base, &|s| s.dmc.delay = 4);
-    other("dmc.pool_window", &base, &|s| s.dmc.pool_window = None);
-    other("dmc.decision.offset", &base, &|s| s.dmc.decision = Decision::Head { scale: 4.0, offset: 2.0 });
+    other("method.dynamic.delay", &base, &|s| dmc(s).delay = 4);
+    other("method.dynamic.pool_window", &base, &|s| dmc(s).pool_window = None);
+    other("method.dynamic.decision.offset", &base, &|s| dmc(s).decision = Decision::Head { scale: 4.0, offset: 2.0 });
     other("steps", &base, &|s| s.stages.hold = 4);
     other("learning.rate", &base, &|s| s.learning.rate = 1e-3);
 

@@ -3,7 +3,6 @@
 mod common;
 
 use common::{BORROWED, HEAD, settings, tiny};
-use kvfold_kernels::dmc::Dmc;
 use kvfold_model::shape::Shape;
 use kvfold_retrofit::Settings;
 use kvfold_retrofit::schedule::{Stage, place};
@@ -62,7 +61,7 @@ fn the_rate_warms_up_linearly_and_falls_as_a_cosine_to_its_floor() {
 #[test]
 fn a_recipe_fades_a_borrowed_channel_and_nothing_for_a_head() {
     let shape = Shape::of(&tiny().config);
-    let recipe = |decision| Settings::recipe(&shape, Dmc { decision, ..settings(HEAD, (0, 1, 1)).dmc }, 2.0, 200);
+    let recipe = |decision| Settings::recipe(&shape, settings(decision, (0, 1, 1)).method, 2.0, 200);
     assert_eq!(counted(&recipe(HEAD)), [0, 120, 80]);
     assert_eq!(counted(&recipe(BORROWED)), [30, 90, 80]);
 }
@@ -72,7 +71,7 @@ proptest! {
     fn a_recipe_of_any_number_of_steps_has_those_steps_and_ends_at_its_target(steps in 1u64..60, borrows: bool) {
         let decision = if borrows { BORROWED } else { HEAD };
         let shape = Shape::of(&tiny().config);
-        let run = Settings::recipe(&shape, Dmc { decision, ..settings(HEAD, (0, 1, 1)).dmc }, 2.0, steps);
+        let run = Settings::recipe(&shape, settings(decision, (0, 1, 1)).method, 2.0, steps);
         run.validate(&shape).unwrap();
         prop_assert_eq!(run.stages.total(), steps);
         prop_assert_eq!(place(&run, steps - 1).ratio, run.target_ratio());

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{BORROWED, CONTEXT, HEAD, LENGTH, corpus, settings, tiny, trainer};
+use common::{BORROWED, CONTEXT, HEAD, LENGTH, corpus, dmc, settings, tiny, trainer};
 use kvfold_kernels::FastCpu;
 use kvfold_kernels::dmc::Decision;
 use kvfold_model::shape::Shape;
@@ -32,12 +32,12 @@ fn every_impossible_setting_is_refused_by_name() {
     refused("length", "1", |s| s.length = 1);
     refused("length", "0", |s| s.length = 0);
     refused("length", "49", |s| s.length = CONTEXT + 1);
-    refused("delay", "24", |s| s.dmc.delay = LENGTH);
+    refused("delay", "24", |s| dmc(s).delay = LENGTH);
     refused("batch", "0", |s| s.batch = 0);
     refused("steps", "0", |s| s.stages = Stages { zeroing: 0, ramp: 0, hold: 0 });
     refused("zeroing steps", "1", |s| s.stages.zeroing = 1);
-    refused("pool_window", "0", |s| s.dmc.pool_window = Some(0));
-    refused("pool_window", "49", |s| s.dmc.pool_window = Some(CONTEXT + 1));
+    refused("pool_window", "0", |s| dmc(s).pool_window = Some(0));
+    refused("pool_window", "49", |s| dmc(s).pool_window = Some(CONTEXT + 1));
     refused("temperature", "0", |s| s.temperature = 0.0);
     refused("temperature", "-1", |s| s.temperature = -1.0);
     refused("hinge weight", "-1", |s| s.pressure.weight = -1.0);
@@ -50,18 +50,18 @@ fn every_impossible_setting_is_refused_by_name() {
     refused("beta2", "NaN", |s| s.learning.beta2 = f64::NAN);
     refused("weight decay", "-1", |s| s.learning.weight_decay = -1.0);
     refused("clip", "0", |s| s.learning.clip = 0.0);
-    refused("decision scale", "0", |s| s.dmc.decision = Decision::Head { scale: 0.0, offset: 1.0 });
-    refused("decision offset", "-inf", |s| s.dmc.decision = Decision::Head { scale: 1.0, offset: f64::NEG_INFINITY });
+    refused("decision scale", "0", |s| dmc(s).decision = Decision::Head { scale: 0.0, offset: 1.0 });
+    refused("decision offset", "-inf", |s| dmc(s).decision = Decision::Head { scale: 1.0, offset: f64::NEG_INFINITY });
 }
 
 #[test]
 fn the_highest_ratio_is_the_length_over_the_ring_and_one_slot() {
     let mut run = settings(HEAD, (0, 2, 2));
     for (delay, highest) in [(0, 24.0), (1, 12.0), (3, 6.0), (7, 3.0), (23, 1.0), (24, 1.0), (1000, 1.0)] {
-        run.dmc.delay = delay;
+        dmc(&mut run).delay = delay;
         assert_eq!(run.highest_ratio(), highest, "delay {delay}");
     }
-    run.dmc.delay = 3;
+    dmc(&mut run).delay = 3;
     run.ratio = 6.0;
     run.validate(&Shape::of(&tiny().config)).unwrap();
     refused("ratio", "6.1", |s| s.ratio = 6.1);
@@ -79,11 +79,12 @@ fn the_highest_ratio_is_what_a_model_that_folds_everything_reaches() {
 fn what_validates_can_be_trained_and_saved() {
     for (delay, window, ratio) in [(0, None, 24.0), (LENGTH - 1, Some(CONTEXT), 1.0), (2, Some(1), 8.0)] {
         let mut run = settings(HEAD, (0, 1, 0));
-        (run.dmc.delay, run.dmc.pool_window, run.ratio) = (delay, window, ratio);
+        (dmc(&mut run).delay, dmc(&mut run).pool_window) = (delay, window);
+        run.ratio = ratio;
         let mut trainer = trainer(&run);
         trainer.step(&corpus(3)).unwrap();
         let saved = trainer.checkpoint(&tiny()).unwrap().config.compression.unwrap();
-        assert_eq!((saved.dmc, saved.ratio, saved.trained_length), (run.dmc, ratio, LENGTH));
+        assert_eq!((saved.dmc, saved.ratio, saved.trained_length), (dmc(&mut run).clone(), ratio, LENGTH));
     }
 }
 

@@ -2,9 +2,9 @@
 
 mod common;
 
-use common::{BORROWED, CONTEXT, HEAD, LENGTH, bits, corpus, settings, steps, tensor, tiny, trainer};
+use common::{BORROWED, CONTEXT, HEAD, LENGTH, bits, corpus, dmc, settings, steps, tensor, tiny, trainer};
 use kvfold_engine::Engine;
-use kvfold_kernels::dmc::{Decision, Share};
+use kvfold_kernels::dmc::{Borrows, Decision, Share};
 use kvfold_kernels::ops::{KlDirection, MIN_IMPORTANCE, Over, Scope, Spans};
 use kvfold_kernels::{FastCpu, Ops};
 use kvfold_model::attend::{Fading, Folding, Gated, Mode, Plain, gated};
@@ -83,8 +83,8 @@ fn a_head_that_never_folds_starts_as_the_original_model() {
     for (delay, pool_window, log_mass) in variants {
         for share in [Share::Head, Share::Layer] {
             let mut run = settings(NEVER, (0, 2, 0));
-            (run.dmc.delay, run.dmc.pool_window, run.dmc.log_mass, run.dmc.share) =
-                (delay, pool_window, log_mass, share);
+            let how = dmc(&mut run);
+            (how.delay, how.pool_window, how.log_mass, how.share) = (delay, pool_window, log_mass, share);
             run.ratio = 1.4;
             run.temperature = 0.1;
             for direction in [KlDirection::Forward, KlDirection::Reverse] {
@@ -130,7 +130,7 @@ fn both_divergences_from_the_original_are_those_of_their_definition() {
         let report = trainer.step(&corpus).unwrap();
         assert_eq!(report.stage, Stage::Zeroing);
         let model = Loaded::new(FastCpu::new(), &Checkpoint { tensors: plain(&weights), ..tiny() });
-        let q = logits(&model, &batch_0, &mut Fading { factor: 1.0 });
+        let q = logits(&model, &batch_0, &mut Fading { borrows: Borrows::KeysAndQueries, factor: 1.0 });
         let wanted: f64 = p
             .data()
             .chunks_exact(vocab)
@@ -214,8 +214,8 @@ struct Watched {
 
 impl Attend<FastCpu> for Watched {
     fn attend(&mut self, layer: usize, pass: &Pass<'_, FastCpu>, p: Projected<Array>) -> Array {
-        let Gated { gate, .. } = gated(pass, &self.folding.dmc, p.clone());
-        self.gates.push((gate.logit.data().to_vec(), gate.omega.data().to_vec()));
+        let Gated { logit, omega, .. } = gated(pass, &self.folding.dmc, p.clone());
+        self.gates.push((logit.data().to_vec(), omega.expect("DMC averages").data().to_vec()));
         self.folding.attend(layer, pass, p)
     }
 }
@@ -224,7 +224,7 @@ impl Attend<FastCpu> for Watched {
 fn when_zeroing_ends_the_rows_are_zero_and_the_model_is_the_one_without_the_channel() {
     let corpus = corpus(5);
     let (scale, offset) = (4.0, 30.0);
-    let run = settings(Decision::Borrowed { scale, offset }, (5, 3, 0));
+    let mut run = settings(Decision::Borrowed { scale, offset }, (5, 3, 0));
     let mut trainer = trainer(&run);
     let reports = steps(&mut trainer, &corpus, 4);
     assert!(reports.iter().all(|r| r.stage == Stage::Zeroing && r.ratio == 1.0 && r.hinge == 0.0));
@@ -243,9 +243,8 @@ fn when_zeroing_ends_the_rows_are_zero_and_the_model_is_the_one_without_the_chan
     let state: BTreeMap<String, HostTensor> = trainer.state().into_iter().collect();
     let loaded = Loaded::new(FastCpu::new(), &Checkpoint { tensors: plain(&state), ..tiny() });
     let batch = batch(&corpus, &run, 5);
-    let without = logits(&loaded, &batch, &mut Fading { factor: 0.0 });
-    let dmc = run.dmc.clone();
-    let mut watched = Watched { folding: Folding::new(&dmc, Mode::Hard), gates: Vec::new() };
+    let without = logits(&loaded, &batch, &mut Fading { borrows: Borrows::KeysAndQueries, factor: 0.0 });
+    let mut watched = Watched { folding: Folding::new(dmc(&mut run), Mode::Hard), gates: Vec::new() };
     let folding = logits(&loaded, &batch, &mut watched);
     for (logit, omega) in &watched.gates {
         assert!(logit.iter().all(|&a| a == -(offset as f32)), "every logit starts at -offset");
@@ -273,7 +272,9 @@ fn a_channel_that_is_faded_out_no_longer_touches_the_model() {
     let zeroed = trainer(&settings(BORROWED, (0, 1, 0))).checkpoint(&tiny()).unwrap();
     assert_rows_are_zero(&zeroed);
     let faded = |model: &Checkpoint, factor| {
-        logits(&Loaded::new(FastCpu::new(), model), &batch, &mut Fading { factor }).data().to_vec()
+        logits(&Loaded::new(FastCpu::new(), model), &batch, &mut Fading { borrows: Borrows::KeysAndQueries, factor })
+            .data()
+            .to_vec()
     };
     assert_eq!(faded(&tiny(), 0.0), faded(&zeroed, 0.0));
     assert_ne!(faded(&tiny(), 1.0), faded(&zeroed, 1.0));
@@ -419,7 +420,7 @@ fn the_ratio_follows_its_target_and_serving_folds_as_training_did() {
         (Decision::Borrowed { scale: 10.0, offset: 5.0 }, (10, 40, 20)),
     ] {
         let mut run = settings(decision, stages);
-        run.dmc.delay = 8;
+        dmc(&mut run).delay = 8;
         (run.length, run.batch, run.temperature) = (length, 4, 0.1);
         run.learning.decide_factor = 10.0;
         let mut trainer = Trainer::new(FastCpu::new(), &stories, run.clone()).unwrap();
@@ -447,7 +448,8 @@ fn the_ratio_follows_its_target_and_serving_folds_as_training_did() {
 /// The first report of a run with this pressure.
 fn first(scope: Scope, over: Over, share: Share, ratio: f64) -> StepReport {
     let mut run = settings(Decision::Head { scale: 4.0, offset: 0.3 }, (0, 1, 0));
-    (run.pressure.scope, run.pressure.over, run.dmc.share, run.ratio) = (scope, over, share, ratio);
+    (run.pressure.scope, run.pressure.over, run.ratio) = (scope, over, ratio);
+    dmc(&mut run).share = share;
     trainer(&run).step(&corpus(5)).unwrap()
 }
 
@@ -489,7 +491,7 @@ fn heads_that_share_decide_alike() {
     for decision in [HEAD, Decision::Borrowed { scale: 4.0, offset: -0.5 }] {
         let slots = |share| {
             let mut run = settings(decision, (0, 1, 12));
-            run.dmc.share = share;
+            dmc(&mut run).share = share;
             run.learning.rate = 3e-2;
             let mut trainer = trainer(&run);
             steps(&mut trainer, &corpus, 13);
@@ -509,7 +511,7 @@ fn heads_that_share_decide_alike() {
 #[test]
 fn a_trained_model_keeps_its_dtypes_and_says_how_it_compresses() {
     for decision in [HEAD, BORROWED] {
-        let run = settings(decision, (0, 1, 1));
+        let mut run = settings(decision, (0, 1, 1));
         let mut trainer = trainer(&run);
         steps(&mut trainer, &corpus(5), 2);
         let model = trainer.checkpoint(&tiny()).unwrap();
@@ -520,7 +522,7 @@ fn a_trained_model_keeps_its_dtypes_and_says_how_it_compresses() {
         let heads = model.tensors.keys().filter(|name| name.contains("decide_proj")).count();
         assert_eq!(heads, if decision.borrows_channel() { 0 } else { 2 });
         let section = model.config.compression.clone().unwrap();
-        assert_eq!((section.dmc, section.ratio, section.base_model.as_str()), (run.dmc, 2.0, "tiny"));
+        assert_eq!((section.dmc, section.ratio, section.base_model.as_str()), (dmc(&mut run).clone(), 2.0, "tiny"));
         assert_eq!(model.config.architecture(), "KvfoldLlamaForCausalLM");
         let mut engine = Engine::new(FastCpu::new(), &model);
         let mut sequence = engine.sequence();

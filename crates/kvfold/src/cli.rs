@@ -233,12 +233,34 @@ pub(crate) struct PplArgs {
     pub(crate) json: bool,
 }
 
+/// How the cache becomes smaller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum MethodArg {
+    /// Dynamic Memory Compression: tokens are folded into the newest slot
+    Dmc,
+    /// Dynamic Memory Sparsification: tokens are evicted when they leave the newest --delay
+    Dms,
+    /// Grouped-query attention: fewer KV heads, means of the original's; a plain model comes out
+    Gqa,
+}
+
+impl MethodArg {
+    /// Its name on the command line.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            MethodArg::Dmc => "dmc",
+            MethodArg::Dms => "dms",
+            MethodArg::Gqa => "gqa",
+        }
+    }
+}
+
 /// Where decisions come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum DecisionSource {
     /// A linear layer of its own, which leaves the original model untouched at the start
     Head,
-    /// The last channel of keys and queries (the paper); costs more training
+    /// The last channel of keys and queries (the paper; dms: of a query per group); costs more training
     Borrowed,
 }
 
@@ -358,8 +380,22 @@ pub(crate) struct RetrofitArgs {
     pub(crate) out: PathBuf,
 
     /// Compression: tokens seen per slot held, exact recent tokens counted; 4 keeps a quarter
-    #[arg(long, value_name = "R", allow_negative_numbers = true)]
-    pub(crate) ratio: f64,
+    #[arg(
+        long,
+        value_name = "R",
+        allow_negative_numbers = true,
+        required_unless_present = "kv_heads",
+        conflicts_with = "kv_heads"
+    )]
+    pub(crate) ratio: Option<f64>,
+
+    /// How the cache becomes smaller
+    #[arg(long, value_enum, default_value_t = MethodArg::Dmc)]
+    pub(crate) method: MethodArg,
+
+    /// KV heads that are left by --method gqa; divides the model's
+    #[arg(long, value_name = "N", required_if_eq("method", "gqa"))]
+    pub(crate) kv_heads: Option<usize>,
 
     /// Training text: files or folders [default: the model writes its own]
     ///
@@ -373,7 +409,7 @@ pub(crate) struct RetrofitArgs {
     pub(crate) loss: LossKind,
 
     /// Where the decision to append or to fold comes from
-    #[arg(long, value_enum, default_value_t = DecisionSource::Head)]
+    #[arg(long, value_enum, default_value_t = DecisionSource::Head, conflicts_with = "kv_heads")]
     pub(crate) decision: DecisionSource,
 
     /// Optimiser steps
@@ -402,35 +438,60 @@ pub(crate) struct RetrofitArgs {
     #[arg(long)]
     pub(crate) json: bool,
 
-    /// Newest tokens that stay exact before they are folded; 0 folds at once (the paper)
-    #[arg(long, value_name = "TOKENS", default_value_t = settings::DELAY, help_heading = "How to compress")]
+    /// Newest tokens that stay exact before they are folded or evicted; 0 folds at once (the paper)
+    #[arg(
+        long,
+        value_name = "TOKENS",
+        default_value_t = settings::DELAY,
+        conflicts_with = "kv_heads",
+        help_heading = "How to compress"
+    )]
     pub(crate) delay: usize,
 
     /// A slot averages this many newest tokens at most; 0 averages all (the paper's code: 12)
-    #[arg(long, value_name = "TOKENS", default_value_t = 0, help_heading = "How to compress")]
+    #[arg(
+        long,
+        value_name = "TOKENS",
+        default_value_t = 0,
+        conflicts_with = "kv_heads",
+        help_heading = "How to compress"
+    )]
     pub(crate) pool_window: usize,
 
     /// Add the log of a slot's mass to its score; costs a float per slot
-    #[arg(long, help_heading = "How to compress")]
+    #[arg(long, conflicts_with = "kv_heads", help_heading = "How to compress")]
     pub(crate) log_mass: bool,
 
     /// Who decides together
-    #[arg(long, value_enum, default_value_t = ShareArg::Head, help_heading = "How to compress")]
+    #[arg(
+        long,
+        value_enum,
+        default_value_t = ShareArg::Head,
+        conflicts_with = "kv_heads",
+        help_heading = "How to compress"
+    )]
     pub(crate) share: ShareArg,
 
-    /// Factor on the decision logit [default: 4 for head, 20 for borrowed; the paper: 1]
-    #[arg(long, value_name = "X", allow_negative_numbers = true, help_heading = "How to compress")]
-    pub(crate) decision_scale: Option<f64>,
-
-    /// Subtracted from the decision logit, so that nothing folds at the start [the paper: 5]
+    /// Factor on the decision logit [default: 4 for head, 20 for borrowed, 100 with dms; the paper: 1]
     #[arg(
         long,
         value_name = "X",
-        default_value_t = settings::OFFSET,
         allow_negative_numbers = true,
+        conflicts_with = "kv_heads",
         help_heading = "How to compress"
     )]
-    pub(crate) decision_offset: f64,
+    pub(crate) decision_scale: Option<f64>,
+
+    /// Subtracted from the decision logit, so that nothing folds at the start [default: 3, or 5 for borrowed with dms; the
+    /// paper: 5]
+    #[arg(
+        long,
+        value_name = "X",
+        allow_negative_numbers = true,
+        conflicts_with = "kv_heads",
+        help_heading = "How to compress"
+    )]
+    pub(crate) decision_offset: Option<f64>,
 
     /// Sequences of a step
     #[arg(long, value_name = "N", default_value_t = 8, help_heading = "How to train")]
@@ -472,11 +533,23 @@ pub(crate) struct RetrofitArgs {
     pub(crate) kl: Kl,
 
     /// Heads that must reach the ratio together
-    #[arg(long, value_enum, default_value_t = ScopeArg::Global, help_heading = "How to train")]
+    #[arg(
+        long,
+        value_enum,
+        default_value_t = ScopeArg::Global,
+        conflicts_with = "kv_heads",
+        help_heading = "How to train"
+    )]
     pub(crate) scope: ScopeArg,
 
     /// Tokens that must reach the ratio together
-    #[arg(long, value_enum, default_value_t = OverArg::Batch, help_heading = "How to train")]
+    #[arg(
+        long,
+        value_enum,
+        default_value_t = OverArg::Batch,
+        conflicts_with = "kv_heads",
+        help_heading = "How to train"
+    )]
     pub(crate) over: OverArg,
 
     /// Recompute each block in the backward pass: less memory, more time

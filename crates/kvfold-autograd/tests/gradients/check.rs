@@ -13,17 +13,19 @@ pub(crate) type Recorder = Tape<Reference<f64>>;
 ///
 /// What is left is the error of the differences: rounding for ops that are linear in each input, the next term of the
 /// series for the others.
-const TOLERANCES: [(&str, f64); 21] = [
+const TOLERANCES: [(&str, f64); 24] = [
     ("linear", 1e-10),
     ("embed", 1e-10),
     ("rms_norm", 1e-8),
     ("rope", 1e-10),
-    ("scale_last_channel", 1e-10),
+    ("scale_channel", 1e-10),
+    ("affine", 1e-10),
     ("swiglu", 1e-9),
     ("add", 1e-10),
     ("ln", 1e-8),
     ("prediction_loss", 1e-9),
     ("borrowed_gate", 1e-9),
+    ("query_logit", 1e-10),
     ("head_gate", 1e-9),
     ("share_columns", 1e-10),
     ("relax", 1e-10),
@@ -34,6 +36,7 @@ const TOLERANCES: [(&str, f64); 21] = [
     ("attention", 1e-9),
     ("block", 1e-8),
     ("block, head gate", 1e-8),
+    ("block, evicting", 1e-8),
     ("segment", 1e-8),
 ];
 

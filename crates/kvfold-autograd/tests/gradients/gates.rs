@@ -20,6 +20,16 @@ fn borrowed_gate_for_every_group_size() {
 }
 
 #[test]
+fn query_logit_for_every_group_size() {
+    for group in [1, 2, 4] {
+        let heads = Heads { query: 3 * group, kv: 3, dim: 4 };
+        check("query_logit", &[uniform(1, &[5, heads.query * 4], LOGITS)], |t, x| {
+            vec![t.query_logit(&x[0], heads, Borrowed { scale: 1.7, offset: 0.6 })]
+        });
+    }
+}
+
+#[test]
 fn head_gate() {
     check("head_gate", &[uniform(1, &[5, 2 * 3], (-1.0, 1.0))], |t, x| {
         let gate = t.head_gate(&x[0], 2.5, 0.6);

@@ -3,7 +3,7 @@
 use crate::check::{Recorder, Tensor, Variable, check, gradients, ragged, uniform};
 use kvfold_autograd::Var;
 use kvfold_kernels::Reference;
-use kvfold_kernels::ops::{Goal, KlDirection, NO_TARGET, Ops, Predictions, Spans};
+use kvfold_kernels::ops::{Channel, Goal, KlDirection, NO_TARGET, Ops, Predictions, Spans};
 
 const UNIT: (f64, f64) = (-1.0, 1.0);
 
@@ -45,10 +45,17 @@ fn rope_at_positions_that_each_sequence_counts_for_itself() {
 }
 
 #[test]
-fn scale_last_channel() {
+fn scale_channel() {
     for factor in [0.0, 0.7] {
-        check("scale_last_channel", &[uniform(1, &[3, 10], UNIT)], |t, x| vec![t.scale_last_channel(&x[0], 5, factor)]);
+        for channel in [Channel::last(5), Channel { every: 10, at: 4 }] {
+            check("scale_channel", &[uniform(1, &[3, 20], UNIT)], |t, x| vec![t.scale_channel(&x[0], channel, factor)]);
+        }
     }
+}
+
+#[test]
+fn affine() {
+    check("affine", &[uniform(1, &[3, 4], UNIT)], |t, x| vec![t.affine(&x[0], 2.5, 0.6)]);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use crate::check::{Recorder, Tensor, Variable, check, gradients, ragged, uniform};
 use kvfold_autograd::Var;
 use kvfold_kernels::Reference;
-use kvfold_kernels::ops::{Borrowed, Heads, Keys, Ops, PoolInput, PoolShape, Pooled, Spans, Visible};
+use kvfold_kernels::ops::{Borrowed, Channel, Heads, Keys, Ops, PoolInput, PoolShape, Pooled, Spans, Visible};
 
 const UNIT: (f64, f64) = (-1.0, 1.0);
 
@@ -120,7 +120,8 @@ pub(crate) fn block(t: &Recorder, x: &[Variable], spans: &Spans, shape: (PoolSha
     let [q, k, v] = x else { panic!("three inputs") };
     let (PoolShape { heads, window }, delay) = shape;
     let gate = t.borrowed_gate(q, k, heads, Borrowed { scale: 1.3, offset: 0.4 });
-    let (q, k) = (t.scale_last_channel(q, heads.dim, 0.0), t.scale_last_channel(k, heads.dim, 0.0));
+    let last = Channel::last(heads.dim);
+    let (q, k) = (t.scale_channel(q, last, 0.0), t.scale_channel(k, last, 0.0));
     attend(t, (&q, &k, v), (&gate.logit, &gate.omega), spans, (PoolShape { heads, window }, delay))
 }
 
@@ -164,6 +165,26 @@ fn a_compressing_block_end_to_end() {
         let heads = Heads { query: 2 * group, kv: 2, dim: 4 };
         let shape = (PoolShape { heads, window }, delay);
         check("block", &block_inputs(&spans, heads), |t, x| block(t, x, &spans, shape));
+    }
+}
+
+/// As in DMS: one set of keys is seen as exact ones and, beyond the window, as what may have been evicted.
+#[test]
+fn an_evicting_block_end_to_end() {
+    let spans = ragged();
+    for (group, delay) in [(1, 2), (2, 0), (4, 3), (2, 20)] {
+        let heads = Heads { query: 2 * group, kv: 2, dim: 4 };
+        check("block, evicting", &block_inputs(&spans, heads), |t, x| {
+            let logit = t.query_logit(&x[0], heads, Borrowed { scale: 1.3, offset: 0.4 });
+            let q = t.scale_channel(&x[0], Channel::last_of_first_query(heads), 0.0);
+            let noise = Var::constant(uniform(77, &[spans.rows(), heads.kv], (-1.0, 1.0)));
+            let close = t.decide_soft(&t.relax(&logit, &noise, 0.7), &spans).close;
+            let table = t.rope_table(&[1.0, 0.1], 16);
+            let keys = Keys { k: t.rope(&x[1], &table, &spans), v: x[2].clone(), mass: None };
+            let visible =
+                Visible { exact: (delay > 0).then(|| keys.clone()), pooled: Some(Pooled { keys, close }), delay };
+            vec![t.attention(&t.rope(&q, &table, &spans), &visible, &spans, heads)]
+        });
     }
 }
 

@@ -3,7 +3,7 @@
 use crate::check::{Recorder, Tensor, Variable, check, gradients, output_seeds, ragged, recorder, uniform};
 use crate::memory::{block, block_inputs};
 use kvfold_autograd::Var;
-use kvfold_kernels::ops::{Heads, Ops, PoolShape};
+use kvfold_kernels::ops::{Channel, Heads, Ops, PoolShape};
 use std::cell::Cell;
 use std::rc::Rc;
 
@@ -67,7 +67,7 @@ fn segments_follow_and_contain_each_other() {
 
 #[test]
 fn a_variable_may_be_used_inside_and_outside() {
-    let scaled = |t: &Recorder, x: &[Variable]| vec![t.scale_last_channel(&x[0], 3, 0.7)];
+    let scaled = |t: &Recorder, x: &[Variable]| vec![t.scale_channel(&x[0], Channel::last(3), 0.7)];
     let outside = |t: &Recorder, x: &[Variable], y: &Variable| vec![t.add(y, &t.linear(&x[0], &x[0]), 0.3), y.clone()];
     let inputs = [uniform(1, &[3, 3], UNIT)];
     let plain = move |t: &Recorder, x: &[Variable]| outside(t, x, &scaled(t, x)[0]);

@@ -1,7 +1,7 @@
 //! Dynamic Memory Compression: a token is appended or folded into the newest slot, at once or after a delay.
 
 use super::CachePolicy;
-use kvfold_kernels::dmc::Dmc;
+use kvfold_kernels::dmc::{Dmc, Method};
 use kvfold_kernels::paged::Rule;
 
 /// Tokens are folded as the model decides.
@@ -19,7 +19,7 @@ impl Folding {
 
 impl CachePolicy for Folding {
     fn name(&self) -> &'static str {
-        "dmc"
+        Method::Dmc.name()
     }
 
     fn rule(&self) -> Rule {

@@ -2,12 +2,14 @@
 //! the kernel.
 
 mod dense;
+mod evicting;
 mod folding;
 
 pub use dense::Dense;
+pub use evicting::Evicting;
 pub use folding::Folding;
 
-use kvfold_kernels::dmc::Dmc;
+use kvfold_kernels::dmc::{Dmc, Method};
 use kvfold_kernels::paged::Rule;
 use std::fmt::Debug;
 
@@ -21,4 +23,15 @@ pub trait CachePolicy: Debug + Send + Sync {
 
     /// The model's decisions that the rule follows; `None` when it follows none.
     fn decisions(&self) -> Option<&Dmc>;
+}
+
+/// The policy of a model: that of its method, or the full cache.
+pub fn policy_of(dmc: Option<&Dmc>) -> Box<dyn CachePolicy> {
+    match dmc {
+        None => Box::new(Dense),
+        Some(dmc) => match dmc.method {
+            Method::Dmc => Box::new(Folding::new(dmc.clone())),
+            Method::Dms => Box::new(Evicting::new(dmc.clone())),
+        },
+    }
 }

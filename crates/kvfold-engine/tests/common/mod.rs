@@ -1,9 +1,9 @@
 //! Tiny random models that fold a lot, and what their training path says of a text.
 #![allow(dead_code, reason = "each test crate uses a part of it")]
 
-use kvfold_cache::{CachePolicy, Dense, Folding as FoldingCache};
+use kvfold_cache::{CachePolicy, Dense, policy_of};
 use kvfold_engine::{Engine, Sequence};
-use kvfold_kernels::dmc::{Decision, Dmc, Share};
+use kvfold_kernels::dmc::{Decision, Dmc, Method, Share};
 use kvfold_kernels::kernel_set::KernelSet;
 use kvfold_kernels::noise::{hash, unit};
 use kvfold_kernels::ops::{Heads, Spans};
@@ -65,12 +65,25 @@ pub(crate) struct Case {
 
 pub(crate) const LAYERS: usize = 2;
 
+/// The methods that every promise holds for.
+pub(crate) const METHODS: [Method; 2] = [Method::Dmc, Method::Dms];
+
 impl Case {
-    /// A case of any kind that the promises speak of. Offsets are small, so decisions are mixed.
+    /// A case of a method and of any kind that the promises speak of. Offsets are small, so decisions are mixed.
+    pub(crate) fn draw_of(method: Method, seed: u64) -> Self {
+        let Self { dmc, shape, .. } = Self::draw(seed);
+        match method {
+            Method::Dmc => Self::new(seed, shape.heads, dmc),
+            Method::Dms => Self::new(seed, shape.heads, Dmc { method, pool_window: None, log_mass: false, ..dmc }),
+        }
+    }
+
+    /// A case of DMC.
     pub(crate) fn draw(seed: u64) -> Self {
         let mut rng = Rng::new(seed);
         let offset = rng.pick(&[-1.2, -0.5, 0.4]);
         let dmc = Dmc {
+            method: Method::Dmc,
             decision: match rng.pick(&[true, false]) {
                 true => Decision::Borrowed { scale: rng.pick(&[1.0, 2.5]), offset },
                 false => Decision::Head { scale: rng.pick(&[1.0, 2.5]), offset },
@@ -96,7 +109,7 @@ impl Case {
             norm_eps: 1e-5,
             rope_theta: 10_000.0,
             tied: seed.is_multiple_of(2),
-            decides_by_head: !dmc.decision.borrows_channel(),
+            decide_outputs: dmc.decide_outputs(heads.kv),
         };
         Self { seed, shape, dmc, decide: 1.0 }
     }
@@ -136,7 +149,7 @@ impl Case {
 
     /// An engine that serves the model as it was taught to.
     pub(crate) fn engine<F: Real, K: KernelSet<F>>(&self, ops: Cpu<F, K>) -> Engine<Cpu<F, K>> {
-        self.engine_under(ops, Box::new(FoldingCache::new(self.dmc.clone())))
+        self.engine_under(ops, policy_of(Some(&self.dmc)))
     }
 
     /// An engine that serves the model with a full cache.
@@ -213,7 +226,7 @@ struct Watched<F: Real> {
 
 impl<F: Real, K: KernelSet<F>> Attend<Cpu<F, K>> for Watched<F> {
     fn attend(&mut self, layer: usize, pass: &Pass<'_, Cpu<F, K>>, p: Projected<Array<F>>) -> Array<F> {
-        self.logits.push(gated(pass, &self.folding.dmc, p.clone()).gate.logit);
+        self.logits.push(gated(pass, &self.folding.dmc, p.clone()).logit);
         self.folding.attend(layer, pass, p)
     }
 }

@@ -3,7 +3,7 @@
 
 use kvfold_engine::Engine;
 use kvfold_kernels::FastCpu;
-use kvfold_kernels::dmc::{Decision, Dmc, Share};
+use kvfold_kernels::dmc::{Decision, Dmc, Method, Share};
 use kvfold_kernels::noise::{hash, unit};
 use kvfold_model::shape::Shape;
 use kvfold_model::weights::Weights;
@@ -17,7 +17,7 @@ pub(crate) const CONTEXT: usize = 128;
 /// How a compressed model of these tests folds.
 pub(crate) fn dmc(offset: f64) -> Dmc {
     let decision = Decision::Head { scale: 1.0, offset };
-    Dmc { decision, delay: 5, pool_window: None, log_mass: true, share: Share::Head }
+    Dmc { method: Method::Dmc, decision, delay: 5, pool_window: None, log_mass: true, share: Share::Head }
 }
 
 /// A model of 16 tokens and 16 channels whose weights `fill(name, index)` gives, plain or compressed.

@@ -142,6 +142,16 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
         (dq, dk)
     }
 
+    fn query_logit_grad(&self, heads: Heads, by: Borrowed, d: &Array<F>) -> Array<F> {
+        let (rows, kv) = d.matrix();
+        let cols = heads.query * heads.dim;
+        let mut dq = self.zeros(&[rows, cols]);
+        for (dq, d) in dq.data_mut().chunks_exact_mut(cols).zip(d.data().chunks_exact(kv)) {
+            gate::query_row_grad(heads, by, d, dq);
+        }
+        dq
+    }
+
     fn head_gate_grad(&self, r: &Array<F>, scale: f64, d: &Gate<Array<F>>) -> Array<F> {
         let (rows, cols) = r.matrix();
         let kv = cols / 2;

@@ -27,7 +27,7 @@ impl<F: Real, K: KernelSet<F>> CacheOps for Cpu<F, K> {
     }
 
     fn cached_attention(&self, step: CachedAttention<'_, Self>) -> Array<F> {
-        let CachedAttention { q, k, v, gate, angles, spans, heads, rule, pages, states, tables } = step;
+        let CachedAttention { q, k, v, logit, omega, angles, spans, heads, rule, pages, states, tables } = step;
         let (kv, dim, group) = (heads.kv, heads.dim, heads.group());
         assert_eq!(tables.len(), spans.len(), "one set of heads per sequence");
         let mut out = self.buffer(spans.rows() * heads.query * dim);
@@ -48,7 +48,8 @@ impl<F: Real, K: KernelSet<F>> CacheOps for Cpu<F, K> {
                 q: view(q, span, g, group * dim),
                 k: view(k, span, g, dim),
                 v: view(v, span, g, dim),
-                gate: gate.map(|gate| (view(&gate.logit, span, g, 1), view(&gate.omega, span, g, 1))),
+                logit: logit.map(|logit| view(logit, span, g, 1)),
+                omega: omega.map(|omega| view(omega, span, g, 1)),
                 angles: angles.data(),
                 pages,
                 states,

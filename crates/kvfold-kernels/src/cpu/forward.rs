@@ -6,8 +6,8 @@ use crate::attention::AttentionJob;
 use crate::gate;
 use crate::kernel_set::KernelSet;
 use crate::ops::{
-    Borrowed, Decided, Gate, Goal, Grad, Heads, Hinge, Ops, PoolInput, PoolOutput, PoolShape, Precision, Predictions,
-    Span, Spans, Visible,
+    Borrowed, Channel, Decided, Gate, Goal, Grad, Heads, Hinge, Ops, PoolInput, PoolOutput, PoolShape, Precision,
+    Predictions, Span, Spans, Visible,
 };
 use crate::pool::{self, PoolJob};
 use crate::real::{self, Real};
@@ -95,14 +95,14 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
         self.rotated(x, table, spans, F::one())
     }
 
-    fn scale_last_channel(&self, x: &Array<F>, dim: usize, factor: f64) -> Array<F> {
+    fn scale_channel(&self, x: &Array<F>, channel: Channel, factor: f64) -> Array<F> {
         let (rows, cols) = x.matrix();
         self.by_rows(
             [rows, cols],
             #[inline(always)]
             |first, y| {
                 y.copy_from_slice(&x.data()[first * cols..][..y.len()]);
-                y.chunks_exact_mut(dim).for_each(|head| head[dim - 1] *= F::of(factor));
+                y.chunks_exact_mut(channel.every).for_each(|head| head[channel.at] *= F::of(factor));
             },
         )
     }
@@ -124,6 +124,15 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
         )
     }
 
+    fn affine(&self, x: &Array<F>, scale: f64, offset: f64) -> Array<F> {
+        let (scale, offset) = (F::of(scale), F::of(offset));
+        self.map(
+            [x],
+            #[inline(always)]
+            |[x]| scale * x - offset,
+        )
+    }
+
     fn ln(&self, x: &Array<F>) -> Array<F> {
         self.map(
             [x],
@@ -142,6 +151,15 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
             let (q, k) = (&q.data()[row * q_cols..][..q_cols], &k.data()[row * k_cols..][..k_cols]);
             gate::borrowed_row((q, k), heads, by, logit, omega);
         })
+    }
+
+    fn query_logit(&self, q: &Array<F>, heads: Heads, by: Borrowed) -> Array<F> {
+        let (rows, cols) = q.matrix();
+        let mut logit = self.buffer(rows * heads.kv);
+        for (q, logit) in q.data().chunks_exact(cols).zip(logit.chunks_exact_mut(heads.kv)) {
+            gate::query_row(q, heads, by, logit);
+        }
+        self.array(&[rows, heads.kv], logit)
     }
 
     fn head_gate(&self, r: &Array<F>, scale: f64, offset: f64) -> Gate<Array<F>> {

@@ -1,4 +1,4 @@
-//! Attention over a paged cache that grows by appending or folds into its newest slot (spec 1.4, 1.5).
+//! Attention over a paged cache that grows by appending, or folds into or replaces its newest slot (spec 1.4, 1.5, 5.5).
 //!
 //! A head's memory is a list of pages of 16 slots in the order of time, an optional ring of the newest W tokens, and an
 //! open state. A closed slot is never written again. Inside a page, keys lie transposed, so that 16 scores are computed
@@ -9,6 +9,7 @@
 //! state: sums of keys [D], of values [D], of weights [1]; tokens in the segment [1]
 //!        importances of the ring's tokens [W], negative when the token will fold
 //!        with a pooling window P: weighted keys, values, weights of the newest P tokens [P][2D+1]
+//!        of a rule that evicts: 1 per token of the ring, negative when the token will take the newest slot [W]
 //! ```
 //!
 //! Tokens are taken one at a time: decide, carry out, attend. Prefill is the same loop over a chunk, in parallel over
@@ -16,6 +17,7 @@
 //! queries read survivors only. Scores are summed in the order of the slots, then the ring's.
 
 mod arena;
+mod evict;
 
 pub use arena::{Arena, Block};
 
@@ -43,6 +45,11 @@ pub enum Rule {
         /// Whether a slot's score gets the log of its mass.
         log_mass: bool,
     },
+    /// A token is appended or takes the newest slot, evicting what is there, `delay` tokens after it was seen.
+    Evict {
+        /// Tokens that stay exact in the ring.
+        delay: usize,
+    },
 }
 
 impl Rule {
@@ -50,7 +57,7 @@ impl Rule {
     pub fn delay(self) -> usize {
         match self {
             Rule::Keep => 0,
-            Rule::Fold { delay, .. } => delay,
+            Rule::Fold { delay, .. } | Rule::Evict { delay } => delay,
         }
     }
 
@@ -68,6 +75,7 @@ impl Rule {
         match self {
             Rule::Keep => 0,
             Rule::Fold { delay, pool_window, .. } => 2 * dim + 2 + delay + pool_window.unwrap_or(0) * (2 * dim + 1),
+            Rule::Evict { delay } => delay,
         }
     }
 }
@@ -119,8 +127,10 @@ pub(crate) struct HeadInput<'a, F> {
     /// Keys before rotation.
     pub(crate) k: View<'a, F>,
     pub(crate) v: View<'a, F>,
-    /// Decision logit and importance; not needed by [`Rule::Keep`].
-    pub(crate) gate: Option<(View<'a, F>, View<'a, F>)>,
+    /// Decision logit; not needed by [`Rule::Keep`].
+    pub(crate) logit: Option<View<'a, F>>,
+    /// Importance; needed by [`Rule::Fold`] alone.
+    pub(crate) omega: Option<View<'a, F>>,
     /// The rotary table, `[P, D]`.
     pub(crate) angles: &'a [F],
     pub(crate) pages: &'a Arena<F>,
@@ -159,14 +169,17 @@ fn take<F: Real>(input: &HeadInput<'_, F>, table: &mut HeadTable, t: usize, scra
     let position = table.tokens;
     let (k, v) = (input.k.row(t, 0, dim), input.v.row(t, 0, dim));
     table.tokens += 1;
-    let Rule::Fold { delay, log_mass, .. } = input.rule else {
-        rotate(k, angles(input, position), F::one(), &mut scratch.rotated);
-        table.slots += 1;
-        write_newest(input, table, (&scratch.rotated, v), None);
-        return;
+    let (delay, log_mass) = match input.rule {
+        Rule::Keep => {
+            rotate(k, angles(input, position), F::one(), &mut scratch.rotated);
+            table.slots += 1;
+            return write_newest(input, table, (&scratch.rotated, v), None);
+        }
+        Rule::Evict { delay } => return evict::take(input, table, (t, delay), scratch),
+        Rule::Fold { delay, log_mass, .. } => (delay, log_mass),
     };
-    let (logit, omega) = input.gate.expect("a folding rule comes with a gate");
-    let (folds, omega) = (position > 0 && logit.at(t) > F::zero(), omega.at(t));
+    let folds = folds(input, position, t);
+    let omega = input.omega.expect("a folding rule comes with importances").at(t);
     if delay == 0 {
         scratch.raw[..dim].copy_from_slice(k);
         scratch.raw[dim..].copy_from_slice(v);
@@ -176,13 +189,8 @@ fn take<F: Real>(input: &HeadInput<'_, F>, table: &mut HeadTable, t: usize, scra
     let seat = position % delay;
     if position >= delay {
         let leaving = position - delay;
-        let page = input.pages.slice(&table.ring[seat / PAGE_SLOTS]);
-        let lane = seat % PAGE_SLOTS;
-        for d in 0..dim {
-            scratch.rotated[d] = page[d * PAGE_SLOTS + lane];
-        }
+        read(input, &table.ring[seat / PAGE_SLOTS], seat % PAGE_SLOTS, (&mut scratch.rotated, &mut scratch.raw[dim..]));
         rotate(&scratch.rotated, angles(input, leaving), -F::one(), &mut scratch.raw[..dim]);
-        scratch.raw[dim..].copy_from_slice(&page[(PAGE_SLOTS + lane) * dim..][..dim]);
         let signed = state(input, table)[2 * dim + 2 + seat];
         absorb(input, table, (leaving, signed < F::zero(), signed.abs()), scratch);
     }
@@ -308,6 +316,12 @@ fn lanes<'a, F: Real>(
     pages[..count].iter().enumerate().map(move |(n, page)| (arena.slice(page), PAGE_SLOTS.min(slots - n * PAGE_SLOTS)))
 }
 
+/// Whether token t of the input, at a position, gets no slot of its own. The first token of a sequence always does.
+#[inline(always)]
+fn folds<F: Real>(input: &HeadInput<'_, F>, position: usize, t: usize) -> bool {
+    position > 0 && input.logit.expect("a rule that decides comes with logits").at(t) > F::zero()
+}
+
 fn angles<'a, F>(input: &HeadInput<'a, F>, position: usize) -> &'a [F] {
     &input.angles[position * input.heads.dim..][..input.heads.dim]
 }
@@ -321,6 +335,17 @@ fn write_newest<F: Real>(input: &HeadInput<'_, F>, table: &mut HeadTable, pair: 
 
 fn state<'a, F: Real>(input: &HeadInput<'a, F>, table: &'a mut HeadTable) -> &'a mut [F] {
     input.states.slice_mut(table.state.as_mut().expect("a folding rule comes with a state"))
+}
+
+/// Reads the key and the value of one slot of a page.
+#[inline(always)]
+fn read<F: Real>(input: &HeadInput<'_, F>, page: &Block, lane: usize, (k, v): (&mut [F], &mut [F])) {
+    let dim = input.heads.dim;
+    let page = input.pages.slice(page);
+    for (d, k) in k.iter_mut().enumerate() {
+        *k = page[d * PAGE_SLOTS + lane];
+    }
+    v.copy_from_slice(&page[(PAGE_SLOTS + lane) * dim..][..dim]);
 }
 
 /// Writes one slot of a page.

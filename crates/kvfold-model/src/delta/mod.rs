@@ -11,7 +11,8 @@
 //! NAME.scales     BF16, one for 64 numbers in row-major order (see `int8.rs`)
 //! ```
 //!
-//! Vectors and tensors that the base lacks (decision heads) are small and stored as they are.
+//! Vectors and tensors that the base lacks (decision heads) are small and stored as they are. Of merged KV heads (GQA) the
+//! new values are stored, since there is nothing of their shape to differ from.
 
 mod int8;
 
@@ -146,13 +147,18 @@ pub fn write(path: &Path, model: &Checkpoint, base: &Checkpoint, precision: Prec
         if before == Some(tensor) {
             continue;
         }
-        if before.is_some_and(|before| before.shape() != tensor.shape()) {
+        let merged = before.is_some_and(|before| before.shape() != tensor.shape());
+        if merged && !before.is_some_and(|before| merges_heads((base, before), (model, tensor))) {
             return Err(wrong(format!("tensor `{name}` has another shape in {}; name the right --base", base.source)));
         }
-        let exact = || (Holds::Value, Stored::Float(tensor.clone()));
+        // Of heads that were merged there is no difference to take.
+        let before = before.filter(|_| !merged);
         let (holds, kept) = match before {
             Some(before) if tensor.shape().len() > 1 => closest(before, tensor, precision),
-            _ => exact(),
+            None if merged && tensor.shape().len() > 1 => {
+                (Holds::Value, Stored::new(tensor.shape(), &tensor.to_f32(), precision))
+            }
+            _ => (Holds::Value, Stored::Float(tensor.clone())),
         };
         let decoded = kept.resolve(before, holds, tensor.dtype());
         let (error, largest) = distance(&decoded, tensor);
@@ -193,6 +199,13 @@ pub fn write(path: &Path, model: &Checkpoint, base: &Checkpoint, precision: Prec
         relative_error: if changed > 0.0 { (missed / changed).sqrt() } else { 0.0 },
         largest_error,
     })
+}
+
+/// Whether a tensor has its rows for fewer KV heads than before, as in a model whose heads were merged (GQA).
+fn merges_heads((base, before): (&Checkpoint, &HostTensor), (model, after): (&Checkpoint, &HostTensor)) -> bool {
+    let (all, left) = (base.config.num_key_value_heads, model.config.num_key_value_heads);
+    let [(rows, columns), (fewer, same)] = [before, after].map(|tensor| tensor.shape().split_at(1));
+    left < all && columns == same && rows[0] * left == fewer[0] * all
 }
 
 /// Difference or value, whichever comes closer.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 
-use kvfold_kernels::dmc::{Decision, Dmc, Share};
+use kvfold_kernels::dmc::{Decision, Dmc, Method, Share};
 use kvfold_model::{Checkpoint, Compression, Config};
 use kvfold_tensor::HostTensor;
 use serde_json::{Value, json};
@@ -68,7 +68,8 @@ pub(crate) fn says(message: &str, parts: &[&str]) {
 
 /// Settings of a retrofitted model whose decisions come from `decision`.
 pub(crate) fn compression(decision: Decision) -> Compression {
-    let dmc = Dmc { decision, delay: 16, pool_window: Some(12), log_mass: true, share: Share::Head };
+    let dmc =
+        Dmc { method: Method::Dmc, decision, delay: 16, pool_window: Some(12), log_mass: true, share: Share::Head };
     Compression { dmc, ratio: 4.0, trained_length: 512, base_model: "stories260k".into() }
 }
 
@@ -78,8 +79,9 @@ pub(crate) const HEAD: Decision = Decision::Head { scale: 100.0, offset: 5.0 };
 /// A section as it stands in `config.json`.
 pub(crate) fn section() -> Value {
     json!({
-        "version": 1,
-        "dmc": {
+        "version": 2,
+        "cache": {
+            "method": "dmc",
             "decision": { "source": "borrowed", "scale": 1.0, "offset": 5.0 },
             "delay": 16, "pool_window": 12, "log_mass": true, "share": "head"
         },

@@ -2,7 +2,7 @@
 #![allow(dead_code, reason = "each test crate uses a part of it")]
 
 use kvfold_kernels::FastCpu;
-use kvfold_kernels::dmc::{Decision, Dmc, Share};
+use kvfold_kernels::dmc::{Decision, Dmc, Method, Share};
 use kvfold_kernels::noise::{hash, unit};
 use kvfold_kernels::ops::{KlDirection, Over, Precision, Scope};
 use kvfold_model::shape::Shape;
@@ -58,7 +58,15 @@ pub(crate) const BORROWED: Decision = Decision::Borrowed { scale: 4.0, offset: 1
 /// A run of the tiny model that folds a lot from its first step on.
 pub(crate) fn settings(decision: Decision, (zeroing, ramp, hold): (u64, u64, u64)) -> Settings {
     Settings {
-        dmc: Dmc { decision, delay: 3, pool_window: Some(5), log_mass: true, share: Share::Head },
+        method: Dmc {
+            method: Method::Dmc,
+            decision,
+            delay: 3,
+            pool_window: Some(5),
+            log_mass: true,
+            share: Share::Head,
+        }
+        .into(),
         ratio: 2.0,
         loss: Loss::Distill { direction: KlDirection::Forward },
         text: Text::Given { digest: String::new(), max_tokens: None, reset: true },
@@ -82,6 +90,14 @@ pub(crate) fn settings(decision: Decision, (zeroing, ramp, hold): (u64, u64, u64
         seed: 11,
         precision: Precision::F32,
         recompute: false,
+    }
+}
+
+/// How a run decides.
+pub(crate) fn dmc(settings: &mut Settings) -> &mut Dmc {
+    match &mut settings.method {
+        kvfold_retrofit::settings::Method::Dynamic(dmc) => dmc,
+        other => panic!("{other:?} decides nothing"),
     }
 }
 

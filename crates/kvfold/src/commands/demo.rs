@@ -2,7 +2,7 @@
 
 use super::generate::{stop_tokens, stream_after};
 use super::measure::measure;
-use super::papers::{Papers, decision};
+use super::papers::{Papers, decision, method};
 use super::train::{SelfText, self_text, train};
 use crate::cli::DemoArgs;
 use crate::error::AppError;
@@ -83,6 +83,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), AppError> {
         machine: output::machine(),
         model: name.to_owned(),
         seed: args.seed,
+        method: method(&trainer.settings().method),
         delay: dmc.delay as u64,
         decision: decision(dmc.decision),
         memory: memory.clone(),

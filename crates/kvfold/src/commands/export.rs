@@ -23,11 +23,12 @@ struct Output<'a> {
 pub(crate) fn run(args: &ExportArgs) -> Result<(), AppError> {
     output::ensure_writable(&args.out)?;
     let model = Checkpoint::open(&args.model)?;
-    let Some(compression) = &model.config.compression else {
-        let reason = "is no retrofitted model: there is nothing that it changed".into();
+    // A model whose heads were merged is a plain one, which does not say where it comes from.
+    let named = model.config.compression.as_ref().map(|compression| &compression.base_model);
+    let Some(base) = args.base.as_ref().or(named) else {
+        let reason = "does not say what it was retrofitted from: name it with --base".into();
         return Err(ModelError::Delta { file: args.model.clone(), reason }.into());
     };
-    let base = args.base.as_ref().unwrap_or(&compression.base_model);
     let base = Checkpoint::open(base)?;
     let precision = match args.dtype {
         DeltaDType::F32 => Precision::F32,

@@ -30,15 +30,20 @@ fn memory(comparison: &Comparison, context: usize) -> Memory {
         ring: compressed.mean_bytes(|u| u.ring_pages * u.page_bytes).round() as u64,
         open_state: compressed.mean_bytes(|u| u.states * u.state_bytes).round() as u64,
     };
-    let dense = comparison.original.measured.mean_bytes(|u| u.bytes()).round() as u64;
+    let original = &comparison.original.measured;
+    let dense = original.mean_bytes(|u| u.bytes()).round() as u64;
+    // A slot of a merged head stands for one slot of every head that went into it.
+    let (heads, all) = (compressed.heads(), original.heads());
+    let merged =
+        all.iter().map(Vec::len).sum::<usize>() as f64 / heads.iter().map(Vec::len).sum::<usize>().max(1) as f64;
     Memory {
         context_tokens: context as u64,
-        logical_ratio: compressed.logical_ratio(),
+        logical_ratio: compressed.logical_ratio() * merged,
         physical_ratio: dense as f64 / detail.total() as f64,
         kv_bytes: detail.total(),
         dense_kv_bytes: dense,
         kv_bytes_detail: detail,
-        heads: compressed.heads(),
+        heads: heads.into_iter().map(|layer| layer.into_iter().map(|ratio| ratio * merged).collect()).collect(),
     }
 }
 

@@ -4,13 +4,13 @@ use super::train::Trained;
 use crate::error::AppError;
 use crate::output;
 use kvfold_kernels::FastCpu;
-use kvfold_kernels::dmc::Decision;
+use kvfold_kernels::dmc::{self, Decision};
 use kvfold_model::{Checkpoint, embedded};
 use kvfold_report::card::Recipe;
 use kvfold_report::receipt::{self, Memory, Quality, Training};
 use kvfold_report::{Card, Curve, Point};
 use kvfold_retrofit::Trainer;
-use kvfold_retrofit::settings::{Loss, Text};
+use kvfold_retrofit::settings::{Loss, Method, Text};
 use std::path::{Path, PathBuf};
 
 /// A retrofit and what came of it.
@@ -61,8 +61,9 @@ impl Papers<'_> {
                 ratio_asked: settings.ratio,
                 ratio_trained: self.trained.reports.last().map_or(1.0, |report| report.ratio),
                 context_tokens: settings.length as u64,
-                delay: settings.dmc.delay as u64,
-                decision: decision(settings.dmc.decision),
+                method: method(&settings.method),
+                delay: settings.method.delay() as u64,
+                decision: settings.method.dynamic().map(|dmc| decision(dmc.decision)),
                 loss: match settings.loss {
                     Loss::Lm => "lm".to_owned(),
                     Loss::Distill { .. } => "distill".to_owned(),
@@ -108,6 +109,17 @@ impl Papers<'_> {
             tokens_per_second: speed,
         }));
         Ok(curve)
+    }
+}
+
+/// The report's name for a method.
+pub(crate) fn method(method: &Method) -> receipt::Method {
+    match method {
+        Method::Dynamic(dmc) => match dmc.method {
+            dmc::Method::Dmc => receipt::Method::Dmc,
+            dmc::Method::Dms => receipt::Method::Dms,
+        },
+        Method::Gqa { .. } => receipt::Method::Gqa,
     }
 }
 

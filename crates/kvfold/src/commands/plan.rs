@@ -21,6 +21,7 @@ const TIMED: usize = 2;
 struct Output<'a> {
     schema: &'static str,
     model: &'a str,
+    method: &'static str,
     ratio: f64,
     train: &'static str,
     recompute: bool,
@@ -40,6 +41,7 @@ pub(crate) fn plan(args: &RetrofitArgs, base: &Checkpoint, settings: Settings) -
     let result = Output {
         schema: "kvfold.plan/1",
         model: &args.model,
+        method: settings.method.name(),
         ratio: settings.ratio,
         train: settings.train.name(),
         recompute: settings.recompute,
@@ -111,7 +113,8 @@ fn measured_step(base: &Checkpoint, settings: &Settings) -> Result<Duration, App
     };
     let (fixed, whole) = (timed(&short)?, timed(&full)?);
     let mut sequence = whole.saturating_sub(fixed);
-    if settings.accumulate > 1 && settings.pressure.over == Over::Batch {
+    let folds = settings.method.dynamic().is_some();
+    if folds && settings.accumulate > 1 && settings.pressure.over == Over::Batch {
         // Forward, teacher and backward pass are worth four forward passes, and there is a fifth.
         sequence = sequence.mul_f64(1.25);
     }

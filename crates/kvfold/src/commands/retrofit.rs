@@ -5,18 +5,18 @@ use super::papers::Papers;
 use super::plan::plan;
 use super::texts::{self, Texts};
 use super::train::train;
-use crate::cli::{DecisionSource, LossKind, RetrofitArgs};
+use crate::cli::{DecisionSource, LossKind, MethodArg, RetrofitArgs};
 use crate::error::AppError;
 use crate::interrupt::Interrupt;
 use crate::output;
 use kvfold_engine::Engine;
 use kvfold_kernels::FastCpu;
-use kvfold_kernels::dmc::{Decision, Dmc};
+use kvfold_kernels::dmc::{self, Decision, Dmc};
 use kvfold_model::shape::Shape;
 use kvfold_model::{Checkpoint, ensure_absent};
 use kvfold_report::receipt::{Memory, Quality, Training};
 use kvfold_report::{format, heat_map};
-use kvfold_retrofit::settings::{BORROWED_SCALE, HEAD_SCALE, Loss};
+use kvfold_retrofit::settings::{BORROWED_SCALE, DMS_BORROWED, HEAD_SCALE, Loss, Method, OFFSET};
 use kvfold_retrofit::{RetrofitError, RunDir, Settings, Trainer};
 use serde::Serialize;
 
@@ -27,6 +27,11 @@ struct Output<'a> {
     commit: &'static str,
     out: String,
     model: &'a str,
+    method: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    delay: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kv_heads: Option<usize>,
     ratio_asked: f64,
     #[serde(flatten)]
     memory: &'a Memory,
@@ -102,7 +107,10 @@ pub(crate) fn run(args: &RetrofitArgs, interrupt: &Interrupt) -> Result<(), AppE
         commit: output::COMMIT,
         out: args.out.display().to_string(),
         model: &args.model,
-        ratio_asked: args.ratio,
+        method: trainer.settings().method.name(),
+        delay: trainer.settings().method.dynamic().map(|dmc| dmc.delay),
+        kv_heads: args.kv_heads,
+        ratio_asked: trainer.settings().ratio,
         memory: &memory,
         quality: &quality,
         training: papers.training(),
@@ -127,19 +135,20 @@ pub(crate) fn run(args: &RetrofitArgs, interrupt: &Interrupt) -> Result<(), AppE
 /// The run that the arguments define.
 fn settings(args: &RetrofitArgs, base: &Checkpoint, texts: &Texts) -> Result<Settings, AppError> {
     let shape = Shape::of(&base.config);
-    let offset = args.decision_offset;
-    let decision = match args.decision {
-        DecisionSource::Head => Decision::Head { scale: args.decision_scale.unwrap_or(HEAD_SCALE), offset },
-        DecisionSource::Borrowed => Decision::Borrowed { scale: args.decision_scale.unwrap_or(BORROWED_SCALE), offset },
+    let mut settings = match args.method {
+        MethodArg::Gqa => {
+            let kv_heads = args.kv_heads.unwrap_or(shape.heads.kv);
+            let ratio = shape.heads.kv as f64 / kv_heads.max(1) as f64;
+            Settings::recipe(&shape, Method::Gqa { kv_heads }, ratio, args.steps)
+        }
+        MethodArg::Dmc | MethodArg::Dms if args.kv_heads.is_some() => {
+            let (setting, found) = ("method", args.method.name().to_owned());
+            let expected = "gqa, since --kv-heads says how many KV heads are to be left".into();
+            return Err(RetrofitError::Setting { setting, found, expected }.into());
+        }
+        MethodArg::Dmc => Settings::recipe(&shape, dmc(args, dmc::Method::Dmc), args.ratio.unwrap_or(1.0), args.steps),
+        MethodArg::Dms => Settings::recipe(&shape, dmc(args, dmc::Method::Dms), args.ratio.unwrap_or(1.0), args.steps),
     };
-    let dmc = Dmc {
-        decision,
-        delay: args.delay,
-        pool_window: (args.pool_window > 0).then_some(args.pool_window),
-        log_mass: args.log_mass,
-        share: args.share.into(),
-    };
-    let mut settings = Settings::recipe(&shape, dmc, args.ratio, args.steps);
     settings.loss = match args.loss {
         LossKind::Lm => Loss::Lm,
         LossKind::Distill => Loss::Distill { direction: args.kl.into() },
@@ -160,6 +169,27 @@ fn settings(args: &RetrofitArgs, base: &Checkpoint, texts: &Texts) -> Result<Set
         return Err(RetrofitError::Setting { setting: "checkpoint_every", found: "0".into(), expected }.into());
     }
     Ok(settings)
+}
+
+/// How the model decides, token by token.
+fn dmc(args: &RetrofitArgs, method: dmc::Method) -> Dmc {
+    let (scale, offset) = match (args.decision, method) {
+        (DecisionSource::Head, _) => (HEAD_SCALE, OFFSET),
+        (DecisionSource::Borrowed, dmc::Method::Dmc) => (BORROWED_SCALE, OFFSET),
+        (DecisionSource::Borrowed, dmc::Method::Dms) => DMS_BORROWED,
+    };
+    let (scale, offset) = (args.decision_scale.unwrap_or(scale), args.decision_offset.unwrap_or(offset));
+    Dmc {
+        method,
+        decision: match args.decision {
+            DecisionSource::Head => Decision::Head { scale, offset },
+            DecisionSource::Borrowed => Decision::Borrowed { scale, offset },
+        },
+        delay: args.delay,
+        pool_window: (args.pool_window > 0).then_some(args.pool_window),
+        log_mass: args.log_mass,
+        share: args.share.into(),
+    }
 }
 
 /// Says in words that the texts are not those that the run was started with.

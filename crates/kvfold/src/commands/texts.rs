@@ -84,7 +84,7 @@ pub(crate) fn check(corpus: &Corpus, settings: &Settings) -> Result<(), AppError
             format::ratio(settings.ratio),
             settings.length,
             format::ratio(asked),
-            settings.dmc.delay,
+            settings.method.delay(),
         ));
     }
     Ok(())

@@ -73,8 +73,8 @@ fn the_directory_is_a_complete_model_with_its_papers() {
 
     let config = dir.json("out/config.json");
     assert_eq!(config["architectures"], Value::from(vec!["KvfoldLlamaForCausalLM"]));
-    assert_eq!((&config["model_type"], &config["kvfold"]["version"]), (&"kvfold_llama".into(), &1.into()));
-    assert_eq!((number(&config, "/kvfold/ratio"), number(&config, "/kvfold/dmc/delay")), (2.0, 4.0));
+    assert_eq!((&config["model_type"], &config["kvfold"]["version"]), (&"kvfold_llama".into(), &2.into()));
+    assert_eq!((number(&config, "/kvfold/ratio"), number(&config, "/kvfold/cache/delay")), (2.0, 4.0));
 
     let card = String::from_utf8(dir.read("out/README.md")).expect("UTF-8");
     for part in
@@ -112,7 +112,7 @@ fn a_borrowed_channel_is_zeroed_and_compresses() {
         let dir = Dir::new();
         dir.run_with(TINY, &["--steps", steps, "--decision", "borrowed"]).ok();
         let config = dir.json("out/config.json");
-        assert_eq!(config["kvfold"]["dmc"]["decision"]["source"], "borrowed");
+        assert_eq!(config["kvfold"]["cache"]["decision"]["source"], "borrowed");
         let tensors = kvfold_tensor::read(&dir.path("out/model.safetensors")).expect("tensors").tensors;
         assert!(!tensors.keys().any(|name| name.contains("decide")), "no head of its own: {:?}", tensors.keys());
         let k = &tensors["model.layers.0.self_attn.k_proj.weight"];

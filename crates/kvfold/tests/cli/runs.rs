@@ -163,10 +163,10 @@ fn a_run_goes_on_as_it_began_or_not_at_all() {
         (&["--ratio", "3"][..], &["ratio 2.0, not 3.0"][..]),
         (&["--seed", "7"], &["seed 0, not 7"]),
         (&["--length", "32"], &["length 64, not 32"]),
-        (&["--delay", "5"], &["dmc.delay 4, not 5"]),
+        (&["--delay", "5"], &["method.dynamic.delay 4, not 5"]),
         (&["--steps", "50"], &["steps 48, not 50"]),
         (&["--loss", "lm"], &["loss."]),
-        (&["--decision", "borrowed"], &["dmc.decision."]),
+        (&["--decision", "borrowed"], &["method.dynamic.decision."]),
         (&["--samples", "7"], &["text.samples 6, not 7"]),
     ] {
         resume(setting).fails(3, &[&[RUN, "the run was started with"], phrases].concat());
