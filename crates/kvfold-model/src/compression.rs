@@ -61,9 +61,12 @@ impl Compression {
             return Err(fields.wrong(cache, "an object"));
         };
         let mut settings = settings.clone();
-        if cache == "dmc" && settings.insert("method".into(), json!(Method::Dmc)).is_some() {
-            let fields = Fields { prefix: "kvfold.dmc.", map: &settings, ..fields };
-            return Err(fields.wrong("method", "none: version 1 has no such field"));
+        if cache == "dmc" {
+            if settings.contains_key("method") {
+                let fields = Fields { prefix: "kvfold.dmc.", map: &settings, ..fields };
+                return Err(fields.wrong("method", "none: version 1 has no such field"));
+            }
+            settings.insert("method".into(), json!(Method::Dmc));
         }
         let mut rest = section.clone();
         rest.remove("version");

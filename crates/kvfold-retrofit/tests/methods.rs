@@ -1,159 +1,231 @@
-//! Every method with everything a run can be: frozen weights, packed documents, batches in parts, and a resume.
+//! The other methods: DMS, which evicts, and GQA, which merges heads. What they share with DMC is tested elsewhere.
 
 mod common;
 
-use common::{BORROWED, HEAD, LENGTH, VOCAB, bits, settings, steps, tiny, trainer};
-use kvfold_kernels::dmc::{self, Decision, Dmc};
-use kvfold_kernels::noise::hash;
+use common::{BORROWED, CONTEXT, HEAD, bits, corpus, dmc, settings, steps, tensor, tiny, trainer};
+use kvfold_engine::Engine;
+use kvfold_kernels::FastCpu;
+use kvfold_kernels::dmc::{self, Borrows, Decision, Dmc};
+use kvfold_model::Checkpoint;
 use kvfold_model::shape::Shape;
-use kvfold_retrofit::corpus::Encoded;
-use kvfold_retrofit::plan::Plan;
-use kvfold_retrofit::settings::{Loss, Method, Train};
-use kvfold_retrofit::{Corpus, RetrofitError, RunDir, Settings, Trainer};
+use kvfold_retrofit::schedule::Stage;
+use kvfold_retrofit::settings::{Loss, Method};
+use kvfold_retrofit::{Corpus, RetrofitError, Settings, Trainer, mean_pooled};
 use kvfold_tensor::HostTensor;
-use std::collections::BTreeMap;
 
-const STEPS: u64 = 4;
-
-/// Documents of several lengths, some of which share a sequence.
-fn documents() -> Corpus {
-    let token = |document: u64| move |n: u64| (hash(&[9, document, n]) % VOCAB as u64) as u32;
-    let encoded = [15, 9, 20, 4, 24, 12, 11, 24, 7, 16].into_iter().zip(0..).map(|(length, document)| Encoded {
-        tokens: (0..length).map(token(document)).collect(),
-        source: format!("document {document}"),
-    });
-    Corpus::pack(encoded.collect(), LENGTH).unwrap()
+/// A run of DMS.
+fn evicting(decision: Decision, stages: (u64, u64, u64)) -> Settings {
+    let mut run = settings(decision, stages);
+    let how = dmc(&mut run);
+    *how = Dmc { method: dmc::Method::Dms, pool_window: None, log_mass: false, ..how.clone() };
+    run
 }
 
-/// Attention alone trains, in two parts.
-fn run_of(method: Method, zeroing: u64) -> Settings {
-    let ratio = if method.dynamic().is_some() { 1.6 } else { 2.0 };
-    let stages = settings(HEAD, (zeroing, 1, STEPS - zeroing - 1)).stages;
-    Settings { method, ratio, stages, train: Train::Attention, accumulate: 2, ..settings(HEAD, (0, 1, 1)) }
+/// A run that leaves one of the two KV heads.
+fn merging(hold: u64) -> Settings {
+    Settings { method: Method::Gqa { kv_heads: 1 }, ..settings(HEAD, (0, 0, hold)) }
 }
 
-/// DMC and DMS by both sources of decisions, and GQA.
-fn runs() -> Vec<Settings> {
-    let mut runs = vec![run_of(Method::Gqa { kv_heads: 1 }, 0)];
-    for method in [dmc::Method::Dmc, dmc::Method::Dms] {
-        for (decision, zeroing) in [(HEAD, 0), (BORROWED, 1), (BORROWED, 0)] {
-            let averages = method == dmc::Method::Dmc;
-            let window = averages.then_some(5);
-            let how =
-                Dmc { method, decision, delay: 3, pool_window: window, log_mass: averages, share: Default::default() };
-            runs.push(run_of(how.into(), zeroing));
-        }
-    }
-    runs
+fn rows(tensor: &HostTensor) -> Vec<Vec<f32>> {
+    tensor.to_f32().chunks_exact(tensor.shape()[1]).map(<[f32]>::to_vec).collect()
 }
 
-fn named(run: &Settings) -> String {
-    let borrowed = matches!(run.method.dynamic().map(|dmc| dmc.decision), Some(Decision::Borrowed { .. }));
-    format!("{}, borrowed: {borrowed}, {:?}", run.method.name(), run.stages)
+fn nothing(row: &[f32]) -> bool {
+    row.iter().all(|&x| x == 0.0)
 }
+
+// ---- DMS ----
 
 #[test]
-fn every_method_trains_attention_on_packed_documents_in_parts_and_resumes_to_the_same_bytes() {
-    let corpus = documents();
-    for run in runs() {
-        let name = named(&run);
-        let mut whole = trainer(&run);
-        let before = bits(&whole);
-        let reports = steps(&mut whole, &corpus, STEPS);
-        assert!(reports.iter().all(|report| report.loss.is_finite() && report.grad_norm > 0.0), "{name}: {reports:?}");
-        assert!(reports.iter().any(|report| report.tokens < (run.batch * LENGTH) as u64), "documents leave gaps");
-        assert!(before.iter().all(|(tensor, _)| tensor.contains(".self_attn.")), "{name}");
-        assert!(before.iter().zip(bits(&whole)).all(|(before, after)| *before != after), "{name}: all of it moves");
-
-        let dir = tempfile::tempdir().unwrap();
-        let stopped = RunDir::of(&dir.path().join("out"));
-        let mut first = trainer(&run);
-        stopped.create(&tiny(), &run, &corpus).unwrap();
-        let until_then = steps(&mut first, &corpus, 2);
-        stopped.save(&first, &until_then).unwrap();
-        drop((first, stopped));
-        let mut second = trainer(&run);
-        let resumed = RunDir::of(&dir.path().join("out")).resume(&tiny(), &mut second).unwrap();
-        assert_eq!((second.steps(), &resumed.reports, &resumed.damaged), (2, &until_then, &Vec::new()), "{name}");
-        let rest = steps(&mut second, &resumed.corpus, STEPS);
-        assert_eq!(rest, reports[2..], "{name}");
-        assert_eq!(bits(&second), bits(&whole), "{name}");
-        let [a, b] = [&whole, &second].map(|trainer| trainer.checkpoint(&tiny()).unwrap());
-        assert_eq!((a.config, &a.tensors), (b.config, &b.tensors), "{name}");
-
-        // What does not train is the original's, where it has the original's shape.
-        let base = tiny();
-        let frozen: Vec<_> = a.tensors.iter().filter(|(tensor, _)| !tensor.contains(".self_attn.")).collect();
-        assert!(frozen.len() > 5 && frozen.iter().all(|&(tensor, values)| base.tensors[tensor] == *values), "{name}");
+fn a_head_that_never_evicts_starts_as_the_original_model() {
+    for delay in [0, 4, 16] {
+        let mut run = evicting(Decision::Head { scale: 4.0, offset: 1e4 }, (0, 2, 0));
+        dmc(&mut run).delay = delay;
+        (run.ratio, run.temperature) = (1.4, 0.1);
+        let report = trainer(&run).step(&corpus(5)).unwrap();
+        assert!(report.task_loss.abs() < 1e-6, "{delay}: {}", report.task_loss);
+        assert_eq!(report.ratio, 1.0);
     }
 }
 
 #[test]
-fn a_batch_in_parts_is_the_batch_whatever_the_method() {
-    let corpus = documents();
-    for run in runs() {
-        let mut whole = trainer(&Settings { accumulate: 1, ..run.clone() });
-        let mut parts = trainer(&run);
-        for step in 1..=STEPS {
-            let [a, b] = [&mut whole, &mut parts].map(|trainer| steps(trainer, &corpus, step)[0]);
-            let close = |a: f64, b: f64| (a - b).abs() <= 1e-3 * a.abs().max(1e-3);
-            let same = [(a.task_loss, b.task_loss), (a.hinge, b.hinge), (a.ratio, b.ratio), (a.grad_norm, b.grad_norm)];
-            assert!(same.iter().all(|&(a, b)| close(a, b)), "{}: {a:?} {b:?}", named(&run));
-            assert_eq!((a.ratio_target, a.tokens), (b.ratio_target, b.tokens));
-        }
+fn a_head_has_logits_alone_and_all_of_them_learn() {
+    let mut trainer = trainer(&evicting(HEAD, (0, 2, 2)));
+    steps(&mut trainer, &corpus(5), 1);
+    for layer in 0..2 {
+        let moments = rows(&tensor(&trainer, &format!("m.model.layers.{layer}.self_attn.decide_proj.weight")));
+        assert_eq!(moments.len(), 2, "one per KV head");
+        assert!(!moments.iter().any(|row| nothing(row)), "layer {layer}: {moments:?}");
     }
 }
 
 #[test]
-fn merged_heads_are_under_no_pressure_and_as_many_as_they_are_on_documents_of_any_length() {
-    let run = run_of(Method::Gqa { kv_heads: 1 }, 0);
-    assert_eq!(run.ratio_on([2, 1].into_iter()).unwrap(), 2.0);
-    assert_eq!((run.highest_ratio(), run.target_ratio()), (2.0, 2.0));
-    let mut trainer = trainer(&run);
-    let report = trainer.step(&documents()).unwrap();
-    assert_eq!((report.ratio, report.ratio_target, report.hinge, report.loss), (2.0, 2.0, 0.0, report.task_loss));
-    assert!(report.task_loss > 1e-3, "means are not the original: {}", report.task_loss);
-    assert!(trainer.heads().is_empty(), "nothing is decided");
-    assert_eq!(trainer.shape(), &run.shape(&Shape::of(&tiny().config)));
-    assert_eq!((trainer.shape().heads.kv, trainer.shape().decide_outputs), (1, 0));
+fn what_is_borrowed_is_a_channel_of_each_groups_first_query() {
+    let corpus = corpus(5);
+    // Four query heads in two groups, head dim 8: of queries rows 7 and 23, of keys none.
+    let mut zeroed = trainer(&evicting(BORROWED, (3, 2, 0)));
+    let key = |trainer: &Trainer<FastCpu>| rows(&tensor(trainer, "model.layers.0.self_attn.k_proj.weight"));
+    let query = |trainer: &Trainer<FastCpu>| rows(&tensor(trainer, "model.layers.0.self_attn.q_proj.weight"));
+    let reports = steps(&mut zeroed, &corpus, 2);
+    assert!(reports.iter().all(|report| report.stage == Stage::Zeroing));
+    assert!(!query(&zeroed).iter().any(|row| nothing(row)), "weights are not touched before the end");
+    steps(&mut zeroed, &corpus, 3);
+    for (n, row) in query(&zeroed).iter().enumerate() {
+        assert_eq!(nothing(row), [7, 23].contains(&n), "query row {n}");
+    }
+    assert!(!key(&zeroed).iter().any(|row| nothing(row)));
+    let report = zeroed.step(&corpus).unwrap();
+    assert_eq!(report.stage, Stage::Ramp);
+    assert!([7, 23].iter().all(|&n| !nothing(&query(&zeroed)[n])), "they decide from here on, and learn");
 }
 
 #[test]
-fn a_loss_that_is_no_number_stops_every_method_before_it_changes_anything() {
-    let corpus = documents();
-    for run in runs() {
-        let mut broken = trainer(&run);
-        let mut state: BTreeMap<String, HostTensor> = broken.state().into_iter().collect();
-        let o = state.get_mut("model.layers.0.self_attn.o_proj.weight").unwrap();
-        let mut values = o.to_f32();
-        values[0] = f32::NAN;
-        *o = HostTensor::from_f32(o.shape(), &values);
-        broken.restore(1, |name, _| Ok(&state[name])).unwrap();
-        let before = bits(&broken);
-        let error = broken.step(&corpus).unwrap_err();
-        assert!(matches!(error, RetrofitError::NotFinite { step: 2, .. }), "{}: {error}", named(&run));
-        assert_eq!((bits(&broken), broken.steps()), (before, 1));
+fn the_ratio_follows_its_target_and_serving_evicts_as_training_did() {
+    let stories = Checkpoint::open("stories260k").unwrap();
+    let text = "Once upon a time, there was a little girl named Lily. She loved to play in the park with her dog. ";
+    let length = 64;
+    let corpus = Corpus::cut(stories.tokenizer.encode(&text.repeat(40), false).unwrap(), length).unwrap();
+    for (decision, stages) in [
+        (Decision::Head { scale: 4.0, offset: 5.0 }, (0, 40, 20)),
+        (Decision::Borrowed { scale: 20.0, offset: 5.0 }, (10, 40, 20)),
+    ] {
+        let mut run = evicting(decision, stages);
+        dmc(&mut run).delay = 8;
+        (run.length, run.batch, run.temperature) = (length, 4, 0.1);
+        run.learning.decide_factor = 10.0;
+        let mut trainer = Trainer::new(FastCpu::new(), &stories, run.clone()).unwrap();
+        let reports = steps(&mut trainer, &corpus, run.stages.total());
+        let late = &reports[reports.len() - 10..];
+        let late = late.iter().map(|report| report.ratio).sum::<f64>() / late.len() as f64;
+        // The hinge is one-sided: nothing pulls back what overshoots.
+        assert!((1.9..3.4).contains(&late), "{decision:?} trained towards 2, at {late}");
+
+        let mut engine = Engine::new(FastCpu::new(), &trainer.checkpoint(&stories).unwrap());
+        assert_eq!(engine.policy().name(), "dms");
+        let mut held = |n: usize| {
+            let mut sequence = engine.sequence();
+            engine.logits(&mut sequence, corpus.sequence(n)).unwrap();
+            sequence.held().slots.concat()
+        };
+        let slots: Vec<usize> = (0..8).flat_map(&mut held).collect();
+        let hard = (length * slots.len()) as f64 / slots.iter().sum::<usize>() as f64;
+        assert!((hard / late - 1.0).abs() < 0.25, "{decision:?} trained at {late}, served at {hard}");
     }
 }
 
 #[test]
-fn a_plan_counts_the_model_that_is_trained() {
+fn a_state_of_dms_is_smaller_than_one_of_dmc_by_the_sums() {
+    let bytes = |run: &Settings| {
+        let mut engine = Engine::new(FastCpu::new(), &trainer(run).checkpoint(&tiny()).unwrap());
+        let mut sequence = engine.sequence();
+        engine.logits(&mut sequence, &[1; 20]).unwrap();
+        engine.usage(&sequence).state_bytes
+    };
+    let mut folding = settings(HEAD, (0, 1, 0));
+    dmc(&mut folding).pool_window = None;
+    // A key, a value, a mass and a length less, in f32.
+    assert_eq!(bytes(&folding) - bytes(&evicting(HEAD, (0, 1, 0))), (2 * 8 + 2) * 4);
+}
+
+#[test]
+fn settings_of_means_are_refused() {
+    let refused = |spoil: fn(&mut Dmc), wanted: &str| {
+        let mut run = evicting(HEAD, (0, 1, 1));
+        spoil(dmc(&mut run));
+        let message = run.validate(&Shape::of(&tiny().config)).unwrap_err().to_string();
+        assert!(message.starts_with(wanted), "{message}");
+    };
+    refused(|dmc| dmc.pool_window = Some(5), "`pool_window` is 5; expected none: DMS");
+    refused(|dmc| dmc.log_mass = true, "`log_mass` is true; expected false: DMS");
+}
+
+// ---- GQA ----
+
+#[test]
+fn a_student_starts_as_the_mean_of_its_heads_and_ends_as_a_plain_model() {
     let base = tiny();
-    let parameters =
-        |run: &Settings| Trainer::new(kvfold_kernels::FastCpu::new(), &base, run.clone()).unwrap().shape().parameters();
-    for run in runs() {
-        for loss in [run.loss, Loss::Lm] {
-            let run = Settings { loss, ..run.clone() };
-            let plan = Plan::new(&base, &run);
-            assert_eq!(plan.parameters, parameters(&run) as u64, "{}", named(&run));
-            let trained: usize = trainer(&run).state().iter().map(|(_, tensor)| tensor.to_f32().len()).sum();
-            assert_eq!(3 * plan.trained_parameters, trained as u64, "{}", named(&run));
-            // Two layers of keys and values, twice as many rows in the teacher, are the teacher's own in GQA even if
-            // nothing of them trains.
-            let teacher = plan.memory.weights / 4 - plan.parameters;
-            let attention = 2 * (2 * 32 * 16 + 2 * 16 * 16);
-            let own = if loss == Loss::Lm { 0 } else { attention };
-            assert_eq!(teacher, own, "{}", named(&run));
-        }
+    let mut trainer = trainer(&merging(3));
+    let start = trainer.checkpoint(&base).unwrap();
+    let pooled = mean_pooled(&base, 1);
+    assert_eq!(pooled.len(), 2 * base.config.num_hidden_layers);
+    for (name, tensor) in &start.tensors {
+        assert_eq!(Some(tensor), pooled.get(name).or(base.tensors.get(name)), "{name}");
     }
+    assert_eq!(start.config.num_key_value_heads, 1);
+    let key = "model.layers.1.self_attn.k_proj.weight";
+    let (before, after) = (base.tensors[key].to_f32(), start.tensors[key].to_f32());
+    assert_eq!(after.len() * 2, before.len());
+    for (n, &mean) in after.iter().enumerate() {
+        assert!((mean - (before[n] + before[after.len() + n]) / 2.0).abs() < 1e-6);
+    }
+
+    let reports = steps(&mut trainer, &corpus(5), 3);
+    assert!(
+        reports.iter().all(|r| r.stage == Stage::Hold && r.ratio == 2.0 && r.hinge == 0.0 && r.loss == r.task_loss)
+    );
+    assert!(reports[0].task_loss > 1e-3, "merged heads are another model than the teacher");
+    let model = trainer.checkpoint(&base).unwrap();
+    assert_eq!((model.config.architecture(), model.config.num_key_value_heads), ("LlamaForCausalLM", 1));
+    assert_eq!((model.config.compression.is_none(), model.config.num_attention_heads), (true, 4));
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("model");
+    model.save(&out, &[]).unwrap();
+    let opened = Checkpoint::open(&out.display().to_string()).unwrap();
+    assert_eq!(opened.tensors, model.tensors);
+
+    let held = |model: &Checkpoint| {
+        let mut engine = Engine::new(FastCpu::new(), model);
+        let mut sequence = engine.sequence();
+        engine.logits(&mut sequence, &[1; CONTEXT]).unwrap();
+        engine.usage(&sequence).bytes()
+    };
+    assert_eq!(held(&base), 2 * held(&opened), "half of the heads, half of the bytes");
+}
+
+#[test]
+fn training_brings_a_student_back_to_its_teacher() {
+    let corpus = corpus(5);
+    for loss in [merging(1).loss, Loss::Lm] {
+        let mut trainer = trainer(&Settings { loss, ..merging(40) });
+        let reports = steps(&mut trainer, &corpus, 40);
+        let mean = |reports: &[kvfold_retrofit::StepReport]| {
+            reports.iter().map(|r| r.task_loss).sum::<f64>() / reports.len() as f64
+        };
+        let (first, last) = (mean(&reports[..5]), mean(&reports[35..]));
+        assert!(last < 0.9 * first, "{loss:?}: {first} {last}");
+    }
+}
+
+#[test]
+fn a_student_goes_on_from_its_state_to_the_bit() {
+    let corpus = corpus(5);
+    let run = merging(4);
+    let (mut whole, mut first, mut second) = (trainer(&run), trainer(&run), trainer(&run));
+    steps(&mut whole, &corpus, 4);
+    steps(&mut first, &corpus, 2);
+    let state: std::collections::BTreeMap<String, HostTensor> = first.state().into_iter().collect();
+    second
+        .restore(2, |name, dims| {
+            assert_eq!(state[name].shape(), dims, "{name}");
+            Ok(&state[name])
+        })
+        .unwrap();
+    steps(&mut second, &corpus, 4);
+    assert_eq!(bits(&second), bits(&whole));
+}
+
+#[test]
+fn heads_that_cannot_be_merged_are_refused() {
+    let base = tiny();
+    let refused = |kv_heads: usize, ratio: f64, wanted: &str| {
+        let run = Settings { method: Method::Gqa { kv_heads }, ratio, ..merging(1) };
+        let error = Trainer::new(FastCpu::new(), &base, run).unwrap_err();
+        assert!(matches!(error, RetrofitError::Setting { .. }), "{error}");
+        assert!(error.to_string().starts_with(wanted), "{error}");
+    };
+    refused(0, 2.0, "`kv_heads` is 0; expected a divisor of 2");
+    refused(2, 1.0, "`kv_heads` is 2; expected a divisor of 2, the model's KV heads, below it");
+    refused(3, 2.0, "`kv_heads` is 3");
+    refused(1, 3.0, "`ratio` is 3; expected 2, since 1 of 2 KV heads are left");
+    assert_eq!(merging(1).method.borrows(), Borrows::Nothing);
 }

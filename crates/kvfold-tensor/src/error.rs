@@ -82,6 +82,15 @@ pub enum Error {
         reason: String,
     },
 
+    /// A file is no PyTorch file that can be read.
+    #[error("{file}: not a PyTorch file that is read: {reason}")]
+    Torch {
+        /// The file in question.
+        file: String,
+        /// What is wrong with it, and where.
+        reason: String,
+    },
+
     /// A key of a GGUF file's metadata cannot be read.
     #[error("{file}: invalid GGUF file: key `{key}` {reason}")]
     GgufKey {
@@ -93,7 +102,7 @@ pub enum Error {
         reason: String,
     },
 
-    /// A tensor cannot be written, or not be read from a GGUF file.
+    /// A tensor cannot be written, or not be read from a GGUF or PyTorch file.
     #[error("{file}: tensor `{tensor}`: {reason}")]
     Tensor {
         /// The file in question.

@@ -1,4 +1,4 @@
-//! What an array is: dtype, shape, aligned buffers; safetensors in and out, GGUF in.
+//! What an array is: dtype, shape, aligned buffers; safetensors in and out, GGUF and PyTorch in.
 //!
 //! This crate is the floor of the house. It holds numbers *at rest*: a [`HostTensor`] is what a weight file contains and
 //! what a checkpoint is made of, and nothing here adds or multiplies. Arithmetic happens in `kvfold-kernels`, on buffers
@@ -26,6 +26,7 @@ mod error;
 pub mod gguf;
 mod host;
 pub mod safetensors;
+pub mod torch;
 
 pub use self::safetensors::{TensorFile, read, read_bytes, write};
 pub use aligned::AlignedBytes;
@@ -33,3 +34,4 @@ pub use dtype::DType;
 pub use error::{Error, Result};
 pub use gguf::Gguf;
 pub use host::HostTensor;
+pub use torch::TorchFile;

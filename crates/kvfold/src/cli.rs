@@ -43,10 +43,11 @@ pub(crate) enum Command {
     /// Writes a complete model directory: weights, config, tokenizer, model card, training curve. An interrupted run goes
     /// on with --resume and ends with the same weights.
     Retrofit(Box<RetrofitArgs>),
-    /// Turn a GGUF file into a model directory
+    /// Turn a GGUF file or a Megatron checkpoint into a model directory
     ///
-    /// Dense models of architecture "llama": weights in F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K;
-    /// tokenizer, chat template and configuration from the file's metadata.
+    /// GGUF: dense models of architecture "llama": weights in F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K;
+    /// tokenizer, chat template and configuration from the file's metadata. Megatron: GPT models with a Llama's layers, also those
+    /// that were retrofitted with DMC by its authors' code; a .pt file's pickle is read as data, nothing in it is run.
     Import(ImportArgs),
     /// Write a retrofitted model as what it changed of its base
     ///
@@ -98,13 +99,17 @@ pub(crate) enum ImportDType {
 
 #[derive(Debug, Args)]
 pub(crate) struct ImportArgs {
-    /// GGUF file
+    /// GGUF file, or Megatron checkpoint: a .pt file, or a directory of mp_rank_XX
     #[arg(value_name = "FILE")]
     pub(crate) file: PathBuf,
 
     /// New directory for the model
     #[arg(value_name = "OUT")]
     pub(crate) out: PathBuf,
+
+    /// Directory with the tokenizer.json of a Megatron checkpoint's model
+    #[arg(long, value_name = "DIR")]
+    pub(crate) tokenizer: Option<PathBuf>,
 
     /// How weights are written [default: as they are stored; bf16 if they are quantised]
     #[arg(long, value_enum)]

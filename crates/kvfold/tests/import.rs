@@ -233,3 +233,39 @@ fn a_file_that_is_absent_or_a_directory_that_is_there_is_refused() {
     let file = File::new(false).write(dir.path());
     import(&file, dir.path(), &[]).failure().code(3);
 }
+
+/// A DMC model of two tensor-parallel ranks (`oracle/golden_megatron.py`) becomes a model that folds and generates.
+#[test]
+fn a_megatron_checkpoint_becomes_a_model_directory() {
+    let kvfold_model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../kvfold-model");
+    let (checkpoint, tokenizer) =
+        (kvfold_model.join("tests/goldens/megatron"), kvfold_model.join("models/stories260k"));
+    let dir = tempfile::tempdir().unwrap();
+    let run = |args: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_kvfold")).current_dir(dir.path()).args(args).output().unwrap();
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        (output.status.code(), text(output.stdout), text(output.stderr))
+    };
+    let (checkpoint, tokenizer) = (checkpoint.to_str().unwrap(), tokenizer.to_str().unwrap());
+    let (code, _, err) = run(&["import", checkpoint, "out"]);
+    assert!(code == Some(3) && err.contains("--tokenizer"), "{err}");
+
+    let (code, out, err) = run(&["import", checkpoint, "out", "--tokenizer", tokenizer, "--json"]);
+    assert_eq!(code, Some(0), "{err}");
+    let json: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!((&json["format"], &json["dtype"]), (&"Megatron checkpoint".into(), &"BF16".into()));
+    let card = std::fs::read_to_string(dir.path().join("out/README.md")).unwrap();
+    assert!(card.contains("from a Megatron checkpoint") && card.contains("tensor-parallel ranks"), "{card}");
+    let config = std::fs::read_to_string(dir.path().join("out/config.json")).unwrap();
+    assert!(config.contains("KvfoldLlamaForCausalLM") && config.contains("\"pool_window\": 12"), "{config}");
+    let (code, out, err) =
+        run(&["generate", "--model", "out", "--prompt", "Once upon", "--max-new-tokens", "40", "--json"]);
+    assert_eq!(code, Some(0), "{err}");
+    let json: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert!(json["logical_ratio"].as_f64().unwrap() > 1.0, "{json}");
+
+    // A file that wants to run something is refused and leaves nothing behind.
+    std::fs::write(dir.path().join("evil.pt"), b"\x80\x02cos\nsystem\nX\x02\0\0\0id\x85R.").unwrap();
+    let (code, _, err) = run(&["import", "evil.pt", "evil", "--tokenizer", tokenizer]);
+    assert!(code == Some(3) && err.contains("evil.pt") && !dir.path().join("evil").exists(), "{err}");
+}

@@ -4,12 +4,40 @@ use super::heads::{JobLayout, split_jobs, view};
 use super::{Array, Cpu};
 use crate::kernel_set::KernelSet;
 use crate::ops::{CacheOps, CachedAttention};
-use crate::paged::{self, Arena, Block, HeadInput};
+use crate::paged::{self, Arena, Block, HeadInput, HeadTable, Prepared};
 use crate::real::Real;
 use rayon::prelude::*;
 
 /// Products of a query and a slot below which a step stays on the calling thread.
 const SERIAL: usize = 64 * 1024;
+
+/// A head's new tokens, its memory, and where its output goes.
+struct Head<'a, F> {
+    input: HeadInput<'a, F>,
+    table: &'a mut HeadTable,
+    out: &'a mut [F],
+}
+
+/// A head that has taken several tokens, which are to be attended to in blocks.
+struct Chunk<'a, F> {
+    input: HeadInput<'a, F>,
+    table: &'a HeadTable,
+    prepared: Prepared<F>,
+    out: &'a mut [F],
+}
+
+impl<'a, F: Real> Head<'a, F> {
+    /// Takes the tokens; a single one is done with that.
+    fn take<K: KernelSet<F>>(self, set: K) -> Option<Chunk<'a, F>> {
+        let Self { input, table, out } = self;
+        if input.len == 1 {
+            paged::one(set, &input, table, out);
+            return None;
+        }
+        let prepared = paged::prepare(set, &input, table);
+        Some(Chunk { input, table, prepared, out })
+    }
+}
 
 impl<F: Real, K: KernelSet<F>> CacheOps for Cpu<F, K> {
     type Arena = Arena<F>;
@@ -54,12 +82,27 @@ impl<F: Real, K: KernelSet<F>> CacheOps for Cpu<F, K> {
                 pages,
                 states,
             };
-            work.push((input, table, out));
+            work.push(Head { input, table, out });
         }
-        if cost < SERIAL {
-            work.into_iter().for_each(|(input, table, out)| paged::run(self.set, &input, table, out));
-        } else {
-            work.into_par_iter().for_each(|(input, table, out)| paged::run(self.set, &input, table, out));
+        let set = self.set;
+        let parallel = cost >= SERIAL;
+        let mut chunks: Vec<_> = match parallel {
+            false => work.into_iter().filter_map(|head| head.take(set)).collect(),
+            true => work.into_par_iter().filter_map(|head| head.take(set)).collect(),
+        };
+        let mut blocks = Vec::new();
+        for Chunk { input, table, prepared, out } in &mut chunks {
+            let mut rest: &mut [F] = out;
+            for tokens in prepared.blocks(rule.delay()) {
+                let (block, after) = rest.split_at_mut(tokens.len() * group * dim);
+                blocks.push(((&*input, &**table, &*prepared), tokens, block));
+                rest = after;
+            }
+        }
+        let attend = |(head, tokens, out)| paged::block(set, head, tokens, out);
+        match parallel {
+            false => blocks.into_iter().for_each(attend),
+            true => blocks.into_par_iter().for_each(attend),
         }
         self.to_rows(&out, spans, JobLayout { kv, parts: 1, width: group * dim })
     }

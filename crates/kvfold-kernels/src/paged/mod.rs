@@ -12,20 +12,21 @@
 //!        of a rule that evicts: 1 per token of the ring, negative when the token will take the newest slot [W]
 //! ```
 //!
-//! Tokens are taken one at a time: decide, carry out, attend. Prefill is the same loop over a chunk, in parallel over
-//! heads and sequences, so a prompt gives the same bytes whatever the chunks; its cost falls with the ratio because
-//! queries read survivors only. Scores are summed in the order of the slots, then the ring's.
+//! Tokens are taken one at a time: decide and carry out. What each sees is computed for one token at a time in decode
+//! and for blocks of them in prefill (`attend.rs`), with the same bytes; the cost falls with the ratio because queries
+//! read survivors only.
 
 mod arena;
+mod attend;
 mod evict;
 
 pub use arena::{Arena, Block};
+pub(crate) use attend::{Prepared, block, one, prepare};
 
 use crate::attention::View;
-use crate::kernel_set::KernelSet;
 use crate::ops::Heads;
 use crate::pool::accumulate;
-use crate::real::{self, Real};
+use crate::real::Real;
 use crate::rope::rotate;
 
 /// Slots of a page.
@@ -59,6 +60,11 @@ impl Rule {
             Rule::Keep => 0,
             Rule::Fold { delay, .. } | Rule::Evict { delay } => delay,
         }
+    }
+
+    /// Whether later tokens can change the newest slot.
+    fn has_open_slot(self) -> bool {
+        self != Rule::Keep
     }
 
     fn has_mass(self) -> bool {
@@ -141,25 +147,12 @@ pub(crate) struct HeadInput<'a, F> {
 struct Scratch<F> {
     rotated: Vec<F>,
     raw: Vec<F>,
-    q: Vec<F>,
-    scores: Vec<F>,
 }
 
-/// Takes the tokens of one head; outputs `[T][group*D]`.
-pub(crate) fn run<F: Real, K: KernelSet<F>>(set: K, input: &HeadInput<'_, F>, table: &mut HeadTable, out: &mut [F]) {
-    let Heads { dim, .. } = input.heads;
-    let row = input.heads.group() * dim;
-    let zeros = |n: usize| vec![F::zero(); n];
-    let mut scratch = Scratch { rotated: zeros(dim), raw: zeros(2 * dim), q: zeros(row), scores: Vec::new() };
-    set.run(
-        #[inline(always)]
-        || {
-            for (t, out) in out.chunks_exact_mut(row).enumerate().take(input.len) {
-                take(input, table, t, &mut scratch);
-                attend::<F, K>(input, table, t, &mut scratch, out);
-            }
-        },
-    );
+impl<F: Real> Scratch<F> {
+    fn new(dim: usize) -> Self {
+        Self { rotated: vec![F::zero(); dim], raw: vec![F::zero(); 2 * dim] }
+    }
 }
 
 /// Carries out what token t of the input causes.
@@ -255,65 +248,17 @@ fn absorb<F: Real>(
     write_newest(input, table, (&scratch.rotated, v), mass);
 }
 
-/// Softmax over the slots and the ring, and the weighted values, for every query of token t.
-#[inline(always)]
-fn attend<F: Real, K: KernelSet<F>>(
-    input: &HeadInput<'_, F>,
-    table: &HeadTable,
-    t: usize,
-    scratch: &mut Scratch<F>,
-    out: &mut [F],
-) {
-    let dim = input.heads.dim;
-    let row = out.len();
-    let scale = F::one() / F::of(dim as f64).sqrt();
-    let Scratch { q, scores, .. } = scratch;
-    q.iter_mut().zip(input.q.row(t, 0, row)).for_each(|(to, &q)| *to = q * scale);
-    let exact = table.exact(input.rule);
-    let pages = || lanes(input, &table.pages, table.slots).chain(lanes(input, &table.ring, exact));
-    let padded = (table.slots.div_ceil(PAGE_SLOTS) + exact.div_ceil(PAGE_SLOTS)) * PAGE_SLOTS;
-    scores.resize(padded * input.heads.group(), F::zero());
-    for (q, (out, scores)) in q.chunks_exact(dim).zip(out.chunks_exact_mut(dim).zip(scores.chunks_exact_mut(padded))) {
-        for (scores, (page, used)) in scores.chunks_exact_mut(PAGE_SLOTS).zip(pages()) {
-            let mut sums = [F::zero(); PAGE_SLOTS];
-            for (&q, keys) in q.iter().zip(page.chunks_exact(PAGE_SLOTS)) {
-                for lane in 0..PAGE_SLOTS {
-                    sums[lane] += q * keys[lane];
-                }
-            }
-            if input.rule.has_mass() {
-                let mass = &page[PAGE_SLOTS * 2 * dim..];
-                for lane in 0..PAGE_SLOTS {
-                    sums[lane] += mass[lane];
-                }
-            }
-            sums[used..].fill(F::neg_infinity());
-            scores.copy_from_slice(&sums);
-        }
-        let top = real::max(scores);
-        scores.iter_mut().for_each(|s| *s = K::exp(*s - top));
-        let share = F::one() / real::total(scores);
-        out.fill(F::zero());
-        for (scores, (page, used)) in scores.chunks_exact(PAGE_SLOTS).zip(pages()) {
-            let values = page[PAGE_SLOTS * dim..].chunks_exact(dim);
-            for (&p, v) in scores[..used].iter().zip(values) {
-                accumulate(out, F::one(), p, v);
-            }
-        }
-        out.iter_mut().for_each(|o| *o *= share);
+impl<'a, F: Real> HeadInput<'a, F> {
+    /// Pages with the number of slots in use in each.
+    fn lanes<'b>(&self, pages: &'b [Block], slots: usize) -> impl Iterator<Item = (&'b [F], usize)> + use<'a, 'b, F>
+    where
+        'a: 'b,
+    {
+        let arena = self.pages;
+        let used = move |n: usize| PAGE_SLOTS.min(slots - n * PAGE_SLOTS);
+        let pages = &pages[..slots.div_ceil(PAGE_SLOTS)];
+        pages.iter().enumerate().map(move |(n, page)| (arena.slice(page), used(n)))
     }
-}
-
-/// Pages with the number of slots in use in each.
-#[inline(always)]
-fn lanes<'a, F: Real>(
-    input: &HeadInput<'a, F>,
-    pages: &'a [Block],
-    slots: usize,
-) -> impl Iterator<Item = (&'a [F], usize)> + use<'a, F> {
-    let arena = input.pages;
-    let count = slots.div_ceil(PAGE_SLOTS);
-    pages[..count].iter().enumerate().map(move |(n, page)| (arena.slice(page), PAGE_SLOTS.min(slots - n * PAGE_SLOTS)))
 }
 
 /// Whether token t of the input, at a position, gets no slot of its own. The first token of a sequence always does.

@@ -3,13 +3,14 @@
 //! A GGUF file of a dense Llama holds what a model directory holds, in other words: metadata instead of `config.json`,
 //! tensors under names of their own, the rows of queries and keys in the order of interleaved RoPE pairs, a vocabulary
 //! instead of `tokenizer.json`. Each part is translated by a module of this one, and what comes out is a [`Checkpoint`]
-//! that has passed the same checks as one that was opened.
+//! that has passed the same checks as one that was opened. `megatron` does the same for checkpoints of Megatron-LM, those
+//! of DMC's authors among them.
 //!
 //! As everywhere in this crate, what would change the numbers if it were passed over is refused: another architecture, a
 //! scaled RoPE, experts, biases, tensors without a place, a pre-tokenizer that was not proven equal.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use kvfold_tensor::gguf::{Gguf, Kind};
 use kvfold_tensor::{DType, HostTensor};
@@ -22,9 +23,11 @@ use crate::weights::Weights;
 use crate::{Checkpoint, Config, Tokenizer};
 
 mod config;
+mod megatron;
 mod metadata;
 mod tokenizer;
 
+pub use megatron::megatron;
 use metadata::Metadata;
 
 /// A model that came from another format.
@@ -40,6 +43,8 @@ pub struct Imported {
     pub name: Option<String>,
     /// Its licence, if the file gives one.
     pub license: Option<String>,
+    /// The files that it was read from.
+    pub files: Vec<PathBuf>,
 }
 
 /// Reads the GGUF file at `path`.
@@ -99,7 +104,7 @@ pub fn gguf(path: &Path, dtype: Option<DType>) -> Result<Imported> {
     }
     let companions = BTreeMap::from([("tokenizer_config.json".to_string(), companion)]);
     let checkpoint = Checkpoint { config, tensors, tokenizer, companions, ignored: Vec::new(), source: file };
-    Ok(Imported { checkpoint, dtype, kinds: counts, name, license })
+    Ok(Imported { checkpoint, dtype, kinds: counts, name, license, files: vec![path.to_path_buf()] })
 }
 
 /// The dtype that loses nothing of float weights, and nothing that matters of quantised ones.

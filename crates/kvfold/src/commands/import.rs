@@ -11,12 +11,13 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 use std::fs::File;
 use std::io::{self, Read};
-use std::path::Path;
+use std::path::PathBuf;
 
 #[derive(Serialize)]
 struct Output {
     schema: &'static str,
     file: String,
+    format: &'static str,
     sha256: String,
     out: String,
     name: Option<String>,
@@ -39,11 +40,25 @@ pub(crate) fn run(args: &ImportArgs) -> Result<(), AppError> {
         ImportDType::Bf16 => DType::BF16,
         ImportDType::F16 => DType::F16,
     });
-    let Imported { checkpoint, dtype, kinds, name, license } = import::gguf(&args.file, dtype)?;
+    let megatron = args.file.is_dir() || args.file.extension().is_some_and(|extension| extension == "pt");
+    let Imported { checkpoint, dtype, kinds, name, license, files } = match (&args.tokenizer, megatron) {
+        (Some(tokenizer), true) => import::megatron(&args.file, tokenizer, dtype)?,
+        (None, false) => import::gguf(&args.file, dtype)?,
+        (tokenizer, _) => {
+            let reason = match tokenizer {
+                Some(_) => "is no Megatron checkpoint (a directory, or a .pt file), and --tokenizer is for these alone",
+                None => {
+                    "is a Megatron checkpoint, which holds no tokenizer: name the directory of one with --tokenizer"
+                }
+            };
+            return Err(AppError::Text { file: args.file.display().to_string(), reason: reason.into() });
+        }
+    };
     let result = Output {
         schema: "kvfold.import/1",
         file: args.file.file_name().unwrap_or_default().to_string_lossy().into_owned(),
-        sha256: sha256(&args.file)?,
+        format: if megatron { "Megatron checkpoint" } else { "GGUF file" },
+        sha256: sha256(&files)?,
         out: args.out.display().to_string(),
         name,
         license,
@@ -66,18 +81,21 @@ pub(crate) fn run(args: &ImportArgs) -> Result<(), AppError> {
     ))
 }
 
-/// The digest of a file, read a piece at a time.
-fn sha256(path: &Path) -> Result<String, ModelError> {
-    let io = |source: io::Error| ModelError::Io { file: path.display().to_string(), action: "read", source };
-    let mut file = File::open(path).map_err(io)?;
+/// The digest of files one after the other, read a piece at a time.
+fn sha256(paths: &[PathBuf]) -> Result<String, ModelError> {
     let mut digest = Sha256::new();
     let mut piece = vec![0; 1 << 20];
-    loop {
-        match file.read(&mut piece).map_err(io)? {
-            0 => return Ok(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()),
-            n => digest.update(&piece[..n]),
+    for path in paths {
+        let io = |source: io::Error| ModelError::Io { file: path.display().to_string(), action: "read", source };
+        let mut file = File::open(path).map_err(io)?;
+        loop {
+            match file.read(&mut piece).map_err(io)? {
+                0 => break,
+                n => digest.update(&piece[..n]),
+            }
         }
     }
+    Ok(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 fn stored(result: &Output) -> String {
@@ -96,9 +114,19 @@ fn card(result: &Output) -> String {
         Some(license) => format!("{}, by the file", quoted(license)),
         None => "not stated in the file; see where it came from".into(),
     };
+    let made = match result.format {
+        "GGUF file" => {
+            "Weights are the stored ones, dequantised; rows of queries and keys are in Hugging Face's order. \
+             Configuration,\ntokenizer and chat template are made from the file's metadata."
+        }
+        _ => {
+            "Weights are the stored ones, parts of tensor-parallel ranks put together. The configuration is made from the\n\
+             training arguments in the checkpoint; the tokenizer was given at the import."
+        }
+    };
     format!(
         "# {title}\n\n\
-         Imported by kvfold {version} from a GGUF file. The original model's terms apply.\n\n\
+         Imported by kvfold {version} from a {format}. The original model's terms apply.\n\n\
          | | |\n|---|---|\n\
          | source | {file} |\n\
          | sha256 | `{sha256}` |\n\
@@ -106,8 +134,8 @@ fn card(result: &Output) -> String {
          | parameters | {parameters} |\n\
          | stored as | {stored} |\n\
          | weights here | {dtype} |\n\n\
-         Weights are the stored ones, dequantised; rows of queries and keys are in Hugging Face's order. Configuration,\n\
-         tokenizer and chat template are made from the file's metadata.\n",
+         {made}\n",
+        format = result.format,
         version = env!("CARGO_PKG_VERSION"),
         file = quoted(&result.file),
         sha256 = result.sha256,

@@ -46,6 +46,8 @@ fn the_directory_is_a_complete_model_with_its_papers() {
             "commit",
             "out",
             "model",
+            "method",
+            "delay",
             "ratio_asked",
             "context_tokens",
             "logical_ratio",
@@ -87,6 +89,59 @@ fn the_directory_is_a_complete_model_with_its_papers() {
     assert_eq!((&curve["schema"], points.len()), (&"kvfold.curve/1".into(), 20));
     assert!(points.iter().all(|point| point["loss"].as_f64().is_some_and(f64::is_finite)), "{curve}");
     assert_serves(&dir);
+}
+
+#[test]
+fn dms_evicts_and_its_papers_say_so() {
+    for decision in ["head", "borrowed"] {
+        let dir = Dir::new();
+        let json = dir.run_with(TINY, &["--steps", "20", "--method", "dms", "--decision", decision, "--json"]).json();
+        assert_eq!((&json["method"], number(&json, "/delay")), (&"dms".into(), 4.0));
+        let cache = &dir.json("out/config.json")["kvfold"]["cache"];
+        assert_eq!((&cache["method"], &cache["decision"]["source"]), (&"dms".into(), &decision.into()));
+        let card = String::from_utf8(dir.read("out/README.md")).expect("UTF-8");
+        for part in ["Dynamic Memory Sparsification (DMS)", "| method | Dynamic Memory Sparsification |", "evicted"] {
+            assert!(card.contains(part), "no {part:?} in {card}");
+        }
+        if decision == "head" {
+            assert_serves(&dir);
+        }
+    }
+    Dir::new().run_with(TINY, &["--method", "dms", "--pool-window", "3"]).fails(3, &["`pool_window` is 3", "DMS"]);
+    Dir::new().run_with(TINY, &["--method", "dms", "--log-mass"]).fails(3, &["`log_mass` is true", "DMS"]);
+}
+
+#[test]
+fn gqa_leaves_a_plain_model_of_fewer_heads() {
+    let dir = Dir::new();
+    let gqa =
+        ["retrofit", "--model", "stories260k", "--out", "out", "--length", "64", "--batch", "2", "--samples", "6"];
+    let gqa = [&gqa[..], &["--method", "gqa", "--kv-heads", "2"]].concat();
+    let json = dir.run_with(&gqa, &["--steps", "3", "--json"]).json();
+    assert_eq!((&json["method"], number(&json, "/kv_heads")), (&"gqa".into(), 2.0));
+    assert!(json.get("delay").is_none(), "{json}");
+    for pointer in ["/ratio_asked", "/logical_ratio", "/physical_ratio", "/heads/0/0"] {
+        assert_eq!(number(&json, pointer), 2.0, "{pointer} of {json}");
+    }
+    assert_eq!(2.0 * number(&json, "/kv_bytes"), number(&json, "/dense_kv_bytes"));
+    let config = dir.json("out/config.json");
+    assert_eq!(config["architectures"], Value::from(vec!["LlamaForCausalLM"]));
+    assert_eq!((number(&config, "/num_key_value_heads"), config.get("kvfold")), (2.0, None));
+    let card = String::from_utf8(dir.read("out/README.md")).expect("UTF-8");
+    for part in ["up-trained to grouped-query attention", "plain `LlamaForCausalLM`", "| decision | none"] {
+        assert!(card.contains(part), "no {part:?} in {card}");
+    }
+    dir.run(&["generate", "--model", "out", "--prompt", "Once", "--max-new-tokens", "5"]).ok();
+
+    let dir = Dir::new();
+    dir.run_with(&gqa, &["--ratio", "2"]).fails(2, &["--ratio", "--kv-heads"]);
+    dir.run_with(&gqa, &["--delay", "4"]).fails(2, &["--delay", "--kv-heads"]);
+    dir.run(&["retrofit", "--model", "stories260k", "--out", "out", "--method", "gqa", "--ratio", "2"])
+        .fails(2, &["--kv-heads"]);
+    let other = ["retrofit", "--model", "stories260k", "--out", "out", "--method", "dms", "--kv-heads", "2"];
+    dir.run(&other).fails(3, &["`method` is dms; expected gqa"]);
+    let three = ["retrofit", "--model", "stories260k", "--out", "out", "--method", "gqa", "--kv-heads", "3"];
+    dir.run(&three).fails(3, &["`kv_heads` is 3; expected a divisor of 4"]);
 }
 
 #[test]
