@@ -82,12 +82,15 @@ pub(crate) fn run(args: &RetrofitArgs, interrupt: &Interrupt) -> Result<(), AppE
     })?;
 
     let model = trainer.checkpoint(&base)?;
+    let settings = trainer.settings().clone();
+    // Teacher, moments and buffers make room for the two models that are measured.
+    drop(trainer);
     let mut original = Engine::new(FastCpu::new(), &base);
     let mut compressed = Engine::new(FastCpu::new(), &model);
     let (memory, quality) = measure((&mut original, &mut compressed), &windows, args.json)?;
     let papers = Papers {
         base: &base,
-        trainer: &trainer,
+        settings: &settings,
         trained: &trained,
         memory: &memory,
         quality: &quality,

@@ -62,7 +62,7 @@ fn every_command_states_units_and_defaults() {
             "How to train",
             "files or folders",
             "--plan",
-            "[possible values: qk, attention, all]",
+            "Queries and keys, and the decision heads",
             "[default: what the steps take]",
         ],
     );
