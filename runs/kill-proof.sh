@@ -14,8 +14,10 @@ import datetime, hashlib, json, os, pathlib, platform, random, shutil, subproces
 
 KILLS = 20
 scratch, seed = pathlib.Path(sys.argv[1]), int(sys.argv[2])
-command = ["target/release/kvfold", "retrofit", "--model", "stories260k", "--ratio", "4", "--steps", "60",
-           "--batch", "4", "--length", "256", "--samples", "32", "--checkpoint-every", "2", "--out"]
+STEPS = 160
+command = ["target/release/kvfold", "retrofit", "--model", "stories260k", "--ratio", "4", "--steps", str(STEPS),
+           "--batch", "4", "--length", "256", "--text", "data/tinystories_heldout.txt", "--checkpoint-every", "2",
+           "--out"]
 
 
 def digests(out):
@@ -36,9 +38,9 @@ subprocess.run(command + [str(undisturbed)], check=True, stdout=subprocess.DEVNU
 seconds = time.monotonic() - started
 
 draw = random.Random(seed)
+# Moments such that the 20 fall into one run and reach past its middle; drawn anew when they do not.
+longest = 2.2 * seconds / KILLS
 for attempt in range(1, 11):
-    # Moments such that 20 of them fall into one run, most of the time.
-    longest = 2 * seconds / KILLS / attempt
     out, kills = scratch / f"killed-{attempt}", []
     run = out.with_name(out.name + ".kvfold-run")
     while len(kills) < KILLS and not out.exists():
@@ -56,12 +58,16 @@ for attempt in range(1, 11):
         kills.append({"after_seconds": round(after, 3), "checkpoints": steps,
                       "unfinished_files": sum(name.startswith(".") or name == "model" for name in left)})
         print(f"kill {len(kills)} after {after:.2f} s, checkpoints {steps}", flush=True)
-    if len(kills) == KILLS and not out.exists():
+    reached = max((step for kill in kills for step in kill["checkpoints"]), default=0)
+    over = len(kills) < KILLS or out.exists()
+    if not over and 2 * reached > STEPS:
         break
-    print(f"the run was over after {len(kills)} kills; again, with earlier ones", flush=True)
+    print(f"{len(kills)} kills reached step {reached}{', and the run was over' if over else ''}; again", flush=True)
+    longest *= 0.8 if over else 1.4
     shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(run, ignore_errors=True)
 else:
-    sys.exit("the machine is too fast for 20 kills in this run: give it more steps")
+    sys.exit("20 kills do not fall into one run: the machine is too busy, or the run too short")
 
 resume = ["--resume"] if (run / "run.json").exists() else []
 subprocess.run(command + [str(out)] + resume, check=True, stdout=subprocess.DEVNULL)
