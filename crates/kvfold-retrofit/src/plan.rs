@@ -62,7 +62,7 @@ pub struct Memory {
     pub logits: u64,
     /// A checkpoint before it is written.
     pub checkpoint: u64,
-    /// Both models as they are measured at the end.
+    /// The new model, and both as they are measured at the end, when the trainer is gone.
     pub evaluation: u64,
     /// The highest of training, saving and evaluating.
     pub peak: u64,
@@ -105,9 +105,9 @@ impl Plan {
         let new_model = base_bytes + trained * F32;
         let evaluation = new_model + (parameters + original + packed_of(&student) + packed_original) * F32;
 
-        let standing = base_bytes + weights + packed + moments;
         let step = gradients + activations + logits;
-        let afterwards = step.min(RECYCLED) + checkpoint.max(evaluation);
+        let saving = step.min(RECYCLED) + checkpoint.max(new_model);
+        let training = weights + packed + moments + step.max(saving);
         Self {
             steps: settings.stages.total(),
             batch: settings.batch,
@@ -126,7 +126,7 @@ impl Plan {
                 logits,
                 checkpoint,
                 evaluation,
-                peak: standing + step.max(afterwards),
+                peak: base_bytes + training.max(evaluation),
             },
             run_bytes: 3 * checkpoint,
         }

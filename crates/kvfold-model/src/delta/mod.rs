@@ -234,7 +234,7 @@ pub fn open(path: &Path, base: Option<&Checkpoint>) -> Result<Checkpoint> {
     let file = path.display().to_string();
     let wrong = |reason: String| ModelError::Delta { file: file.clone(), reason };
     let bytes = std::fs::read(&path).map_err(|source| ModelError::Io { file: file.clone(), action: "read", source })?;
-    let damaged = |error: SafeTensorError| wrong(format!("cannot be read as safetensors: {error}"));
+    let damaged = |error: SafeTensorError| wrong(format!("is no delta that can be read: {error}"));
     let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(damaged)?;
     let tensors = SafeTensors::deserialize(&bytes).map_err(damaged)?;
     let header = metadata.metadata().as_ref().and_then(|metadata| metadata.get(METADATA));

@@ -72,8 +72,14 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), AppError> {
         dense: continued(&mut original, &base)?,
         compressed: continued(&mut compressed, &base)?,
     };
-    let papers =
-        Papers { base: &base, trainer: &trainer, trained: &trained, memory: &memory, quality: &quality, text: &[] };
+    let papers = Papers {
+        base: &base,
+        settings: trainer.settings(),
+        trained: &trained,
+        memory: &memory,
+        quality: &quality,
+        text: &[],
+    };
     let receipt = Receipt {
         schema: receipt::Schema::V1,
         kvfold_version: env!("CARGO_PKG_VERSION").to_owned(),

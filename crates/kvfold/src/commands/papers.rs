@@ -3,21 +3,20 @@
 use super::train::Trained;
 use crate::error::AppError;
 use crate::output;
-use kvfold_kernels::FastCpu;
 use kvfold_kernels::dmc::{self, Decision};
 use kvfold_model::{Checkpoint, embedded};
 use kvfold_report::card::Recipe;
 use kvfold_report::receipt::{self, Memory, Quality, Training};
 use kvfold_report::{Card, Curve, Point};
-use kvfold_retrofit::Trainer;
+use kvfold_retrofit::Settings;
 use kvfold_retrofit::settings::{Loss, Method, Text};
 use std::path::{Path, PathBuf};
 
-/// A retrofit and what came of it.
+/// A finished retrofit and what came of it.
 #[derive(Debug)]
 pub(crate) struct Papers<'a> {
     pub(crate) base: &'a Checkpoint,
-    pub(crate) trainer: &'a Trainer<FastCpu>,
+    pub(crate) settings: &'a Settings,
     pub(crate) trained: &'a Trained,
     pub(crate) memory: &'a Memory,
     pub(crate) quality: &'a Quality,
@@ -50,7 +49,7 @@ impl Papers<'_> {
     }
 
     fn card(&self, out: &Path, architecture: &str) -> Card {
-        let settings = self.trainer.settings();
+        let settings = self.settings;
         let base_model = self.base.source.clone();
         Card {
             name: out.file_name().unwrap_or(out.as_os_str()).to_string_lossy().into_owned(),
@@ -68,7 +67,7 @@ impl Papers<'_> {
                     Loss::Lm => "lm".to_owned(),
                     Loss::Distill { .. } => "distill".to_owned(),
                 },
-                steps: self.trainer.steps(),
+                steps: settings.stages.total(),
                 tokens: self.trained.reports.iter().map(|report| report.tokens).sum(),
                 seed: settings.seed,
                 text: match settings.text {
@@ -86,7 +85,7 @@ impl Papers<'_> {
     }
 
     fn curve(&self) -> Result<Curve, AppError> {
-        let settings = self.trainer.settings();
+        let settings = self.settings;
         let value = serde_json::to_value(settings).map_err(|error| AppError::Output(error.into()))?;
         let speed = self.training().tokens_per_second;
         let mut curve = Curve::new(value);

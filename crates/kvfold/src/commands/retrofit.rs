@@ -87,12 +87,15 @@ pub(crate) fn run(args: &RetrofitArgs, interrupt: &Interrupt) -> Result<(), AppE
     })?;
 
     let model = trainer.checkpoint(&base)?;
+    let settings = trainer.settings().clone();
+    // Teacher, moments and buffers make room for the two models that are measured.
+    drop(trainer);
     let mut original = Engine::new(FastCpu::new(), &base);
     let mut compressed = Engine::new(FastCpu::new(), &model);
     let (memory, quality) = measure((&mut original, &mut compressed), &windows, args.json)?;
     let papers = Papers {
         base: &base,
-        trainer: &trainer,
+        settings: &settings,
         trained: &trained,
         memory: &memory,
         quality: &quality,
@@ -107,10 +110,10 @@ pub(crate) fn run(args: &RetrofitArgs, interrupt: &Interrupt) -> Result<(), AppE
         commit: output::COMMIT,
         out: args.out.display().to_string(),
         model: &args.model,
-        method: trainer.settings().method.name(),
-        delay: trainer.settings().method.dynamic().map(|dmc| dmc.delay),
+        method: settings.method.name(),
+        delay: settings.method.dynamic().map(|dmc| dmc.delay),
         kv_heads: args.kv_heads,
-        ratio_asked: trainer.settings().ratio,
+        ratio_asked: settings.ratio,
         memory: &memory,
         quality: &quality,
         training: papers.training(),

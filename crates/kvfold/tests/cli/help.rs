@@ -60,8 +60,13 @@ fn every_command_states_units_and_defaults() {
             "--resume",
             "How to compress",
             "How to train",
+            "files or folders",
+            "--plan",
+            "Queries and keys, and the decision heads",
+            "[default: what the steps take]",
         ],
     );
+    assert_says(&help(&["export", "--help"]), &["what it changed of its base", "--delta", "[default: bf16]"]);
 }
 
 #[test]

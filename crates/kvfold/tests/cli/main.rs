@@ -9,3 +9,4 @@ mod help;
 mod retrofit;
 #[cfg(unix)] // signals
 mod runs;
+mod scale;

@@ -282,7 +282,7 @@ fn texts_that_are_none_are_refused_and_leave_nothing() {
         ("empty.txt", &b""[..], &["empty.txt", "no text"][..]),
         ("latin1.txt", b"caf\xe9", &["latin1.txt", "not UTF-8", "byte at 3"]),
         ("short.txt", b"Once upon a time", &["two are needed", "one to measure on", "smaller --length"]),
-        ("single.txt", &story.as_bytes()[..150], &["two are needed", "one to measure on", "smaller --length"]),
+        ("single.txt", &story.as_bytes()[..100], &["two are needed", "one to measure on", "smaller --length"]),
     ] {
         dir.write(name, content);
         dir.run_with(TINY, &["--text", name]).fails(3, phrases);
