@@ -214,8 +214,8 @@ impl Found {
                     (Some(_), Err(dtype)) => {
                         return Err(ModelError::UnsupportedDType { file, tensor: name, dtype });
                     }
-                    (None, _) if name.ends_with(".bias") => {
-                        return Err(ModelError::Bias { file, tensor: name });
+                    (None, _) if name.ends_with(".bias") || name.ends_with("_norm.weight") => {
+                        return Err(ModelError::NoPlace { file, tensor: name });
                     }
                     (None, _) => weights.ignored.push(name),
                 }

@@ -165,9 +165,12 @@ pub enum ModelError {
         value: f64,
     },
 
-    /// The weights hold a bias, which the architecture has no place for; leaving it out would change every result.
-    #[error("{file}: tensor `{tensor}` is a bias; only Llama models without biases are supported")]
-    Bias {
+    /// The weights hold a bias or a norm that the configuration has no place for; leaving it out would change every result.
+    #[error(
+        "{file}: tensor `{tensor}` has no place in a model of this configuration, and leaving it out would change every \
+         result; see `architectures` and `attention_bias` in config.json"
+    )]
+    NoPlace {
         /// The file that holds it.
         file: String,
         /// The tensor's name.

@@ -6,6 +6,7 @@
 //! therefore index without looking, and a user learns of a bad download from a sentence and not from a story that babbles.
 //!
 //! * [`config`] reads `config.json` into typed fields and keeps the rest of it for the way back;
+//! * [`family`] names what is supported and [`rope`] makes rotary frequencies, plain or scaled;
 //! * [`compression`] is the `kvfold` section that a retrofitted model carries, versioned, because a DMC model that runs with
 //!   other settings than it was trained with diverges without a sound;
 //! * [`names`] is the one place that knows what Hugging Face calls a weight and which shape it has;
@@ -17,8 +18,8 @@
 //! * [`import`] turns models in other formats into such directories;
 //! * [`embedded`] is the small model that is always at hand.
 //!
-//! A retrofitted model calls its architecture `KvfoldLlamaForCausalLM`. Its tensors would fit a plain Llama, and a loader
-//! that took it for one would compute nonsense from the borrowed channel or ignore the decisions; with a name it does not
+//! A retrofitted Llama calls its architecture `KvfoldLlamaForCausalLM`, and so with the other [families](family). Its
+//! tensors would fit a plain Llama, and a loader that took it for one would compute nonsense from the borrowed channel or ignore the decisions; with a name it does not
 //! know, it refuses.
 
 pub mod attend;
@@ -28,11 +29,13 @@ pub mod compression;
 pub mod config;
 pub mod embedded;
 mod error;
+pub mod family;
 mod fields;
 mod files;
 pub mod import;
 mod loaded;
 pub mod names;
+pub mod rope;
 pub mod shape;
 pub mod tokenizer;
 pub mod weights;
@@ -41,5 +44,6 @@ pub use checkpoint::{Checkpoint, ensure_absent};
 pub use compression::Compression;
 pub use config::Config;
 pub use error::{ModelError, Result};
+pub use family::Family;
 pub use loaded::Loaded;
 pub use tokenizer::{DecodeStream, Tokenizer};

@@ -194,7 +194,7 @@ fn tensors_without_a_place_are_left_out_but_a_bias_is_not() {
 
     let bias = "model.layers.0.self_attn.q_proj.bias";
     fixture.tensors.insert(bias.into(), HostTensor::zeros(DType::F32, [64]));
-    says(&fixture.refused(), &[bias, "is a bias", "without biases"]);
+    says(&fixture.refused(), &[bias, "has no place in a model of this configuration", "`attention_bias`"]);
 }
 
 /// Writes the fixture with one more tensor, or another in its place, of two elements of a dtype that kvfold does not hold.
@@ -223,7 +223,7 @@ fn a_tensor_of_another_dtype_matters_only_where_it_is_needed() {
         let stored = format!("is stored as {name};");
         says(&message, &["model/model.safetensors: tensor `", Q, &stored, "F16 and BF16", "unquantized checkpoint"]);
     }
-    says(&refused(&write_with(&fixture, "model.norm.bias", Dtype::I8)), &["`model.norm.bias` is a bias"]);
+    says(&refused(&write_with(&fixture, "model.norm.bias", Dtype::I8)), &["`model.norm.bias` has no place"]);
 }
 
 /// Splits the fixture's weights into two files and returns the index.

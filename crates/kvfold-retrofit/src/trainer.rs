@@ -295,8 +295,8 @@ where
         let params = self.weights.list_mut().into_iter().zip(self.optimizer.moments_mut());
         for ((name, _), (weight, moments)) in names.iter().zip(params) {
             let rows = match name {
-                name if name.contains(names::Q_PROJ) => &query,
-                name if name.contains(names::K_PROJ) => &kv,
+                name if name.contains(names::Q_PROJ) || name.contains(names::Q_BIAS) => &query,
+                name if name.contains(names::K_PROJ) || name.contains(names::K_BIAS) => &kv,
                 _ => continue,
             };
             [weight, &mut moments.m, &mut moments.v].into_iter().for_each(|x| self.ops.zero_rows(x, rows));

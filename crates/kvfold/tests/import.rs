@@ -179,7 +179,7 @@ fn the_embedded_model_comes_back_bit_by_bit() {
     let (got, want) = (Checkpoint::open(out.to_str().unwrap()).unwrap(), Checkpoint::open("stories260k").unwrap());
     assert_eq!(got.tensors, want.tensors); // the same weights give the same logits
     assert_eq!(got.config.rms_norm_eps, 1e-5);
-    assert_eq!((got.config.rope_theta, got.config.eos_token_ids.as_slice()), (10000.0, &[2][..]));
+    assert_eq!((got.config.rope.theta, got.config.eos_token_ids.as_slice()), (10000.0, &[2][..]));
     let held = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../data/tinystories_heldout.txt"));
     for text in held.unwrap().split("\n\n").take(200).chain(["", " ", "naïve 🙂", "<s> a"]) {
         assert_eq!(got.tokenizer.encode(text, true).unwrap(), want.tokenizer.encode(text, true).unwrap(), "{text:?}");

@@ -13,7 +13,7 @@ pub(crate) type Recorder = Tape<Reference<f64>>;
 ///
 /// What is left is the error of the differences: rounding for ops that are linear in each input, the next term of the
 /// series for the others.
-const TOLERANCES: [(&str, f64); 22] = [
+const TOLERANCES: [(&str, f64); 24] = [
     ("linear", 1e-10),
     ("embed", 1e-10),
     ("rms_norm", 1e-8),
@@ -21,6 +21,8 @@ const TOLERANCES: [(&str, f64); 22] = [
     ("scale_last_channel", 1e-10),
     ("swiglu", 1e-9),
     ("add", 1e-10),
+    ("add_row", 1e-10),
+    ("scale", 1e-10),
     ("ln", 1e-8),
     ("cross_entropy", 1e-9),
     ("kl", 1e-9),

@@ -4,8 +4,8 @@ use serde_json::{Value, json};
 
 use super::metadata::Metadata;
 use super::tokenizer::special_id;
-use crate::config::LLAMA;
 use crate::error::Result;
+use crate::family::Family;
 
 /// The configuration, without the dtype of the weights.
 pub(super) fn json(metadata: &Metadata, vocab_size: usize, tied: bool) -> Result<Value> {
@@ -41,7 +41,7 @@ pub(super) fn json(metadata: &Metadata, vocab_size: usize, tied: bool) -> Result
         eos.extend(special_id(metadata, name)?.filter(|id| !eos.contains(id)));
     }
     Ok(json!({
-        "architectures": [LLAMA],
+        "architectures": [Family::Llama.architecture()],
         "model_type": "llama",
         "hidden_size": hidden,
         "intermediate_size": metadata.need("llama.feed_forward_length")?,

@@ -147,7 +147,7 @@ fn plan(source: &Gguf, shape: &Shape) -> Result<Vec<Planned>> {
     }
     match left.into_iter().next().cloned() {
         None => Ok(plan),
-        Some(tensor) if tensor.ends_with(".bias") => Err(ModelError::Bias { file: file(), tensor }),
+        Some(tensor) if tensor.ends_with(".bias") => Err(ModelError::NoPlace { file: file(), tensor }),
         Some(tensor) if tensor == "rope_freqs.weight" => Err(ModelError::Unsupported {
             file: file(),
             field: tensor,
@@ -161,15 +161,15 @@ fn plan(source: &Gguf, shape: &Shape) -> Result<Vec<Planned>> {
 /// GGUF's name for a weight of ours, and whether its rows are in the order of interleaved pairs.
 fn translate(ours: &str) -> (String, bool) {
     const PARTS: [(&str, &str); 9] = [
-        (names::INPUT_NORM, "attn_norm"),
-        (names::Q_PROJ, "attn_q"),
-        (names::K_PROJ, "attn_k"),
-        (names::V_PROJ, "attn_v"),
-        (names::O_PROJ, "attn_output"),
-        (names::POST_ATTENTION_NORM, "ffn_norm"),
-        (names::GATE_PROJ, "ffn_gate"),
-        (names::UP_PROJ, "ffn_up"),
-        (names::DOWN_PROJ, "ffn_down"),
+        (names::INPUT_NORM, "attn_norm.weight"),
+        (names::Q_PROJ, "attn_q.weight"),
+        (names::K_PROJ, "attn_k.weight"),
+        (names::V_PROJ, "attn_v.weight"),
+        (names::O_PROJ, "attn_output.weight"),
+        (names::POST_ATTENTION_NORM, "ffn_norm.weight"),
+        (names::GATE_PROJ, "ffn_gate.weight"),
+        (names::UP_PROJ, "ffn_up.weight"),
+        (names::DOWN_PROJ, "ffn_down.weight"),
     ];
     match ours {
         names::EMBED => return ("token_embd.weight".into(), false),
@@ -179,8 +179,8 @@ fn translate(ours: &str) -> (String, bool) {
     }
     let layer = ours.split('.').nth(2).and_then(|index| index.parse().ok()).unwrap_or(0);
     let part = PARTS.into_iter().find(|(part, _)| names::layer(layer, part) == ours);
-    let (part, theirs) = part.expect("a plain Llama has no other weights");
-    (format!("blk.{layer}.{theirs}.weight"), [names::Q_PROJ, names::K_PROJ].contains(&part))
+    let (part, theirs) = part.expect("a plain model has no other weights");
+    (format!("blk.{layer}.{theirs}"), [names::Q_PROJ, names::K_PROJ].contains(&part))
 }
 
 /// Rows of each head from pairs (2i, 2i+1), which llama.cpp rotates, to halves (i, i + D/2), which Hugging Face does.
