@@ -289,10 +289,22 @@ fn bos_token_id(fields: &Fields, defaults: &Defaults, vocab_size: usize) -> Resu
 }
 
 fn eos_token_ids(fields: &Fields, defaults: &Defaults, vocab_size: usize) -> Result<Vec<u32>> {
+    match fields.get("eos_token_id") {
+        None => Ok(absent(fields, "eos_token_id", defaults.eos_token_id, vocab_size).into_iter().collect()),
+        Some(_) => end_token_ids(fields, vocab_size),
+    }
+}
+
+/// The end tokens that a `generation_config.json` names for a vocabulary of `vocab_size`.
+pub(crate) fn generation_end_token_ids(json: &[u8], vocab_size: usize, file: &str) -> Result<Vec<u32>> {
+    let map: Map<String, Value> = serde_json::from_slice(json)
+        .map_err(|error| ModelError::Json { file: file.into(), reason: error.to_string() })?;
+    end_token_ids(&Fields { file, prefix: "", map: &map }, vocab_size)
+}
+
+fn end_token_ids(fields: &Fields, vocab_size: usize) -> Result<Vec<u32>> {
     let ids = match fields.get("eos_token_id") {
-        None => {
-            return Ok(absent(fields, "eos_token_id", defaults.eos_token_id, vocab_size).into_iter().collect());
-        }
+        None => Some(Vec::new()),
         Some(Value::Array(values)) => values.iter().map(|value| token_id(value, vocab_size)).collect(),
         Some(value) => token_id(value, vocab_size).map(|id| vec![id]),
     };

@@ -14,6 +14,7 @@
 //! * [`block`] is the walk through the model, one for training, prefill and decode, and [`attend`] the attention over whole
 //!   sequences that training and the teacher put into it;
 //! * [`tokenizer`] turns text into ids and, piece by piece as they are sampled, ids into text;
+//! * [`chat`] puts a conversation into the words that a model was trained on;
 //! * [`checkpoint`] puts these together: opened from a directory or from the binary itself, saved whole or not at all;
 //! * [`import`] turns models in other formats into such directories;
 //! * [`embedded`] is the small model that is always at hand.
@@ -24,6 +25,7 @@
 
 pub mod attend;
 pub mod block;
+pub mod chat;
 pub mod checkpoint;
 pub mod compression;
 pub mod config;
@@ -40,6 +42,7 @@ pub mod shape;
 pub mod tokenizer;
 pub mod weights;
 
+pub use chat::{Chat, ChatTemplate};
 pub use checkpoint::{Checkpoint, ensure_absent};
 pub use compression::Compression;
 pub use config::Config;

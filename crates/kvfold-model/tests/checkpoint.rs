@@ -341,3 +341,20 @@ fn a_failure_halfway_leaves_nothing_behind() {
     let name = "x".repeat(300);
     says(&not_saved(|_| {}, &[(&name, b"x")]), &["cannot write"]);
 }
+
+#[test]
+fn the_generation_config_may_name_more_end_tokens() {
+    let fixture = Fixture::new();
+    let model = fixture.write();
+    let ends = |generation: Value| {
+        fs::write(fixture.path().join("generation_config.json"), generation.to_string()).unwrap();
+        Checkpoint::open(&model).and_then(|checkpoint| checkpoint.end_token_ids())
+    };
+    assert_eq!(Checkpoint::open(&model).unwrap().end_token_ids().unwrap(), [2]);
+    assert_eq!(ends(json!({ "eos_token_id": [2, 9, 4] })).unwrap(), [2, 9, 4]);
+    assert_eq!(ends(json!({ "eos_token_id": 7, "temperature": 0.6 })).unwrap(), [2, 7]);
+    assert_eq!(ends(json!({})).unwrap(), [2]);
+    let message = ends(json!({ "eos_token_id": [2, 512] })).unwrap_err().to_string();
+    says(&message, &["generation_config.json: `eos_token_id` is [2,512]", "below `vocab_size`, 512"]);
+    says(&ends(json!([])).unwrap_err().to_string(), &["generation_config.json: invalid JSON"]);
+}

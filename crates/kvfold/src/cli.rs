@@ -120,6 +120,14 @@ pub(crate) struct GenerateArgs {
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(crate) prompt: String,
 
+    /// Take the prompt for a user's message and answer it, through the model's chat template
+    #[arg(long)]
+    pub(crate) chat: bool,
+
+    /// What the model is told before the chat
+    #[arg(long, value_name = "TEXT", requires = "chat", allow_hyphen_values = true)]
+    pub(crate) system: Option<String>,
+
     /// New tokens at most [default: 256, or what the model's context leaves]
     #[arg(long, value_name = "N")]
     pub(crate) max_new_tokens: Option<usize>,
