@@ -44,7 +44,7 @@ pub(crate) enum Command {
     Retrofit(Box<RetrofitArgs>),
     /// Turn a GGUF file into a model directory
     ///
-    /// Dense models of architecture "llama": weights in F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K;
+    /// Dense models of architecture "llama" (Mistral too), "qwen2" and "qwen3": weights in F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K;
     /// tokenizer, chat template and configuration from the file's metadata.
     Import(ImportArgs),
     /// Continue a prompt
