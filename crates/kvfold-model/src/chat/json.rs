@@ -86,7 +86,8 @@ impl Formatter for Python {
     }
 
     fn write_string_fragment<W: Write + ?Sized>(&mut self, to: &mut W, fragment: &str) -> io::Result<()> {
-        let escaped = |c: char| self.ascii && !c.is_ascii() || c == '\u{7f}' && self.ascii;
+        // What else is beyond the printable is no part of a fragment.
+        let escaped = |c: char| self.ascii && !(' '..='~').contains(&c);
         for c in fragment.chars() {
             match escaped(c) {
                 true => c.encode_utf16(&mut [0; 2]).iter().try_for_each(|unit| write!(to, "\\u{unit:04x}"))?,
