@@ -5,7 +5,7 @@
 
 Writes smollm2.json:
     encodings   texts and their ids, special tokens spelled out in a text being those tokens
-    greedy      two prompts, the ids of each, 32 greedy tokens after it, the smallest lead of a first over a second logit
+    greedy      prompts, the ids of each, 32 greedy tokens after it, the smallest lead of a first over a second logit
     logits      of the first prompt's last position: the ten largest, [id, value]
     perplexity  of windows of 256 tokens of the first 4096 bytes of the text (no BOS; 255 predicted in each window)
 
@@ -32,7 +32,17 @@ TEXTS = [
 PROMPTS = [
     "Once upon a time, there was a little girl named Lily. She",
     "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n",
+    "def fibonacci(n):\n    \"\"\"Return the n-th Fibonacci number.\"\"\"\n",
+    "In 1969, 600 million people watched as Neil Armstrong",
+    "The three states of matter are",
 ]
+# A message, and the words that the model's chat template puts around it.
+CHAT = "Name three colours of the rainbow."
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+CHAT_PROMPT = (
+    f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{CHAT}<|im_end|>\n<|im_start|>assistant\n"
+)
+LONG = 1500  # bytes of the text as a prompt that is longer than a chunk
 GREEDY, WINDOW, BYTES = 32, 256, 4096
 GPT2 = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 CONTROL = 3
@@ -101,19 +111,20 @@ def main():
         args.gguf.parent, gguf_file=args.gguf.name, dtype=torch.float32, attn_implementation="eager"
     ).eval()
 
-    golden = {"encodings": [[text, encoder.encode(text)] for text in TEXTS], "greedy": []}
+    golden = {"encodings": [[text, encoder.encode(text)] for text in TEXTS], "greedy": [], "chat": CHAT}
+    text = args.text.read_bytes()[:BYTES].decode("utf-8", errors="ignore")
     with torch.no_grad():
-        for prompt in PROMPTS:
-            ids, tokens, lead = encoder.encode(prompt), [], float("inf")
+        for prompt in [*PROMPTS, text.encode()[:LONG].decode("utf-8", errors="ignore"), CHAT_PROMPT]:
+            ids, tokens, lead, cache = encoder.encode(prompt), [], float("inf"), None
             for _ in range(GREEDY):
-                top = model(torch.tensor([ids + tokens])).logits[0, -1].topk(10)
+                out = model(torch.tensor([tokens[-1:] or ids]), past_key_values=cache, use_cache=True)
+                top, cache = out.logits[0, -1].topk(10), out.past_key_values
                 if not tokens and "logits" not in golden:
                     golden["logits"] = [[i, round(x, 6)] for i, x in zip(top.indices.tolist(), top.values.tolist())]
                 lead = min(lead, (top.values[0] - top.values[1]).item())
                 tokens.append(top.indices[0].item())
             golden["greedy"].append({"prompt": prompt, "ids": ids, "tokens": tokens, "lead": lead})
             print(lead, tokens)
-        text = args.text.read_bytes()[:BYTES].decode("utf-8", errors="ignore")
         ids = torch.tensor(encoder.encode(text))
         windows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
         value = torch.stack([model(w[None], labels=w[None]).loss for w in windows]).double().mean().exp().item()

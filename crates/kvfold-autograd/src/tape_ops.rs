@@ -69,6 +69,15 @@ where
         })
     }
 
+    fn add_row(&self, x: &Self::Tensor, row: &Self::Tensor) -> Self::Tensor {
+        let y = self.ops.add_row(&x.value, &row.value);
+        let (x_id, row_id) = (x.id, row.id);
+        self.one(&[x, row], y, move |ops, d, grads| {
+            grads.give(ops, x_id, || d.clone());
+            grads.give(ops, row_id, || ops.add_row_grad(d));
+        })
+    }
+
     fn rms_norm(&self, x: &Self::Tensor, w: &Self::Tensor, eps: f64) -> Self::Tensor {
         let y = self.ops.rms_norm(&x.value, &w.value, eps);
         let (xs, ws) = (x.clone(), w.clone());
@@ -118,6 +127,12 @@ where
         let y = self.ops.affine(&x.value, scale, offset);
         let id = x.id;
         self.one(&[x], y, move |ops, d, grads| grads.give(ops, id, || ops.scale(d, scale)))
+    }
+
+    fn scale(&self, x: &Self::Tensor, factor: f64) -> Self::Tensor {
+        let y = self.ops.scale(&x.value, factor);
+        let id = x.id;
+        self.one(&[x], y, move |ops, d, grads| grads.give(ops, id, || ops.scale(d, factor)))
     }
 
     fn ln(&self, x: &Self::Tensor) -> Self::Tensor {

@@ -14,6 +14,7 @@ use kvfold_kernels::ops::{Heads, MIN_IMPORTANCE, Spans};
 use kvfold_kernels::{Array, Ops, Reference};
 use kvfold_model::attend::{Folding, Mode};
 use kvfold_model::block::{Attend, Pass, Projected};
+use kvfold_model::rope::{Rope, Scaling};
 use kvfold_model::shape::Shape;
 
 /// Head dim, more than any text here has tokens.
@@ -144,7 +145,10 @@ impl Scene {
             vocab: 1,
             context: 64,
             norm_eps: 1e-5,
-            rope_theta: 10_000.0,
+            rope: Rope { theta: 10_000.0, scaling: Scaling::None },
+            qkv_bias: false,
+            o_bias: false,
+            qk_norm: false,
             tied: true,
             decide_outputs: self.dmc.decide_outputs(kv),
         };

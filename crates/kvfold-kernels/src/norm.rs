@@ -1,4 +1,4 @@
-//! Root-mean-square norm: `y = x / sqrt(mean(x^2) + eps) * w`, per row.
+//! Root-mean-square norm: `y = x / sqrt(mean(x^2) + eps) * w`, per row of as many channels as `w` has.
 
 use crate::real::{self, Real};
 

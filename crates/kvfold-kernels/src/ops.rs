@@ -353,7 +353,10 @@ pub trait Ops: std::fmt::Debug {
     /// Rows `ids` of `table [V,C]` -> `[N,C]`.
     fn embed(&self, ids: &[u32], table: &Self::Tensor) -> Self::Tensor;
 
-    /// `x / sqrt(mean(x^2) + eps) * w`, per row of `x [N,C]`.
+    /// `x + row` for every row of `x [N,C]`, with `row [C]`: a bias.
+    fn add_row(&self, x: &Self::Tensor, row: &Self::Tensor) -> Self::Tensor;
+
+    /// `x / sqrt(mean(x^2) + eps) * w` for every C channels of `x [N, groups*C]`, with `w [C]`: whole rows, or their heads.
     fn rms_norm(&self, x: &Self::Tensor, w: &Self::Tensor, eps: f64) -> Self::Tensor;
 
     /// Cosines and sines of `positions x D/2` angles, the table that [`Ops::rope`] reads: `[P, D]`, cosines first.
@@ -373,6 +376,9 @@ pub trait Ops: std::fmt::Debug {
 
     /// `scale * x - offset`.
     fn affine(&self, x: &Self::Tensor, scale: f64, offset: f64) -> Self::Tensor;
+
+    /// `factor * x`.
+    fn scale(&self, x: &Self::Tensor, factor: f64) -> Self::Tensor;
 
     /// Natural logarithm.
     fn ln(&self, x: &Self::Tensor) -> Self::Tensor;
@@ -513,6 +519,8 @@ pub trait Grad: Ops {
     fn linear_grad_w(&self, x: &Self::Tensor, w: &Self::Tensor, d: &Self::Tensor) -> Self::Tensor;
     /// Gradient of the table in [`Ops::embed`].
     fn embed_grad(&self, ids: &[u32], table: &Self::Tensor, d: &Self::Tensor) -> Self::Tensor;
+    /// Gradient of `row` in [`Ops::add_row`]: the sums of the columns of `d [N,C]`, `[C]`.
+    fn add_row_grad(&self, d: &Self::Tensor) -> Self::Tensor;
     /// Gradients of `x` and `w` in [`Ops::rms_norm`].
     fn rms_norm_grad(
         &self,
@@ -525,8 +533,6 @@ pub trait Grad: Ops {
     fn rope_grad(&self, table: &Self::Tensor, spans: &Spans, d: &Self::Tensor) -> Self::Tensor;
     /// Gradients of `gate` and `up` in [`Ops::swiglu`].
     fn swiglu_grad(&self, gate: &Self::Tensor, up: &Self::Tensor, d: &Self::Tensor) -> (Self::Tensor, Self::Tensor);
-    /// `factor * d`.
-    fn scale(&self, d: &Self::Tensor, factor: f64) -> Self::Tensor;
     /// Gradient of [`Ops::ln`].
     fn ln_grad(&self, x: &Self::Tensor, d: &Self::Tensor) -> Self::Tensor;
     /// [`Ops::prediction_loss`] with its gradients by `x` and, where `w_too`, by `w`; all at once, since the logits that
@@ -587,7 +593,7 @@ pub trait Grad: Ops {
     fn sum_squares(&self, x: &Self::Tensor) -> f64;
     /// One AdamW step in place.
     fn adamw(&self, param: &mut Self::Tensor, grad: &Self::Tensor, moments: &mut Moments<Self::Tensor>, adamw: AdamW);
-    /// Sets row r of a `[R,C]` array to 0 for every r in `rows`, in place.
+    /// Sets row r of a `[R,C]` array, or element r of `[R]`, to 0 for every r in `rows`, in place.
     fn zero_rows(&self, x: &mut Self::Tensor, rows: &[usize]);
 }
 

@@ -11,7 +11,7 @@ use kvfold_kernels::{FastCpu, Grad, Ops, Reference};
 
 /// Largest difference of an f32 result from the f64 reference, relative to the largest element of the result (or to
 /// 0.1, where all are smaller).
-const TOLERANCES: [(&str, f32); 33] = [
+const TOLERANCES: [(&str, f32); 35] = [
     ("linear", 2e-6),
     ("linear_grad", 2e-6),
     ("linear_bf16", 2e-6),
@@ -28,6 +28,8 @@ const TOLERANCES: [(&str, f32); 33] = [
     ("swiglu_grad", 1e-6),
     ("add", 2e-7),
     ("affine", 2e-7),
+    ("add_row", 2e-7),
+    ("add_row_grad", 1e-6),
     ("scale", 2e-7),
     ("ln", 3e-7),
     ("ln_grad", 3e-7),
@@ -188,6 +190,9 @@ impl<O: Grad> Bench<'_, O> {
         let (d_gate, d_up) = ops.swiglu_grad(&gate, &up, &d);
         self.keep_tokens("swiglu_grad", [&d_gate, &d_up]);
         self.keep("add", true, &ops.add(&gate, &up, 0.3));
+        let row = self.weight("row", &[wide]);
+        self.keep("add_row", true, &ops.add_row(&gate, &row));
+        self.keep("add_row_grad", false, &ops.add_row_grad(&gate));
         self.keep("scale", true, &ops.scale(&gate, 0.3));
         self.keep("affine", true, &ops.affine(&gate, 1.7, 0.4));
         self.keep("scale zeros", true, &ops.zeros_like(&gate));
@@ -199,6 +204,11 @@ impl<O: Grad> Bench<'_, O> {
     fn rotation(&mut self, spans: &Spans) {
         let (ops, Heads { query, dim, .. }) = (self.ops, self.case.heads);
         let x = self.units("rope", query * dim);
+        let (gain, d) = (self.weight("head norm", &[dim]), self.units("d head norm", query * dim));
+        self.keep("rms_norm heads", true, &ops.rms_norm(&x, &gain, 1e-5));
+        let (dx, dw) = ops.rms_norm_grad(&x, &gain, 1e-5, &d);
+        self.keep("rms_norm_grad heads x", true, &dx);
+        self.keep("rms_norm_grad heads w", false, &dw);
         let inv_freq: Vec<f64> = (0..dim / 2).map(|d| 10_000f64.powf(-2.0 * d as f64 / dim as f64)).collect();
         let table = ops.rope_table(&inv_freq, self.rows);
         self.keep("rope", true, &ops.rope(&x, &table, spans));

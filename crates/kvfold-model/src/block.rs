@@ -24,7 +24,7 @@ pub struct Pass<'a, O: Ops> {
 /// The projections of one layer, before rotation.
 #[derive(Clone, Debug)]
 pub struct Projected<T> {
-    /// Queries `[N, H*D]`.
+    /// Queries `[N, H*D]`, times the factor on scores that a scaled RoPE may bring.
     pub q: T,
     /// Keys `[N, G*D]`.
     pub k: T,
@@ -46,13 +46,13 @@ impl<O: Ops> Pass<'_, O> {
         let Self { ops, shape, .. } = *self;
         let y = ops.rms_norm(x, &w.input_norm, shape.norm_eps); // [N, C]
         let projected = Projected {
-            q: ops.linear(&y, &w.q),                                        // [N, H*D]
-            k: ops.linear(&y, &w.k),                                        // [N, G*D]
-            v: ops.linear(&y, &w.v),                                        // [N, G*D]
-            decide: w.decide.as_ref().map(|decide| ops.linear(&y, decide)), // [N, 2G]
+            q: self.query(self.head_norm(self.linear(&y, &w.q, &w.q_bias), &w.q_norm)), // [N, H*D]
+            k: self.head_norm(self.linear(&y, &w.k, &w.k_bias), &w.k_norm),             // [N, G*D]
+            v: self.linear(&y, &w.v, &w.v_bias),                                        // [N, G*D]
+            decide: w.decide.as_ref().map(|decide| ops.linear(&y, decide)),             // [N, 2G]
         };
         let y = attend.attend(layer, self, projected); // [N, H*D]
-        let x = ops.add(x, &ops.linear(&y, &w.o), 1.0); // [N, C]
+        let x = ops.add(x, &self.linear(&y, &w.o, &w.o_bias), 1.0); // [N, C]
         let y = ops.rms_norm(&x, &w.post_norm, shape.norm_eps); // [N, C]
         let y = ops.swiglu(&ops.linear(&y, &w.gate), &ops.linear(&y, &w.up)); // [N, F]
         ops.add(&x, &ops.linear(&y, &w.down), 1.0) // [N, C]
@@ -61,6 +61,25 @@ impl<O: Ops> Pass<'_, O> {
     /// What the logits are made from, `[N, C]`: the residual stream after the last block, normed.
     pub fn normed(&self, weights: &Weights<O::Tensor>, x: &O::Tensor) -> O::Tensor {
         self.ops.rms_norm(x, &weights.norm, self.shape.norm_eps)
+    }
+
+    /// A projection `[N, out]` of `y [N, in]`, with a bias where the family has one.
+    fn linear(&self, y: &O::Tensor, w: &O::Tensor, bias: &Option<O::Tensor>) -> O::Tensor {
+        let x = self.ops.linear(y, w);
+        bias.iter().fold(x, |x, bias| self.ops.add_row(&x, bias))
+    }
+
+    /// `x [N, heads*D]` with each head normed where the family does it.
+    fn head_norm(&self, x: O::Tensor, gain: &Option<O::Tensor>) -> O::Tensor {
+        gain.iter().fold(x, |x, gain| self.ops.rms_norm(&x, gain, self.shape.norm_eps))
+    }
+
+    /// Queries times the factor on scores, where it is not 1.
+    fn query(&self, q: O::Tensor) -> O::Tensor {
+        match self.shape.rope.score_factor() {
+            1.0 => q,
+            factor => self.ops.scale(&q, factor),
+        }
     }
 
     /// Logits `[N, V]` of the residual stream after the last block.

@@ -19,6 +19,7 @@ const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 const TOKENIZER: &str = "tokenizer.json";
+const GENERATION: &str = "generation_config.json";
 
 /// Files that belong to a model and are handed on byte for byte.
 const COMPANIONS: [&str; 6] = [
@@ -26,7 +27,7 @@ const COMPANIONS: [&str; 6] = [
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
-    "generation_config.json",
+    GENERATION,
     "LICENSE",
 ];
 
@@ -85,7 +86,21 @@ impl Checkpoint {
             }
         }
         let Found { tensors, ignored } = Found::read(&files, &config)?;
-        Ok(Checkpoint { config, tensors, tokenizer, companions, ignored, source: model.into() })
+        let checkpoint = Checkpoint { config, tensors, tokenizer, companions, ignored, source: model.into() };
+        checkpoint.end_token_ids()?;
+        Ok(checkpoint)
+    }
+
+    /// The tokens that end a text: those of `config.json`, then those that only `generation_config.json` names, as models
+    /// for chats do for the end of a turn.
+    pub fn end_token_ids(&self) -> Result<Vec<u32>> {
+        let mut ids = self.config.eos_token_ids.clone();
+        if let Some(json) = self.companions.get(GENERATION) {
+            let file = format!("{}: {GENERATION}", self.source);
+            let more = crate::config::generation_end_token_ids(json, self.config.vocab_size, &file)?;
+            ids.extend(more.into_iter().filter(|id| !self.config.eos_token_ids.contains(id)));
+        }
+        Ok(ids)
     }
 
     /// The precision that does its weights justice: bf16 for weights stored in 16 bits.
@@ -239,8 +254,8 @@ impl Found {
                     (Some(_), Err(dtype)) => {
                         return Err(ModelError::UnsupportedDType { file, tensor: name, dtype });
                     }
-                    (None, _) if name.ends_with(".bias") => {
-                        return Err(ModelError::Bias { file, tensor: name });
+                    (None, _) if name.ends_with(".bias") || name.ends_with("_norm.weight") => {
+                        return Err(ModelError::NoPlace { file, tensor: name });
                     }
                     (None, _) => weights.ignored.push(name),
                 }

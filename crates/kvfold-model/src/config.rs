@@ -2,19 +2,15 @@
 //!
 //! The reader is strict where being lenient would give wrong numbers (a RoPE scaling that is not computed, a bias that is not
 //! added, another activation) and lenient where it would not: fields it does not know are kept and written back, and absent
-//! ones have the defaults of Hugging Face's `LlamaConfig`.
+//! ones have the defaults of the family's class at Hugging Face.
 
 use serde_json::{Map, Value, json};
 
 use crate::compression::{Compression, SECTION};
 use crate::error::{ModelError, Result};
+use crate::family::{Defaults, Family};
 use crate::fields::Fields;
-
-/// The architecture of a model as Hugging Face knows it.
-pub const LLAMA: &str = "LlamaForCausalLM";
-
-/// The architecture of a model that this program has retrofitted.
-pub const KVFOLD_LLAMA: &str = "KvfoldLlamaForCausalLM";
+use crate::rope::Rope;
 
 /// The largest width, vocabulary or context that is believed. Real ones stay far below, and below it no product of two
 /// dimensions and an element size can overflow, so that the code behind the configuration multiplies without checking.
@@ -23,12 +19,14 @@ const MAX_DIM: usize = 1 << 24;
 /// The largest number of layers that is believed: names and shapes of all layers are listed before a weight is read.
 const MAX_LAYERS: usize = 1 << 12;
 
-/// A Llama model's shape and constants.
+/// A model's shape and constants.
 ///
 /// The fields are what the JSON says, and it is the JSON that is written back: to get another model, parse other JSON.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Config {
+    /// Which family the model is of.
+    pub family: Family,
     /// Width of the residual stream, `C`.
     pub hidden_size: usize,
     /// Width of the MLP.
@@ -45,8 +43,14 @@ pub struct Config {
     pub vocab_size: usize,
     /// The longest sequence the model was made for.
     pub max_position_embeddings: usize,
-    /// Base of the rotary frequencies.
-    pub rope_theta: f64,
+    /// Rotary frequencies.
+    pub rope: Rope,
+    /// Whether queries, keys and values have biases.
+    pub qkv_bias: bool,
+    /// Whether attention's output projection has a bias.
+    pub o_bias: bool,
+    /// Whether the queries and keys of each head are normed before they are rotated.
+    pub qk_norm: bool,
     /// Added to the mean square before its root is taken.
     pub rms_norm_eps: f64,
     /// Whether the embedding is also the output head.
@@ -55,7 +59,7 @@ pub struct Config {
     pub bos_token_id: Option<u32>,
     /// The tokens that end one.
     pub eos_token_ids: Vec<u32>,
-    /// How the model compresses its cache; `None` for a plain Llama.
+    /// How the model compresses its cache; `None` for a plain model.
     pub compression: Option<Compression>,
     /// The whole file, for the way back.
     raw: Map<String, Value>,
@@ -71,43 +75,57 @@ impl Config {
 
     fn from_map(raw: Map<String, Value>, file: &str) -> Result<Config> {
         let fields = Fields { file, prefix: "", map: &raw };
-        let retrofitted = architecture(&fields)?;
+        let (family, retrofitted) = architecture(&fields)?;
+        let defaults = family.defaults();
         refuse_what_is_not_computed(&fields)?;
 
         let hidden_size = fields.count("hidden_size", MAX_DIM, None)?;
         let num_attention_heads = fields.count("num_attention_heads", MAX_DIM, None)?;
-        let num_key_value_heads = fields.count("num_key_value_heads", MAX_DIM, Some(num_attention_heads))?;
+        // An explicit null means as many as query heads in every family.
+        let heads = defaults.num_key_value_heads.filter(|_| !raw.contains_key("num_key_value_heads"));
+        let heads = heads.unwrap_or(num_attention_heads);
+        let num_key_value_heads = fields.count("num_key_value_heads", MAX_DIM, Some(heads))?;
         if !num_attention_heads.is_multiple_of(num_key_value_heads) {
             let expected = format!("a divisor of `num_attention_heads`, {num_attention_heads}");
             return Err(fields.wrong("num_key_value_heads", expected));
         }
         let vocab_size = fields.count("vocab_size", MAX_DIM, None)?;
-        let max_position_embeddings = fields.count("max_position_embeddings", MAX_DIM, Some(2048))?;
+        let context = defaults.max_position_embeddings;
+        let max_position_embeddings = fields.count("max_position_embeddings", MAX_DIM, Some(context))?;
+        let num_hidden_layers = fields.count("num_hidden_layers", MAX_LAYERS, None)?;
+        refuse_a_window(&fields, family, (max_position_embeddings, num_hidden_layers))?;
 
         let compression = match (retrofitted, fields.get(SECTION)) {
             (false, None) => None,
             (true, Some(Value::Object(section))) => Some(Compression::parse(section, max_position_embeddings, file)?),
             (true, _) => {
-                return Err(
-                    fields.wrong(SECTION, format!("the object that a model of architecture {KVFOLD_LLAMA} carries"))
-                );
+                return Err(fields.wrong(
+                    SECTION,
+                    format!("the object that a model of architecture {} carries", family.retrofitted_architecture()),
+                ));
             }
             (false, Some(_)) => {
-                let expected = format!("none in a model of architecture {LLAMA}; {KVFOLD_LLAMA} has one");
+                let (plain, ours) = (family.architecture(), family.retrofitted_architecture());
+                let expected = format!("none in a model of architecture {plain}; {ours} has one");
                 return Err(fields.wrong(SECTION, expected));
             }
         };
 
+        let attention_bias = matches!(family, Family::Llama | Family::Qwen3) && fields.flag("attention_bias")?;
         Ok(Config {
+            family,
             hidden_size,
             intermediate_size: fields.count("intermediate_size", MAX_DIM, None)?,
-            num_hidden_layers: fields.count("num_hidden_layers", MAX_LAYERS, None)?,
+            num_hidden_layers,
             num_attention_heads,
             num_key_value_heads,
-            head_dim: head_dim(&fields, hidden_size, num_attention_heads)?,
+            head_dim: head_dim(&fields, (hidden_size, num_attention_heads), defaults.head_dim)?,
             vocab_size,
             max_position_embeddings,
-            rope_theta: rope_theta(&fields)?,
+            rope: Rope::parse(&fields, max_position_embeddings)?,
+            qkv_bias: family == Family::Qwen2 || attention_bias,
+            o_bias: attention_bias,
+            qk_norm: family == Family::Qwen3,
             rms_norm_eps: fields.number(
                 "rms_norm_eps",
                 Some(1e-6),
@@ -115,20 +133,20 @@ impl Config {
                 "a number above 0 and below 1",
             )?,
             tie_word_embeddings: fields.flag("tie_word_embeddings")?,
-            bos_token_id: bos_token_id(&fields, vocab_size)?,
-            eos_token_ids: eos_token_ids(&fields, vocab_size)?,
+            bos_token_id: bos_token_id(&fields, &defaults, vocab_size)?,
+            eos_token_ids: eos_token_ids(&fields, &defaults, vocab_size)?,
             compression,
             raw,
         })
     }
 
-    /// The configuration of this model once it has been retrofitted: another architecture, so that loaders of plain Llamas
-    /// refuse it, and a `kvfold` section. A section that is there already is replaced.
+    /// The configuration of this model once it has been retrofitted: another architecture, so that loaders of plain
+    /// models refuse it, and a `kvfold` section. A section that is there already is replaced.
     pub fn with_compression(&self, compression: Compression) -> Result<Config> {
         compression.validate(self.max_position_embeddings, "the new config.json")?;
         let mut raw = self.raw.clone();
-        raw.insert("architectures".into(), json!([KVFOLD_LLAMA]));
-        raw.insert("model_type".into(), json!("kvfold_llama"));
+        raw.insert("architectures".into(), json!([self.family.retrofitted_architecture()]));
+        raw.insert("model_type".into(), json!(self.family.retrofitted_model_type()));
         // Would lead a loader back to code for the plain model.
         raw.shift_remove("auto_map");
         raw.insert(SECTION.into(), compression.to_json());
@@ -152,7 +170,10 @@ impl Config {
 
     /// The architecture's name.
     pub fn architecture(&self) -> &'static str {
-        if self.compression.is_some() { KVFOLD_LLAMA } else { LLAMA }
+        match self.compression {
+            Some(_) => self.family.retrofitted_architecture(),
+            None => self.family.architecture(),
+        }
     }
 
     /// Width of all query heads together, `H * D`; often but not always the hidden size.
@@ -171,37 +192,35 @@ impl Config {
     }
 }
 
-/// Whether the model is one of ours. Anything but the two architectures of this crate is refused.
-fn architecture(fields: &Fields) -> Result<bool> {
-    let supported = format!("{LLAMA} and {KVFOLD_LLAMA} are");
+/// The family, and whether the model is one of ours. Other architectures are refused.
+fn architecture(fields: &Fields) -> Result<(Family, bool)> {
+    let plain = Family::ALL.map(Family::architecture).join(", ");
+    let supported = format!("{plain} and their retrofitted forms, such as KvfoldLlamaForCausalLM, are");
     let name = match fields.get("architectures").and_then(Value::as_array).map(Vec::as_slice) {
         Some([Value::String(name)]) => name,
         _ => {
             return Err(fields.wrong("architectures", format!("a list of one name; {supported} supported")));
         }
     };
-    let (retrofitted, model_type) = match name.as_str() {
-        LLAMA => (false, "llama"),
-        KVFOLD_LLAMA => (true, "kvfold_llama"),
+    let family = |of: fn(Family) -> &'static str| Family::ALL.into_iter().find(|&family| of(family) == name);
+    let (family, retrofitted) = match (family(Family::architecture), family(Family::retrofitted_architecture)) {
+        (Some(family), _) => (family, false),
+        (_, Some(family)) => (family, true),
         _ => return Err(fields.unsupported("architectures", supported)),
     };
+    let model_type = if retrofitted { family.retrofitted_model_type() } else { family.model_type() };
     match fields.text("model_type")? {
         Some(found) if found != model_type => {
             Err(fields.wrong("model_type", format!("\"{model_type}\", which belongs to {name}")))
         }
-        _ => Ok(retrofitted),
+        _ => Ok((family, retrofitted)),
     }
 }
 
-/// Features of `LlamaConfig` and its kin that would change the numbers if they were passed over.
+/// Features of these families and their kin that would change the numbers if they were passed over.
 fn refuse_what_is_not_computed(fields: &Fields) -> Result<()> {
-    if fields.get("rope_scaling").is_some() {
-        return Err(fields.unsupported("rope_scaling", "only plain RoPE is computed, without scaling (null)"));
-    }
-    for field in ["attention_bias", "mlp_bias"] {
-        if fields.flag(field)? {
-            return Err(fields.unsupported(field, "only models without biases are"));
-        }
+    if fields.flag("mlp_bias")? {
+        return Err(fields.unsupported("mlp_bias", "only MLPs without biases are"));
     }
     if fields.text("hidden_act")?.is_some_and(|act| act != "silu") {
         return Err(fields.unsupported("hidden_act", "only \"silu\" is"));
@@ -212,12 +231,47 @@ fn refuse_what_is_not_computed(fields: &Fields) -> Result<()> {
     Ok(())
 }
 
-fn head_dim(fields: &Fields, hidden_size: usize, heads: usize) -> Result<usize> {
-    if fields.get("head_dim").is_none() && !hidden_size.is_multiple_of(heads) {
+/// Refuses a window that a sequence within the context can outgrow. Mistral has one unless it is null; Qwen only from
+/// `max_window_layers` on, and only if `use_sliding_window` says so or `layer_types` names the layers.
+fn refuse_a_window(fields: &Fields, family: Family, (context, layers): (usize, usize)) -> Result<()> {
+    let default = family.defaults().sliding_window.filter(|_| !fields.map.contains_key("sliding_window"));
+    let window = match fields.get("sliding_window") {
+        Some(_) => Some(fields.count("sliding_window", MAX_DIM, None)?),
+        None => default,
+    };
+    let used = match family {
+        Family::Llama => false,
+        Family::Mistral => true,
+        Family::Qwen2 | Family::Qwen3 => match fields.get("layer_types") {
+            None => {
+                let first = fields.map.get("max_window_layers").and_then(Value::as_u64).unwrap_or(28);
+                fields.flag("use_sliding_window")? && first < layers as u64
+            }
+            Some(kinds) => {
+                let full = |kind: &Value| kind.as_str() == Some("full_attention");
+                fields.flag("use_sliding_window")? && !kinds.as_array().is_some_and(|kinds| kinds.iter().all(full))
+            }
+        },
+    };
+    match window {
+        Some(window) if used && window < context => {
+            let reason = format!(
+                "all tokens of the context attend to each other, and `max_position_embeddings` is {context}; set that to \
+                 {window} to use the model within its window"
+            );
+            Err(fields.unsupported("sliding_window", reason))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn head_dim(fields: &Fields, (hidden_size, heads): (usize, usize), default: Option<usize>) -> Result<usize> {
+    let default = default.filter(|_| !fields.map.contains_key("head_dim"));
+    if fields.get("head_dim").is_none() && default.is_none() && !hidden_size.is_multiple_of(heads) {
         let expected = format!("a multiple of `num_attention_heads`, {heads}, as there is no `head_dim`");
         return Err(fields.wrong("hidden_size", expected));
     }
-    let head_dim = fields.count("head_dim", MAX_DIM, Some(hidden_size / heads))?;
+    let head_dim = fields.count("head_dim", MAX_DIM, Some(default.unwrap_or(hidden_size / heads)))?;
     if !head_dim.is_multiple_of(2) {
         let expected = "an even number, because RoPE rotates pairs of channels";
         return Err(match fields.get("head_dim") {
@@ -232,30 +286,9 @@ fn head_dim(fields: &Fields, hidden_size: usize, heads: usize) -> Result<usize> 
     Ok(head_dim)
 }
 
-/// The base of the rotary frequencies, which Hugging Face's version 5 has moved into `rope_parameters`.
-fn rope_theta(fields: &Fields) -> Result<f64> {
-    let number =
-        |fields: &Fields, default| fields.number("rope_theta", default, |x| x > 0.0, "a finite number above 0");
-    let theta = number(fields, Some(10000.0))?;
-    let Some(value) = fields.get("rope_parameters") else {
-        return Ok(theta);
-    };
-    let Some(map) = value.as_object() else {
-        return Err(fields.wrong("rope_parameters", "an object"));
-    };
-    let fields = Fields { prefix: "rope_parameters.", map, ..*fields };
-    if fields.text("rope_type")?.is_some_and(|kind| kind != "default") {
-        return Err(fields.unsupported("rope_type", "only plain RoPE, \"default\", is computed"));
-    }
-    if fields.get("partial_rotary_factor").is_some_and(|factor| factor.as_f64() != Some(1.0)) {
-        return Err(fields.unsupported("partial_rotary_factor", "all channels are rotated"));
-    }
-    number(&fields, Some(theta))
-}
-
-fn bos_token_id(fields: &Fields, vocab_size: usize) -> Result<Option<u32>> {
+fn bos_token_id(fields: &Fields, defaults: &Defaults, vocab_size: usize) -> Result<Option<u32>> {
     match fields.get("bos_token_id") {
-        None => Ok(absent(fields, "bos_token_id", 1, vocab_size)),
+        None => Ok(absent(fields, "bos_token_id", defaults.bos_token_id, vocab_size)),
         Some(value) => match token_id(value, vocab_size) {
             Some(id) => Ok(Some(id)),
             None => Err(fields.wrong("bos_token_id", format!("an integer below `vocab_size`, {vocab_size}, or null"))),
@@ -263,11 +296,23 @@ fn bos_token_id(fields: &Fields, vocab_size: usize) -> Result<Option<u32>> {
     }
 }
 
-fn eos_token_ids(fields: &Fields, vocab_size: usize) -> Result<Vec<u32>> {
+fn eos_token_ids(fields: &Fields, defaults: &Defaults, vocab_size: usize) -> Result<Vec<u32>> {
+    match fields.get("eos_token_id") {
+        None => Ok(absent(fields, "eos_token_id", defaults.eos_token_id, vocab_size).into_iter().collect()),
+        Some(_) => end_token_ids(fields, vocab_size),
+    }
+}
+
+/// The end tokens that a `generation_config.json` names for a vocabulary of `vocab_size`.
+pub(crate) fn generation_end_token_ids(json: &[u8], vocab_size: usize, file: &str) -> Result<Vec<u32>> {
+    let map: Map<String, Value> = serde_json::from_slice(json)
+        .map_err(|error| ModelError::Json { file: file.into(), reason: error.to_string() })?;
+    end_token_ids(&Fields { file, prefix: "", map: &map }, vocab_size)
+}
+
+fn end_token_ids(fields: &Fields, vocab_size: usize) -> Result<Vec<u32>> {
     let ids = match fields.get("eos_token_id") {
-        None => {
-            return Ok(absent(fields, "eos_token_id", 2, vocab_size).into_iter().collect());
-        }
+        None => Some(Vec::new()),
         Some(Value::Array(values)) => values.iter().map(|value| token_id(value, vocab_size)).collect(),
         Some(value) => token_id(value, vocab_size).map(|id| vec![id]),
     };
@@ -277,8 +322,8 @@ fn eos_token_ids(fields: &Fields, vocab_size: usize) -> Result<Vec<u32>> {
 }
 
 /// What a field that is not there means to Hugging Face: `default`, while an explicit null means none.
-fn absent(fields: &Fields, field: &str, default: u32, vocab_size: usize) -> Option<u32> {
-    (!fields.map.contains_key(field) && (default as usize) < vocab_size).then_some(default)
+fn absent(fields: &Fields, field: &str, default: Option<u32>, vocab_size: usize) -> Option<u32> {
+    default.filter(|&id| !fields.map.contains_key(field) && (id as usize) < vocab_size)
 }
 
 fn token_id(value: &Value, vocab_size: usize) -> Option<u32> {

@@ -167,9 +167,12 @@ pub enum ModelError {
         value: f64,
     },
 
-    /// The weights hold a bias, which the architecture has no place for; leaving it out would change every result.
-    #[error("{file}: tensor `{tensor}` is a bias; only Llama models without biases are supported")]
-    Bias {
+    /// The weights hold a bias or a norm that the configuration has no place for; leaving it out would change every result.
+    #[error(
+        "{file}: tensor `{tensor}` has no place in a model of this configuration, and leaving it out would change every \
+         result; see `architectures` and `attention_bias` in config.json"
+    )]
+    NoPlace {
         /// The file that holds it.
         file: String,
         /// The tensor's name.
@@ -199,6 +202,36 @@ pub enum ModelError {
         id: u32,
         /// The rows of the model's embedding.
         vocab_size: usize,
+    },
+
+    /// A chat cannot be put into words: the model says nothing of how.
+    #[error(
+        "{model}: has no chat template, neither in chat_template.jinja nor in tokenizer_config.json; it may be a base \
+         model, which continues a plain prompt"
+    )]
+    NoTemplate {
+        /// The model in question.
+        model: String,
+    },
+
+    /// A chat template that is not valid, or fails on a chat.
+    #[error("{file}: line {line} of the chat template: {reason}")]
+    Template {
+        /// The file that holds it.
+        file: String,
+        /// The line within the template, from 1; 0 if it cannot be told.
+        line: usize,
+        /// What is wrong with it.
+        reason: String,
+    },
+
+    /// A chat template that turns a chat away, by its `raise_exception`.
+    #[error("{file}: the model's chat template does not take this chat: {reason}")]
+    ChatRefused {
+        /// The file that holds it.
+        file: String,
+        /// The template's own words.
+        reason: String,
     },
 
     /// A text could not be turned into ids or back.

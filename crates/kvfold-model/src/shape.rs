@@ -1,6 +1,7 @@
 //! The numbers of a model that its forward pass needs.
 
 use crate::Config;
+use crate::rope::Rope;
 use crate::weights::Weights;
 use kvfold_kernels::ops::Heads;
 
@@ -21,8 +22,14 @@ pub struct Shape {
     pub context: usize,
     /// Added to the mean square in norms.
     pub norm_eps: f64,
-    /// Base of the rotary frequencies.
-    pub rope_theta: f64,
+    /// Rotary frequencies.
+    pub rope: Rope,
+    /// Whether queries, keys and values have biases.
+    pub qkv_bias: bool,
+    /// Whether attention's output projection has a bias.
+    pub o_bias: bool,
+    /// Whether the queries and keys of each head are normed.
+    pub qk_norm: bool,
     /// Whether the embeddings also make the logits.
     pub tied: bool,
     /// Outputs of each block's decision head; 0 without one.
@@ -41,16 +48,18 @@ impl Shape {
             vocab: config.vocab_size,
             context: config.max_position_embeddings,
             norm_eps: config.rms_norm_eps,
-            rope_theta: config.rope_theta,
+            rope: config.rope,
+            qkv_bias: config.qkv_bias,
+            o_bias: config.o_bias,
+            qk_norm: config.qk_norm,
             tied: config.tie_word_embeddings,
             decide_outputs: config.compression.as_ref().map_or(0, |c| c.dmc.decide_outputs(kv)),
         }
     }
 
-    /// Rotary frequencies, `theta^(-2i/D)` for i in 0..D/2.
+    /// Rotary frequencies, radians per token for each of the D/2 pairs.
     pub fn inv_freq(&self) -> Vec<f64> {
-        let dim = self.heads.dim;
-        (0..dim / 2).map(|i| self.rope_theta.powf(-2.0 * i as f64 / dim as f64)).collect()
+        self.rope.inv_freq(self.heads.dim)
     }
 
     /// Parameters of the model.

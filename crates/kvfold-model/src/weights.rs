@@ -14,8 +14,20 @@ pub struct Block<T> {
     pub k: T,
     /// Value projection, `[G*D, C]`.
     pub v: T,
+    /// Added to queries, `[H*D]`, in families that have it.
+    pub q_bias: Option<T>,
+    /// Added to keys, `[G*D]`, in families that have it.
+    pub k_bias: Option<T>,
+    /// Added to values, `[G*D]`, in families that have it.
+    pub v_bias: Option<T>,
+    /// Norm of each head's queries, `[D]`, in families that have it.
+    pub q_norm: Option<T>,
+    /// Norm of each head's keys, `[D]`, in families that have it.
+    pub k_norm: Option<T>,
     /// Output projection, `[C, H*D]`.
     pub o: T,
+    /// Added to attention's output, `[C]`, in families that have it.
+    pub o_bias: Option<T>,
     /// Decision head, `[2G, C]`: logits, then importances; `[G, C]` in DMS. Only in models that decide by a head.
     pub decide: Option<T>,
     /// Norm before the feed-forward layer, `[C]`.
@@ -51,7 +63,13 @@ impl<T> Block<T> {
             q: make(names::Q_PROJ, &[q, hidden])?,
             k: make(names::K_PROJ, &[kv, hidden])?,
             v: make(names::V_PROJ, &[kv, hidden])?,
+            q_bias: shape.qkv_bias.then(|| make(names::Q_BIAS, &[q])).transpose()?,
+            k_bias: shape.qkv_bias.then(|| make(names::K_BIAS, &[kv])).transpose()?,
+            v_bias: shape.qkv_bias.then(|| make(names::V_BIAS, &[kv])).transpose()?,
+            q_norm: shape.qk_norm.then(|| make(names::Q_NORM, &[shape.heads.dim])).transpose()?,
+            k_norm: shape.qk_norm.then(|| make(names::K_NORM, &[shape.heads.dim])).transpose()?,
             o: make(names::O_PROJ, &[hidden, q])?,
+            o_bias: shape.o_bias.then(|| make(names::O_BIAS, &[hidden])).transpose()?,
             decide: match shape.decide_outputs {
                 0 => None,
                 outputs => Some(make(names::DECIDE_PROJ, &[outputs, hidden])?),
@@ -65,13 +83,19 @@ impl<T> Block<T> {
 
     /// The weights in the order of [`Block::build`].
     pub fn list(&self) -> Vec<&T> {
-        let Self { input_norm, q, k, v, o, decide, post_norm, gate, up, down } = self;
-        [input_norm, q, k, v, o].into_iter().chain(decide).chain([post_norm, gate, up, down]).collect()
+        let Self { input_norm, q, k, v, q_bias, k_bias, v_bias, q_norm, k_norm, .. } = self;
+        let Self { o, o_bias, decide, post_norm, gate, up, down, .. } = self;
+        let projections = [input_norm, q, k, v].into_iter().chain(q_bias).chain(k_bias).chain(v_bias);
+        let attention = projections.chain(q_norm).chain(k_norm).chain([o]).chain(o_bias).chain(decide);
+        attention.chain([post_norm, gate, up, down]).collect()
     }
 
     fn list_mut(&mut self) -> Vec<&mut T> {
-        let Self { input_norm, q, k, v, o, decide, post_norm, gate, up, down } = self;
-        [input_norm, q, k, v, o].into_iter().chain(decide).chain([post_norm, gate, up, down]).collect()
+        let Self { input_norm, q, k, v, q_bias, k_bias, v_bias, q_norm, k_norm, .. } = self;
+        let Self { o, o_bias, decide, post_norm, gate, up, down, .. } = self;
+        let projections = [input_norm, q, k, v].into_iter().chain(q_bias).chain(k_bias).chain(v_bias);
+        let attention = projections.chain(q_norm).chain(k_norm).chain([o]).chain(o_bias).chain(decide);
+        attention.chain([post_norm, gate, up, down]).collect()
     }
 }
 

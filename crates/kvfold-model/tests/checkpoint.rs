@@ -194,7 +194,7 @@ fn tensors_without_a_place_are_left_out_but_a_bias_is_not() {
 
     let bias = "model.layers.0.self_attn.q_proj.bias";
     fixture.tensors.insert(bias.into(), HostTensor::zeros(DType::F32, [64]));
-    says(&fixture.refused(), &[bias, "is a bias", "without biases"]);
+    says(&fixture.refused(), &[bias, "has no place in a model of this configuration", "`attention_bias`"]);
 }
 
 /// Writes the fixture with one more tensor, or another in its place, of two elements of a dtype that kvfold does not hold.
@@ -223,7 +223,7 @@ fn a_tensor_of_another_dtype_matters_only_where_it_is_needed() {
         let stored = format!("is stored as {name};");
         says(&message, &["model/model.safetensors: tensor `", Q, &stored, "F16 and BF16", "unquantized checkpoint"]);
     }
-    says(&refused(&write_with(&fixture, "model.norm.bias", Dtype::I8)), &["`model.norm.bias` is a bias"]);
+    says(&refused(&write_with(&fixture, "model.norm.bias", Dtype::I8)), &["`model.norm.bias` has no place"]);
 }
 
 /// Splits the fixture's weights into two files and returns the index.
@@ -340,4 +340,21 @@ fn a_failure_halfway_leaves_nothing_behind() {
     // A name longer than any file system allows fails when the weights are on the disk already.
     let name = "x".repeat(300);
     says(&not_saved(|_| {}, &[(&name, b"x")]), &["cannot write"]);
+}
+
+#[test]
+fn the_generation_config_may_name_more_end_tokens() {
+    let fixture = Fixture::new();
+    let model = fixture.write();
+    let ends = |generation: Value| {
+        fs::write(fixture.path().join("generation_config.json"), generation.to_string()).unwrap();
+        Checkpoint::open(&model).and_then(|checkpoint| checkpoint.end_token_ids())
+    };
+    assert_eq!(Checkpoint::open(&model).unwrap().end_token_ids().unwrap(), [2]);
+    assert_eq!(ends(json!({ "eos_token_id": [2, 9, 4] })).unwrap(), [2, 9, 4]);
+    assert_eq!(ends(json!({ "eos_token_id": 7, "temperature": 0.6 })).unwrap(), [2, 7]);
+    assert_eq!(ends(json!({})).unwrap(), [2]);
+    let message = ends(json!({ "eos_token_id": [2, 512] })).unwrap_err().to_string();
+    says(&message, &["generation_config.json: `eos_token_id` is [2,512]", "below `vocab_size`, 512"]);
+    says(&ends(json!([])).unwrap_err().to_string(), &["generation_config.json: invalid JSON"]);
 }

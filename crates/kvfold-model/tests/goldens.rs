@@ -6,6 +6,7 @@ use kvfold_kernels::ops::{Goal, Heads, Hinge, KlDirection, NO_TARGET, Over, Pred
 use kvfold_kernels::{Array, FastCpu, Ops, Reference};
 use kvfold_model::attend::{Folding, Mode, Noise, Plain};
 use kvfold_model::block::Pass;
+use kvfold_model::rope::{Rope, Scaling};
 use kvfold_model::shape::Shape;
 use kvfold_model::weights::Weights;
 use kvfold_model::{Checkpoint, Loaded};
@@ -96,7 +97,10 @@ const TINY: Shape = Shape {
     vocab: 32,
     context: 64,
     norm_eps: 1e-5,
-    rope_theta: 10_000.0,
+    rope: Rope { theta: 10_000.0, scaling: Scaling::None },
+    qkv_bias: false,
+    o_bias: false,
+    qk_norm: false,
     tied: false,
     decide_outputs: 0,
 };

@@ -11,16 +11,14 @@ use std::collections::BTreeMap;
 /// What a model with `kv_heads` KV heads, each the mean of those it stands for, has other than `base`.
 pub fn mean_pooled(base: &Checkpoint, kv_heads: usize) -> BTreeMap<String, HostTensor> {
     let before = base.config.num_key_value_heads;
-    let theirs = base.tensors.iter().filter(|(name, tensor)| per_kv_head(name, tensor, base));
+    let theirs = base.tensors.iter().filter(|(name, _)| per_kv_head(name));
     theirs.map(|(name, tensor)| (name.clone(), pooled(tensor, (before, kv_heads)))).collect()
 }
 
-/// Whether a tensor has rows for every KV head: projections of keys and values, their biases, and gains of a norm that
-/// is not shared between heads.
-fn per_kv_head(name: &str, tensor: &HostTensor, base: &Checkpoint) -> bool {
-    let part = |part: &str| name.contains(&format!(".{part}."));
-    let projected = part(names::K_PROJ) || part(names::V_PROJ);
-    projected || part("self_attn.k_norm") && tensor.shape() == [base.config.kv_width()]
+/// Whether a tensor has rows for every KV head: the projections of keys and values and their biases. Qwen3's norm of keys
+/// has one gain for all heads.
+fn per_kv_head(name: &str) -> bool {
+    [names::K_PROJ, names::V_PROJ, names::K_BIAS, names::V_BIAS].iter().any(|part| name.ends_with(part))
 }
 
 /// Means over consecutive heads: `[before*D, ...] -> [after*D, ...]`, added up in f64, in the tensor's own dtype.

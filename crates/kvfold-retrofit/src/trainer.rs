@@ -441,8 +441,8 @@ where
         let params = trained(&self.names, self.weights.list_mut()).into_iter().zip(self.optimizer.moments_mut());
         for (Name { name, .. }, (weight, moments)) in names.zip(params) {
             let rows = match name {
-                name if name.contains(names::Q_PROJ) => &query,
-                name if name.contains(names::K_PROJ) => &kv,
+                name if name.contains(names::Q_PROJ) || name.contains(names::Q_BIAS) => &query,
+                name if name.contains(names::K_PROJ) || name.contains(names::K_BIAS) => &kv,
                 _ => continue,
             };
             [weight, &mut moments.m, &mut moments.v].into_iter().for_each(|x| self.ops.zero_rows(x, rows));

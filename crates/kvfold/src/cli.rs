@@ -45,9 +45,10 @@ pub(crate) enum Command {
     Retrofit(Box<RetrofitArgs>),
     /// Turn a GGUF file or a Megatron checkpoint into a model directory
     ///
-    /// GGUF: dense models of architecture "llama": weights in F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K;
-    /// tokenizer, chat template and configuration from the file's metadata. Megatron: GPT models with a Llama's layers, also those
-    /// that were retrofitted with DMC by its authors' code; a .pt file's pickle is read as data, nothing in it is run.
+    /// GGUF: dense models of architecture "llama" (Mistral too), "qwen2" and "qwen3": weights in F32, F16, BF16, Q4_0, Q4_1,
+    /// Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K; tokenizer, chat template and configuration from the file's metadata. Megatron: GPT
+    /// models with a Llama's layers, also those that were retrofitted with DMC by its authors' code; a .pt file's pickle is
+    /// read as data, nothing in it is run.
     Import(ImportArgs),
     /// Write a retrofitted model as what it changed of its base
     ///
@@ -198,6 +199,14 @@ pub(crate) struct GenerateArgs {
     /// Text to continue
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(crate) prompt: String,
+
+    /// Take the prompt for a user's message and answer it, through the model's chat template
+    #[arg(long)]
+    pub(crate) chat: bool,
+
+    /// What the model is told before the chat
+    #[arg(long, value_name = "TEXT", requires = "chat", allow_hyphen_values = true)]
+    pub(crate) system: Option<String>,
 
     /// New tokens at most [default: 256, or what the model's context leaves]
     #[arg(long, value_name = "N")]

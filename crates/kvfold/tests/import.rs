@@ -1,7 +1,8 @@
 //! `kvfold import` on a GGUF file written here: the embedded model in another container comes back as it was.
 
 use assert_cmd::Command;
-use kvfold_model::Checkpoint;
+use kvfold_model::shape::Shape;
+use kvfold_model::{Checkpoint, Family};
 use kvfold_tensor::DType;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -179,7 +180,7 @@ fn the_embedded_model_comes_back_bit_by_bit() {
     let (got, want) = (Checkpoint::open(out.to_str().unwrap()).unwrap(), Checkpoint::open("stories260k").unwrap());
     assert_eq!(got.tensors, want.tensors); // the same weights give the same logits
     assert_eq!(got.config.rms_norm_eps, 1e-5);
-    assert_eq!((got.config.rope_theta, got.config.eos_token_ids.as_slice()), (10000.0, &[2][..]));
+    assert_eq!((got.config.rope.theta, got.config.eos_token_ids.as_slice()), (10000.0, &[2][..]));
     let held = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../data/tinystories_heldout.txt"));
     for text in held.unwrap().split("\n\n").take(200).chain(["", " ", "naïve 🙂", "<s> a"]) {
         assert_eq!(got.tokenizer.encode(text, true).unwrap(), want.tokenizer.encode(text, true).unwrap(), "{text:?}");
@@ -209,9 +210,9 @@ fn quantised_weights_are_within_their_error() {
 fn what_is_not_computed_is_refused_by_name() {
     let string = |value: &str| typed(8, &text(value));
     for (key, value) in [
-        ("general.architecture", string("qwen2")),
+        ("general.architecture", string("gemma")),
         ("tokenizer.ggml.model", string("t5")),
-        ("llama.rope.scaling.type", string("yarn")),
+        ("llama.rope.scaling.type", string("longrope")),
         ("llama.expert_count", typed(4, &8_u32.to_le_bytes())),
         ("llama.block_count", typed(4, &6_u32.to_le_bytes())),
         ("llama.context_length", string("long")),
@@ -223,6 +224,48 @@ fn what_is_not_computed_is_refused_by_name() {
         let named = if key == "llama.block_count" { "blk.5." } else { key };
         assert!(message.contains(named) && message.contains("stories.gguf"), "{message}");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "something was left behind");
+    }
+}
+
+#[test]
+fn rotary_factors_that_follow_from_no_known_scaling_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    for (factors, known) in [([1.0_f32, 1.0, 1.0, 1.0], true), ([1.0, 3.0, 2.0, 8.0], false), ([2.0; 4], false)] {
+        let mut file = File::new(false);
+        let data = factors.iter().flat_map(|x| x.to_le_bytes()).collect();
+        file.tensors.push(("rope_freqs.weight".into(), vec![4], F32, data));
+        let out = dir.path().join(format!("{factors:?}"));
+        let done = import(&file.write(dir.path()), &out, &[]);
+        let message = String::from_utf8_lossy(&done.get_output().stderr).into_owned();
+        match known {
+            true => drop(done.success()),
+            false => assert!(message.contains("rope_freqs.weight") && message.contains("Llama 3.1"), "{message}"),
+        }
+    }
+}
+
+/// GGUF files of the small random models of every family (`oracle/golden_gguf_models.py`), whose directories are held
+/// against an independent implementation.
+#[test]
+fn every_family_comes_out_as_its_directory() {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["llama_bias_linear", "llama3", "mistral", "qwen2", "qwen2_yarn", "qwen3"] {
+        let out = dir.path().join(name);
+        import(&here.join(format!("tests/gguf/{name}.gguf")), &out, &[]).success();
+        let got = Checkpoint::open(out.to_str().unwrap()).unwrap();
+        let want = here.join("../kvfold-model/tests/families").join(name);
+        let want = Checkpoint::open(want.to_str().unwrap()).unwrap();
+        assert_eq!(got.tensors.keys().collect::<Vec<_>>(), want.tensors.keys().collect::<Vec<_>>(), "{name}");
+        for (tensor, value) in &got.tensors {
+            assert_eq!(value, &want.tensors[tensor], "{name}: {tensor}");
+        }
+        assert_eq!(Shape::of(&got.config), Shape::of(&want.config), "{name}");
+        // Mistral's architecture is Llama's there. Llama 3 starts a text with a token, which Qwen does not.
+        let qwen = name.starts_with("qwen");
+        assert_eq!(got.config.family, if qwen { want.config.family } else { Family::Llama });
+        let ids = got.tokenizer.encode("abc a", true).unwrap();
+        assert_eq!(ids, if qwen { vec![27, 29] } else { vec![30, 27, 29] }, "{name}");
     }
 }
 

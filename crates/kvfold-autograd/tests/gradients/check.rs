@@ -13,7 +13,7 @@ pub(crate) type Recorder = Tape<Reference<f64>>;
 ///
 /// What is left is the error of the differences: rounding for ops that are linear in each input, the next term of the
 /// series for the others.
-const TOLERANCES: [(&str, f64); 24] = [
+const TOLERANCES: [(&str, f64); 26] = [
     ("linear", 1e-10),
     ("embed", 1e-10),
     ("rms_norm", 1e-8),
@@ -22,6 +22,8 @@ const TOLERANCES: [(&str, f64); 24] = [
     ("affine", 1e-10),
     ("swiglu", 1e-9),
     ("add", 1e-10),
+    ("add_row", 1e-10),
+    ("scale", 1e-10),
     ("ln", 1e-8),
     ("prediction_loss", 1e-9),
     ("borrowed_gate", 1e-9),

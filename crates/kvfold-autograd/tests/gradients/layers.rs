@@ -35,6 +35,27 @@ fn rms_norm_sums_the_weight_gradient_over_more_rows_than_a_task_has() {
 }
 
 #[test]
+fn rms_norm_of_each_head_sums_the_weight_gradient_over_heads() {
+    for (rows, heads, dim) in [(3, 4, 6), (1, 2, 1), (130, 2, 2)] {
+        let inputs = [uniform(1, &[rows, heads * dim], (0.3, 1.0)), uniform(2, &[dim], UNIT)];
+        check("rms_norm", &inputs, |t, x| vec![t.rms_norm(&x[0], &x[1], 0.1)]);
+    }
+}
+
+#[test]
+fn add_row_sums_the_gradient_of_the_row_over_rows() {
+    for (rows, cols) in [(5, 7), (1, 3), (4, 1)] {
+        let inputs = [uniform(1, &[rows, cols], UNIT), uniform(2, &[cols], UNIT)];
+        check("add_row", &inputs, |t, x| vec![t.add_row(&x[0], &x[1])]);
+    }
+}
+
+#[test]
+fn scale() {
+    check("scale", &[uniform(1, &[3, 5], UNIT)], |t, x| vec![t.scale(&x[0], -1.7)]);
+}
+
+#[test]
 fn rope_at_positions_that_each_sequence_counts_for_itself() {
     for spans in [ragged(), Spans::of_chunks([(5, 0), (1, 3), (2, 6)])] {
         check("rope", &[uniform(1, &[spans.rows(), 3 * 6], UNIT)], |t, x| {

@@ -12,6 +12,7 @@ use kvfold_kernels::{Array, Cpu, Ops};
 use kvfold_model::Loaded;
 use kvfold_model::attend::{Folding, Mode, gated};
 use kvfold_model::block::{Attend, Pass, Projected};
+use kvfold_model::rope::{Rope, Scaling};
 use kvfold_model::shape::Shape;
 use kvfold_model::weights::Weights;
 use std::convert::Infallible;
@@ -95,7 +96,19 @@ impl Case {
         };
         let (group, kv) = rng.pick(&[(1, 2), (1, 3), (4, 1), (4, 2), (8, 1)]);
         let dim = rng.pick(&[2, 4, 6, 8, 16]);
-        Self::new(seed, Heads { query: group * kv, kv, dim }, dmc)
+        let mut case = Self::new(seed, Heads { query: group * kv, kv, dim }, dmc);
+        let llama3 = Scaling::Llama3 { factor: 8.0, low: 1.0, high: 4.0, original: 40 };
+        let (beta_fast, beta_slow) = (8.0, 1.0);
+        let yarn =
+            Scaling::Yarn { factor: 4.0, beta_fast, beta_slow, truncate: true, original: 40, attention_factor: 1.14 };
+        // Half of the cases are plain Llamas; the others have what other families have.
+        if rng.pick(&[true, false]) {
+            case.shape.rope.scaling = rng.pick(&[Scaling::None, Scaling::Linear { factor: 4.0 }, llama3, yarn]);
+            case.shape.qkv_bias = rng.pick(&[true, false]);
+            case.shape.o_bias = rng.pick(&[true, false]);
+            case.shape.qk_norm = rng.pick(&[true, false]);
+        }
+        case
     }
 
     pub(crate) fn new(seed: u64, heads: Heads, dmc: Dmc) -> Self {
@@ -107,7 +120,10 @@ impl Case {
             vocab: 37,
             context: 160,
             norm_eps: 1e-5,
-            rope_theta: 10_000.0,
+            rope: Rope { theta: 10_000.0, scaling: Scaling::None },
+            qkv_bias: false,
+            o_bias: false,
+            qk_norm: false,
             tied: seed.is_multiple_of(2),
             decide_outputs: dmc.decide_outputs(heads.kv),
         };
@@ -134,6 +150,7 @@ impl Case {
                 (0..len).map(|_| (centre + spread * rng.signed()) as f32).collect::<Vec<f32>>()
             };
             let data = match name {
+                _ if name.ends_with("bias") => draw(0.0, 0.3),
                 _ if dims.len() == 1 => draw(1.0, 0.3),
                 _ if name.contains("embed") => draw(0.0, 1.7),
                 _ if name.contains("decide") => draw(0.0, spread * self.decide),

@@ -15,8 +15,8 @@ use crate::pool::{self, PoolJob, PoolJobGrad};
 use crate::real::{self, Real};
 use rayon::prelude::*;
 
-/// Rows whose norm-weight gradients are summed by one task.
-const NORM_ROWS: usize = 256;
+/// Rows whose gradients of a gain or a bias are summed by one task.
+const SUMMED_ROWS: usize = 256;
 
 impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
     fn master(&self, shape: &[usize], data: &[f32], precision: Precision) -> Array<F> {
@@ -48,9 +48,26 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
         grad
     }
 
+    fn add_row_grad(&self, d: &Array<F>) -> Array<F> {
+        let (_, cols) = d.matrix();
+        let parts: Vec<Vec<F>> = d
+            .data()
+            .par_chunks(SUMMED_ROWS * cols)
+            .map(|d| {
+                let mut part = vec![F::zero(); cols];
+                self.set.run(
+                    #[inline(always)]
+                    || d.chunks_exact(cols).for_each(|d| pool::accumulate(&mut part, F::one(), F::one(), d)),
+                );
+                part
+            })
+            .collect();
+        self.array(&[cols], sum_of(&parts, cols))
+    }
+
     fn rms_norm_grad(&self, x: &Array<F>, w: &Array<F>, eps: f64, d: &Array<F>) -> (Array<F>, Array<F>) {
-        let (_, cols) = x.matrix();
-        let block = NORM_ROWS * cols;
+        let cols = w.data().len();
+        let block = SUMMED_ROWS * cols;
         let mut dx = self.buffer(x.data().len());
         let parts: Vec<Vec<F>> = dx
             .par_chunks_mut(block)
@@ -64,9 +81,7 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
                 dw
             })
             .collect();
-        let mut dw = vec![F::zero(); cols];
-        parts.iter().for_each(|part| pool::accumulate(&mut dw, F::one(), F::one(), part));
-        (self.array(x.shape(), dx), self.array(w.shape(), dw))
+        (self.array(x.shape(), dx), self.array(w.shape(), sum_of(&parts, cols)))
     }
 
     fn rope_grad(&self, table: &Array<F>, spans: &Spans, d: &Array<F>) -> Array<F> {
@@ -88,15 +103,6 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
             |[g, d]| d * g * real::sigmoid(K::exp, g),
         );
         (d_gate, d_up)
-    }
-
-    fn scale(&self, d: &Array<F>, factor: f64) -> Array<F> {
-        let factor = F::of(factor);
-        self.map(
-            [d],
-            #[inline(always)]
-            |[d]| d * factor,
-        )
     }
 
     fn ln_grad(&self, x: &Array<F>, d: &Array<F>) -> Array<F> {
@@ -327,10 +333,17 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
     }
 
     fn zero_rows(&self, x: &mut Array<F>, rows: &[usize]) {
-        let (_, cols) = x.matrix();
+        let cols = x.data().len() / x.shape()[0];
         let data = x.data_mut();
         rows.iter().for_each(|row| data[row * cols..][..cols].fill(F::zero()));
     }
+}
+
+/// The tasks' sums, added up in their order.
+fn sum_of<F: Real>(parts: &[Vec<F>], cols: usize) -> Vec<F> {
+    let mut sum = vec![F::zero(); cols];
+    parts.iter().for_each(|part| pool::accumulate(&mut sum, F::one(), F::one(), part));
+    sum
 }
 
 /// Gradients of keys, job-major; empty where there are no such keys.

@@ -76,8 +76,24 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
         )
     }
 
+    fn add_row(&self, x: &Array<F>, row: &Array<F>) -> Array<F> {
+        let (rows, cols) = x.matrix();
+        assert_eq!(row.shape(), [cols], "a row for {:?}", x.shape());
+        self.by_rows(
+            [rows, cols],
+            #[inline(always)]
+            |first, y| {
+                let x = &x.data()[first * cols..][..y.len()];
+                for (y, x) in y.chunks_exact_mut(cols).zip(x.chunks_exact(cols)) {
+                    y.iter_mut().zip(x).zip(row.data()).for_each(|((y, &x), &b)| *y = x + b);
+                }
+            },
+        )
+    }
+
     fn rms_norm(&self, x: &Array<F>, w: &Array<F>, eps: f64) -> Array<F> {
         let (rows, cols) = x.matrix();
+        assert!(cols.is_multiple_of(w.data().len()), "a gain {:?} for {:?}", w.shape(), x.shape());
         self.by_rows(
             [rows, cols],
             #[inline(always)]
@@ -130,6 +146,15 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
             [x],
             #[inline(always)]
             |[x]| scale * x - offset,
+        )
+    }
+
+    fn scale(&self, x: &Array<F>, factor: f64) -> Array<F> {
+        let factor = F::of(factor);
+        self.map(
+            [x],
+            #[inline(always)]
+            |[x]| x * factor,
         )
     }
 

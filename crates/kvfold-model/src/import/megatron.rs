@@ -19,8 +19,8 @@ use kvfold_tensor::{DType, HostTensor, TorchFile};
 use serde_json::{Value as Json, json};
 
 use super::Imported;
-use crate::config::LLAMA;
 use crate::error::{ModelError, Result};
+use crate::family::Family;
 use crate::shape::Shape;
 use crate::weights::Weights;
 use crate::{Checkpoint, Compression, Config, Tokenizer, names};
@@ -320,7 +320,7 @@ impl<'a> Args<'a> {
             None => self.need("seq_length")?,
         };
         Ok(json!({
-            "architectures": [LLAMA],
+            "architectures": [Family::Llama.architecture()],
             "model_type": "llama",
             "hidden_size": hidden,
             "intermediate_size": self.need("ffn_hidden_size")?,
@@ -462,7 +462,7 @@ impl Merged {
             if let Some(tensor) = tensors.keys().find(|name| !self.used.contains(*name)) {
                 let (file, tensor) = (source.file().to_string(), tensor.clone());
                 return Err(match tensor.ends_with(".bias") {
-                    true => ModelError::Bias { file, tensor },
+                    true => ModelError::NoPlace { file, tensor },
                     false => ModelError::UnknownTensor { file, tensor },
                 });
             }

@@ -1,13 +1,13 @@
 //! Models in other formats, turned into the Hugging Face layout.
 //!
-//! A GGUF file of a dense Llama holds what a model directory holds, in other words: metadata instead of `config.json`,
-//! tensors under names of their own, the rows of queries and keys in the order of interleaved RoPE pairs, a vocabulary
+//! A GGUF file of a dense model holds what a model directory holds, in other words: metadata instead of `config.json`,
+//! tensors under names of their own, a Llama's rows of queries and keys in the order of interleaved RoPE pairs, a vocabulary
 //! instead of `tokenizer.json`. Each part is translated by a module of this one, and what comes out is a [`Checkpoint`]
 //! that has passed the same checks as one that was opened. `megatron` does the same for checkpoints of Megatron-LM, those
 //! of DMC's authors among them.
 //!
-//! As everywhere in this crate, what would change the numbers if it were passed over is refused: another architecture, a
-//! scaled RoPE, experts, biases, tensors without a place, a pre-tokenizer that was not proven equal.
+//! As everywhere in this crate, what would change the numbers if it were passed over is refused: another architecture,
+//! experts, a scaling of RoPE that is not computed, tensors without a place, a pre-tokenizer that was not proven equal.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -20,7 +20,7 @@ use crate::error::{ModelError, Result};
 use crate::names;
 use crate::shape::Shape;
 use crate::weights::Weights;
-use crate::{Checkpoint, Config, Tokenizer};
+use crate::{Checkpoint, Config, Family, Tokenizer};
 
 mod config;
 mod megatron;
@@ -54,12 +54,21 @@ pub struct Imported {
 pub fn gguf(path: &Path, dtype: Option<DType>) -> Result<Imported> {
     let mut source = Gguf::open(path)?;
     let file = source.file().to_string();
+    let scaled = source.tensors().contains_key(config::ROPE_FACTORS);
+    let rope_factors = scaled.then(|| source.tensor(config::ROPE_FACTORS)).transpose()?.map(|tensor| tensor.to_f32());
     let metadata = Metadata { file: &file, map: source.metadata() };
     metadata.whole()?;
 
-    let tied = !source.tensors().contains_key("output.weight");
-    let vocab_size = source.tensors().get("token_embd.weight").and_then(|info| info.shape.first()).copied();
-    let config = config::json(&metadata, vocab_size.unwrap_or(0), tied)?;
+    let family = config::family(&metadata)?;
+    let has = |tensor: &str| source.tensors().contains_key(tensor);
+    let vocab = source.tensors().get("token_embd.weight");
+    let stated = config::Tensors {
+        vocab_size: vocab.and_then(|info| info.shape.first()).copied().unwrap_or(0),
+        tied: !has("output.weight"),
+        biases: has("blk.0.attn_q.bias") && family != Family::Qwen2,
+        rope_factors,
+    };
+    let config = config::json(&metadata, family, &stated)?;
     let mut config = match config {
         Value::Object(map) => map,
         _ => unreachable!("the configuration is written as an object"),
@@ -87,7 +96,7 @@ pub fn gguf(path: &Path, dtype: Option<DType>) -> Result<Imported> {
     let text = |key| metadata.text(key).map(|text| text.map(str::to_owned));
     let (name, license) = (text("general.name")?, text("general.license")?);
 
-    let plan = plan(&source, &Shape::of(&config))?;
+    let plan = plan(&source, family, &Shape::of(&config))?;
     let mut tensors = BTreeMap::new();
     for Planned { theirs, ours, rotated } in plan {
         let mut tensor = source.tensor(&theirs)?;
@@ -134,9 +143,9 @@ struct Planned {
 }
 
 /// Which tensor becomes which weight. Shapes are compared before anything is read, and nothing may be left over.
-fn plan(source: &Gguf, shape: &Shape) -> Result<Vec<Planned>> {
+fn plan(source: &Gguf, family: Family, shape: &Shape) -> Result<Vec<Planned>> {
     let file = || source.file().to_string();
-    let mut left: BTreeSet<&String> = source.tensors().keys().collect();
+    let mut left: BTreeSet<&String> = source.tensors().keys().filter(|name| *name != config::ROPE_FACTORS).collect();
     let mut plan = Vec::new();
     for (ours, expected) in Weights::<()>::expected(shape) {
         let (theirs, rotated) = translate(&ours);
@@ -148,33 +157,35 @@ fn plan(source: &Gguf, shape: &Shape) -> Result<Vec<Planned>> {
             return Err(ModelError::Shape { file: file(), tensor: theirs, found, expected });
         }
         left.remove(&theirs);
+        let rotated = rotated && family == Family::Llama;
         plan.push(Planned { theirs, ours, rotated: rotated.then_some(shape.heads.dim) });
     }
     match left.into_iter().next().cloned() {
         None => Ok(plan),
-        Some(tensor) if tensor.ends_with(".bias") => Err(ModelError::Bias { file: file(), tensor }),
-        Some(tensor) if tensor == "rope_freqs.weight" => Err(ModelError::Unsupported {
-            file: file(),
-            field: tensor,
-            found: "there".into(),
-            reason: "only plain RoPE is computed, without scaled frequencies (Llama 3.1 and later have them)".into(),
-        }),
+        Some(tensor) if tensor.ends_with(".bias") => Err(ModelError::NoPlace { file: file(), tensor }),
         Some(tensor) => Err(ModelError::UnknownTensor { file: file(), tensor }),
     }
 }
 
-/// GGUF's name for a weight of ours, and whether its rows are in the order of interleaved pairs.
+/// GGUF's name for a weight of ours, and whether its rows are queries' or keys', which a Llama's file has in the order of
+/// interleaved pairs.
 fn translate(ours: &str) -> (String, bool) {
-    const PARTS: [(&str, &str); 9] = [
-        (names::INPUT_NORM, "attn_norm"),
-        (names::Q_PROJ, "attn_q"),
-        (names::K_PROJ, "attn_k"),
-        (names::V_PROJ, "attn_v"),
-        (names::O_PROJ, "attn_output"),
-        (names::POST_ATTENTION_NORM, "ffn_norm"),
-        (names::GATE_PROJ, "ffn_gate"),
-        (names::UP_PROJ, "ffn_up"),
-        (names::DOWN_PROJ, "ffn_down"),
+    const PARTS: [(&str, &str); 15] = [
+        (names::INPUT_NORM, "attn_norm.weight"),
+        (names::Q_PROJ, "attn_q.weight"),
+        (names::K_PROJ, "attn_k.weight"),
+        (names::V_PROJ, "attn_v.weight"),
+        (names::Q_BIAS, "attn_q.bias"),
+        (names::K_BIAS, "attn_k.bias"),
+        (names::V_BIAS, "attn_v.bias"),
+        (names::Q_NORM, "attn_q_norm.weight"),
+        (names::K_NORM, "attn_k_norm.weight"),
+        (names::O_PROJ, "attn_output.weight"),
+        (names::O_BIAS, "attn_output.bias"),
+        (names::POST_ATTENTION_NORM, "ffn_norm.weight"),
+        (names::GATE_PROJ, "ffn_gate.weight"),
+        (names::UP_PROJ, "ffn_up.weight"),
+        (names::DOWN_PROJ, "ffn_down.weight"),
     ];
     match ours {
         names::EMBED => return ("token_embd.weight".into(), false),
@@ -184,8 +195,8 @@ fn translate(ours: &str) -> (String, bool) {
     }
     let layer = ours.split('.').nth(2).and_then(|index| index.parse().ok()).unwrap_or(0);
     let part = PARTS.into_iter().find(|(part, _)| names::layer(layer, part) == ours);
-    let (part, theirs) = part.expect("a plain Llama has no other weights");
-    (format!("blk.{layer}.{theirs}.weight"), [names::Q_PROJ, names::K_PROJ].contains(&part))
+    let (part, theirs) = part.expect("a plain model has no other weights");
+    (format!("blk.{layer}.{theirs}"), [names::Q_PROJ, names::K_PROJ, names::Q_BIAS, names::K_BIAS].contains(&part))
 }
 
 /// Rows of each head from pairs (2i, 2i+1), which llama.cpp rotates, to halves (i, i + D/2), which Hugging Face does.

@@ -97,12 +97,12 @@ impl<'a> Vocabulary<'a> {
             self.tokens.iter().enumerate().map(|(id, token)| (token.clone(), json!(id))).collect();
         let (model, normalizer, pre_tokenizer, decoder) = match self.algorithm {
             Algorithm::Bytes => {
-                let bytes = |regex: bool| {
-                    json!({ "type": "ByteLevel", "add_prefix_space": false,
-                    "trim_offsets": true, "use_regex": regex })
-                };
-                let merges = merges(metadata)?;
-                (bpe(vocab, merges, None, false), Value::Null, words(metadata, bytes(true))?, bytes(true))
+                let mut model = bpe(vocab, merges(metadata)?, None, false);
+                let cut = Cut::read(metadata)?;
+                // Llama 3 takes a word that is a token as it is, whatever the merges would make of it.
+                model["ignore_merges"] = json!(cut == Cut::Llama3);
+                let normalizer = if cut == Cut::Qwen2 { json!({ "type": "NFC" }) } else { Value::Null };
+                (model, normalizer, cut.words(), byte_letters(true))
             }
             Algorithm::Pieces => {
                 let replace = |from, to| json!({ "type": "Replace", "pattern": { "String": from }, "content": to });
@@ -171,7 +171,11 @@ impl<'a> Vocabulary<'a> {
 
     /// The ids of the tokens before and after a text, if there are to be any.
     fn framed(&self, metadata: &Metadata) -> Result<(Option<u32>, Option<u32>)> {
-        let start = metadata.flag("tokenizer.ggml.add_bos_token")?.unwrap_or(self.algorithm == Algorithm::Pieces);
+        let by_default = match self.algorithm {
+            Algorithm::Pieces => true,
+            Algorithm::Bytes => Cut::read(metadata)? == Cut::Llama3,
+        };
+        let start = metadata.flag("tokenizer.ggml.add_bos_token")?.unwrap_or(by_default);
         let end = metadata.flag("tokenizer.ggml.add_eos_token")?.unwrap_or(false);
         let id = |wanted: bool, name| if wanted { special_id(metadata, name) } else { Ok(None) };
         Ok((id(start, "bos")?, id(end, "eos")?))
@@ -250,17 +254,62 @@ fn merges(metadata: &Metadata) -> Result<Vec<Value>> {
         .collect()
 }
 
-/// How a text is cut into words before `bytes`, which cuts as GPT-2 does and gives each byte a letter. Only those are here
-/// that encode llama.cpp's test vectors as llama.cpp does.
-fn words(metadata: &Metadata, bytes: Value) -> Result<Value> {
-    match metadata.text(PRE)? {
-        Some("gpt-2") => Ok(bytes),
-        // Digits one by one, then as GPT-2.
-        Some("smollm" | "starcoder" | "refact") => {
-            let digits = json!({ "type": "Digits", "individual_digits": true });
-            Ok(json!({ "type": "Sequence", "pretokenizers": [digits, bytes] }))
+/// Gives bytes their letters, after cutting into words as GPT-2 does if `regex`.
+fn byte_letters(regex: bool) -> Value {
+    json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": regex })
+}
+
+/// What cuts the texts of a byte-level vocabulary into words.
+#[cfg(test)]
+pub(super) fn pre_tokenizer(metadata: &Metadata) -> Result<Value> {
+    Ok(Cut::read(metadata)?.words())
+}
+
+/// How a text is cut into words, whose bytes are then given letters. Only those are here that encode llama.cpp's test
+/// vectors as llama.cpp does.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Cut {
+    /// As GPT-2 does.
+    Gpt2,
+    /// Digits one by one, then as GPT-2.
+    Digits,
+    /// As Llama 3 does, digits by up to three.
+    Llama3,
+    /// As Qwen2 does: as Llama 3, but digits one by one, after composing characters.
+    Qwen2,
+}
+
+impl Cut {
+    fn read(metadata: &Metadata) -> Result<Cut> {
+        match metadata.text(PRE)? {
+            Some("gpt-2") => Ok(Cut::Gpt2),
+            Some("smollm" | "starcoder" | "refact") => Ok(Cut::Digits),
+            Some("llama-bpe") => Ok(Cut::Llama3),
+            Some("qwen2") => Ok(Cut::Qwen2),
+            found => {
+                let known = r#""gpt-2", "smollm", "starcoder", "refact", "llama-bpe" and "qwen2" are"#;
+                Err(match found {
+                    Some(_) => metadata.unsupported(PRE, known),
+                    None => metadata.wrong(PRE, format!("the name of a pre-tokenizer; {known} supported")),
+                })
+            }
         }
-        Some(_) => Err(metadata.unsupported(PRE, "\"gpt-2\", \"smollm\", \"starcoder\" and \"refact\" are")),
-        None => Err(metadata.wrong(PRE, "\"gpt-2\", \"smollm\", \"starcoder\" or \"refact\"")),
+    }
+
+    /// The pre-tokenizer.
+    fn words(self) -> Value {
+        let sequence = |first: Value, then: Value| json!({ "type": "Sequence", "pretokenizers": [first, then] });
+        let by_regex = |digits: &str| {
+            let pattern = format!(
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+            );
+            json!({ "type": "Split", "pattern": { "Regex": pattern }, "behavior": "Isolated", "invert": false })
+        };
+        match self {
+            Cut::Gpt2 => byte_letters(true),
+            Cut::Digits => sequence(json!({ "type": "Digits", "individual_digits": true }), byte_letters(true)),
+            Cut::Llama3 => sequence(by_regex(r"\p{N}{1,3}"), byte_letters(false)),
+            Cut::Qwen2 => sequence(by_regex(r"\p{N}"), byte_letters(false)),
+        }
     }
 }

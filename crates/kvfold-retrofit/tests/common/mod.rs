@@ -11,7 +11,7 @@ use kvfold_model::{Checkpoint, Config};
 use kvfold_retrofit::settings::{Learning, Loss, Pressure, Stages, Text, Train};
 use kvfold_retrofit::{Corpus, Settings, StepReport, Trainer};
 use kvfold_tensor::{DType, HostTensor};
-use serde_json::json;
+use serde_json::{Value, json};
 
 pub(crate) const VOCAB: usize = 29;
 pub(crate) const LENGTH: usize = 24;
@@ -24,15 +24,22 @@ fn signed(place: &[u64]) -> f32 {
 
 /// A random model with grouped queries, weights of a size that keeps attention away from uniform, and two dtypes.
 pub(crate) fn tiny() -> Checkpoint {
-    let config = json!({
+    tiny_with(&json!({}))
+}
+
+/// The same with other fields in its configuration.
+pub(crate) fn tiny_with(fields: &Value) -> Checkpoint {
+    let mut config = json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 16, "intermediate_size": 24,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
         "vocab_size": VOCAB, "max_position_embeddings": CONTEXT, "rms_norm_eps": 1e-5
     });
+    config.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
     let config = Config::parse(config.to_string().as_bytes(), "config.json").unwrap();
     let expected = Weights::<()>::expected(&Shape::of(&config));
     let tensors = expected.into_iter().enumerate().map(|(n, (name, dims))| {
         let (centre, spread) = match dims.len() {
+            1 if name.ends_with("bias") => (0.0, 0.3),
             1 => (1.0, 0.3),
             _ => (0.0, 1.7 / (dims[1] as f32).sqrt()),
         };
@@ -102,7 +109,11 @@ pub(crate) fn dmc(settings: &mut Settings) -> &mut Dmc {
 }
 
 pub(crate) fn trainer(settings: &Settings) -> Trainer<FastCpu> {
-    Trainer::new(FastCpu::new(), &tiny(), settings.clone()).unwrap()
+    trainer_of(&tiny(), settings)
+}
+
+pub(crate) fn trainer_of(base: &Checkpoint, settings: &Settings) -> Trainer<FastCpu> {
+    Trainer::new(FastCpu::new(), base, settings.clone()).unwrap()
 }
 
 /// Steps until `until` steps are done.

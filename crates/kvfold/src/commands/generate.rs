@@ -6,7 +6,7 @@ use crate::output;
 use kvfold_engine::{Engine, Options, Sampler, Stop, ensure_fits, generate};
 use kvfold_kernels::FastCpu;
 use kvfold_model::tokenizer::DecodeStream;
-use kvfold_model::{Checkpoint, ModelError};
+use kvfold_model::{Chat, ChatTemplate, Checkpoint, ModelError};
 use kvfold_report::format;
 use serde::Serialize;
 use std::ops::ControlFlow;
@@ -35,21 +35,24 @@ struct Output<'a> {
 
 pub(crate) fn run(args: &GenerateArgs) -> Result<(), AppError> {
     let checkpoint = args.model.open()?;
-    let mut prompt = checkpoint.tokenizer.encode(&args.prompt, true)?;
+    let mut prompt = match args.chat {
+        true => checkpoint.tokenizer.encode(&chat(&checkpoint, args)?, false)?,
+        false => checkpoint.tokenizer.encode(&args.prompt, true)?,
+    };
     prompt.extend(checkpoint.config.bos_token_id.filter(|_| prompt.is_empty()));
     let room = checkpoint.config.max_position_embeddings.saturating_sub(prompt.len());
     let options = Options {
         sampler: Sampler { temperature: args.temperature, seed: args.seed },
         stop: Stop {
             max_new_tokens: args.max_new_tokens.unwrap_or(NEW_TOKENS.min(room.max(1))),
-            at: stop_tokens(&checkpoint),
+            at: stop_tokens(&checkpoint)?,
         },
     };
     let mut engine = Engine::new(FastCpu::new(), &checkpoint);
     ensure_fits(&engine, &prompt, options.stop.max_new_tokens)?;
 
     let mut text = Shown { stream: stream_after(&checkpoint, &prompt)?, all: String::new(), silent: args.json };
-    if !args.json {
+    if !args.json && !args.chat {
         output::piece(&args.prompt)?;
     }
     let mut failed = None;
@@ -101,6 +104,13 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<(), AppError> {
     Ok(())
 }
 
+/// The prompt as a user's message, in the words of the model's template.
+fn chat(checkpoint: &Checkpoint, args: &GenerateArgs) -> Result<String, ModelError> {
+    let system = args.system.as_ref().map(|text| Chat::message("system", text));
+    let messages = system.into_iter().chain([Chat::message("user", &args.prompt)]).collect();
+    ChatTemplate::of(checkpoint)?.render(&Chat::new(messages))
+}
+
 /// The text as it grows, on standard output unless that is to be silent.
 struct Shown {
     stream: DecodeStream,
@@ -136,7 +146,6 @@ pub(crate) fn stream_after(checkpoint: &Checkpoint, prompt: &[u32]) -> Result<De
 }
 
 /// Tokens that end a text: the end-of-text tokens, and the one that starts the next text.
-pub(crate) fn stop_tokens(checkpoint: &Checkpoint) -> Vec<u32> {
-    let config = &checkpoint.config;
-    config.eos_token_ids.iter().copied().chain(config.bos_token_id).collect()
+pub(crate) fn stop_tokens(checkpoint: &Checkpoint) -> Result<Vec<u32>, ModelError> {
+    Ok(checkpoint.end_token_ids()?.into_iter().chain(checkpoint.config.bos_token_id).collect())
 }

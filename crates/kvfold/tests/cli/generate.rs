@@ -162,3 +162,49 @@ fn nobody_has_to_read_the_notes() {
     assert_eq!(output.status.code(), Some(0));
     assert!(output.stdout.starts_with(b"Once upon a time"));
 }
+
+#[test]
+fn a_chat_is_put_into_the_words_of_the_models_template() {
+    let dir = Dir::new();
+    dir.model();
+    let template = "{{ bos_token }}{% for m in messages %}{{ m.role[0] }}: {{ m.content }}\n{% endfor %}a:";
+    dir.write("model/chat_template.jinja", template);
+    dir.write("model/tokenizer_config.json", r#"{ "bos_token": "<s>" }"#);
+    let limits = ["--max-new-tokens", "12"];
+    let plain = |prompt| dir.run_with(&["generate", "--model", "model", "--prompt", prompt], &limits).ok();
+    let chat = |more: &[&str]| {
+        let args = ["generate", "--model", "model", "--chat", "--prompt", "Tell me a story."];
+        dir.run_with(&args, &[&limits, more].concat())
+    };
+    // The answer alone is shown; `<s>` comes once, from the template.
+    let words = "u: Tell me a story.\na:";
+    assert_eq!(format!("{words}{}", chat(&[]).ok()), plain(words));
+    let words = "s: Once upon a time\nu: Tell me a story.\na:";
+    let answer = chat(&["--system", "Once upon a time"]).ok();
+    assert_eq!(format!("{words}{answer}"), plain(words));
+    let json = chat(&["--system", "Once upon a time", "--json"]).json();
+    assert_eq!(format!("{}\n", text(&json)), answer);
+    assert_eq!(json["prompt"], "Tell me a story.");
+
+    dir.run(&["generate", "--model", "model", "--prompt", "x", "--system", "y"]).fails(2, &["--chat"]);
+    dir.write("model/chat_template.jinja", "\n{{ raise_exception('No.') }}");
+    chat(&[]).fails(3, &["chat_template.jinja", "does not take this chat: No."]);
+    dir.write("model/chat_template.jinja", "\n{% if %}");
+    chat(&[]).fails(3, &["chat_template.jinja", "line 2 of the chat template"]);
+    dir.run(&["generate", "--model", "stories260k", "--prompt", "x", "--chat"]).fails(3, &["no chat template"]);
+}
+
+#[test]
+fn a_token_that_ends_a_turn_ends_the_answer() {
+    let dir = Dir::new();
+    dir.model();
+    let args = ["generate", "--model", "model", "--prompt", "Once upon a time", "--max-new-tokens", "20", "--json"];
+    let json = dir.run(&args).json();
+    assert_eq!((json["stopped"].clone(), json["new_tokens"].clone()), (false.into(), 20.into()));
+    // The comma, which the story has at once.
+    let tokenizer = dir.json("model/tokenizer.json");
+    let comma = tokenizer["model"]["vocab"][","].as_u64().expect("an id");
+    dir.write("model/generation_config.json", format!("{{ \"eos_token_id\": [2, {comma}] }}"));
+    let json = dir.run(&args).json();
+    assert_eq!((json["stopped"].clone(), text(&json)), (true.into(), ""));
+}
