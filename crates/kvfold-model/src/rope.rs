@@ -178,10 +178,10 @@ fn scaling(fields: &Fields, (theta, context, original): (f64, usize, usize)) -> 
             if theta <= 1.0 {
                 return Err(fields.wrong("rope_theta", "a number above 1, which YaRN takes the logarithm of"));
             }
-            // A null factor is the ratio of the lengths.
-            let factor = match fields.get("factor") {
-                None => (context as f64 / original as f64).max(1.0),
-                Some(_) => factor()?,
+            // A null factor is the ratio of the lengths; an absent one is a mistake.
+            let factor = match fields.map.get("factor") {
+                Some(value) if value.is_null() => (context as f64 / original as f64).max(1.0),
+                _ => factor()?,
             };
             let beta_slow = positive("beta_slow", Some(1.0))?;
             let least = format!("a finite number of at least `beta_slow`, {beta_slow}");

@@ -140,8 +140,9 @@ fn weights_of_another_shape_than_the_configuration() {
 fn architectures_that_are_unknown() {
     let file = "model/config.json";
     refused(config("architectures", json!(["GPT2LMHeadModel"])), &[file, "GPT2LMHeadModel", "LlamaForCausalLM"]);
-    refused(config("rope_scaling", json!({"rope_type": "yarn"})), &[file, "`rope_scaling`", "yarn"]);
-    refused(config("attention_bias", json!(true)), &[file, "`attention_bias`"]);
+    refused(config("rope_scaling", json!({"rope_type": "longrope"})), &[file, "`rope_scaling.rope_type`", "longrope"]);
+    refused(config("rope_scaling", json!({"rope_type": "yarn"})), &[file, "`rope_scaling.factor` is missing"]);
+    refused(config("attention_bias", json!(true)), &["model/model.safetensors", ".k_proj.bias` is missing"]);
     // A retrofitted model that lost its section, and a plain one that has one.
     let retrofitted = |model: &Path| {
         config("architectures", json!(["KvfoldLlamaForCausalLM"]))(model);
