@@ -179,6 +179,20 @@ fn a_student_starts_as_the_mean_of_its_heads_and_ends_as_a_plain_model() {
 }
 
 #[test]
+fn merging_heads_that_are_alike_changes_nothing() {
+    let mut base = tiny();
+    for (name, tensor) in &mut base.tensors {
+        if name.contains("k_proj") || name.contains("v_proj") {
+            let half = tensor.bytes().len() / 2;
+            tensor.bytes_mut().copy_within(..half, half);
+        }
+    }
+    let mut trainer = Trainer::new(FastCpu::new(), &base, merging(1)).unwrap();
+    let report = trainer.step(&corpus(5)).unwrap();
+    assert!(report.task_loss.abs() < 1e-6, "{}", report.task_loss);
+}
+
+#[test]
 fn training_brings_a_student_back_to_its_teacher() {
     let corpus = corpus(5);
     for loss in [merging(1).loss, Loss::Lm] {
