@@ -4,7 +4,7 @@
 mod common;
 
 use common::{compression, parse, refused_in, says, set, valid};
-use kvfold_kernels::ops::Spans;
+use kvfold_kernels::ops::{Precision, Spans};
 use kvfold_kernels::{FastCpu, Ops, Reference};
 use kvfold_model::attend::Plain;
 use kvfold_model::rope::{Rope, Scaling};
@@ -61,11 +61,11 @@ fn logits_are_those_of_transformers() {
         let spans = Spans::of_lengths(&[ids.len()]);
 
         // The golden's norms and angles are float32.
-        let exact = Loaded::new(Reference::<f64>::reference(), &checkpoint);
+        let exact = Loaded::with_precision(Reference::<f64>::reference(), &checkpoint, Precision::F32);
         let logits = exact.pass(&spans).forward(&exact.weights, &ids, &mut Plain);
         assert_close(name, logits.data().iter().copied(), &want, 1e-5);
 
-        let fast = Loaded::new(FastCpu::new(), &checkpoint);
+        let fast = Loaded::with_precision(FastCpu::new(), &checkpoint, Precision::F32);
         let logits = fast.pass(&spans).forward(&fast.weights, &ids, &mut Plain);
         assert_close(name, fast.ops.to_host(&logits).into_iter().map(f64::from), &want, 2e-5);
     }

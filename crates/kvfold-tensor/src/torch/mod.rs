@@ -1,7 +1,7 @@
 //! PyTorch's `.pt` files: a zip archive of one pickle and the storages of its tensors.
 //!
 //! Written by `torch.save` since version 1.6; older files, which are a pickle as a whole, are refused. The pickle is read
-//! by a machine that calls nothing ([`pickle`]'s documentation says what it takes). Opening a file reads the pickle alone;
+//! by a machine that calls nothing (`pickle.rs` says what it takes). Opening a file reads the pickle alone;
 //! [`TorchFile::tensor`] reads one tensor's elements, and takes no memory before it is clear that the file holds them.
 
 use std::fs::File;

@@ -274,7 +274,7 @@ impl<'p> Machine<'p> {
         }
     }
 
-    fn to_mark(&mut self) -> Step<Vec<Id>> {
+    fn pop_mark(&mut self) -> Step<Vec<Id>> {
         match self.marks.pop() {
             Some(height) => Ok(self.stack.split_off(height)),
             None => self.refused("there is no mark"),
@@ -301,7 +301,7 @@ impl<'p> Machine<'p> {
                 0x95 => drop(self.number::<8>()?),
                 b'(' => self.marks.push(self.stack.len()),
                 b'0' => drop(self.pop()?),
-                b'1' => drop(self.to_mark()?),
+                b'1' => drop(self.pop_mark()?),
                 b'N' => self.push(Node::None)?,
                 0x88 | 0x89 => self.push(Node::Bool(opcode == 0x88))?,
                 b'J' => {
@@ -345,11 +345,11 @@ impl<'p> Machine<'p> {
                     self.extend(vec![item])?;
                 }
                 b'e' | 0x90 => {
-                    let items = self.to_mark()?;
+                    let items = self.pop_mark()?;
                     self.extend(items)?;
                 }
                 b't' => {
-                    let items = self.to_mark()?;
+                    let items = self.pop_mark()?;
                     self.push(Node::List(items))?;
                 }
                 0x85..=0x87 => {
@@ -362,7 +362,7 @@ impl<'p> Machine<'p> {
                     self.insert(&[key, value])?;
                 }
                 b'u' => {
-                    let items = self.to_mark()?;
+                    let items = self.pop_mark()?;
                     self.insert(&items)?;
                 }
                 b'h' => self.recall::<1>()?,
