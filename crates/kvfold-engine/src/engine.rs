@@ -64,7 +64,11 @@ const CHUNK: usize = 128;
 impl<O: CacheOps> Engine<O> {
     /// An engine for a checkpoint, folding or evicting if the model was taught to.
     pub fn new(ops: O, checkpoint: &Checkpoint) -> Self {
-        let model = Loaded::new(ops, checkpoint);
+        Self::of(Loaded::new(ops, checkpoint))
+    }
+
+    /// An engine for a model, folding or evicting if it was taught to.
+    pub fn of(model: Loaded<O>) -> Self {
         let policy = policy_of(model.dmc.as_ref());
         Self::with_policy(model, policy)
     }

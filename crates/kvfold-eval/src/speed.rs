@@ -61,7 +61,7 @@ fn run<O: CacheOps>(engine: &mut Engine<O>, windows: &[&[u32]], work: Workload) 
     Ok((windows.len() * work.decode) as f64 / started.elapsed().as_secs_f64())
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
+pub(crate) fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     let half = values.len() / 2;
     if values.len() % 2 == 1 { values[half] } else { (values[half - 1] + values[half]) / 2.0 }

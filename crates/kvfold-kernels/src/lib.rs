@@ -13,6 +13,7 @@
 //! | `pool.rs` | running weighted means |
 //! | `attention/` | attention over exact keys and pooled states |
 //! | `paged/` | attention over a paged cache, appending or folding |
+//! | `machine.rs` | the speeds that kernels are judged by |
 //! | `noise.rs` | counter-based noise |
 
 mod attention;
@@ -22,6 +23,7 @@ pub mod dmc;
 mod gate;
 pub mod kernel_set;
 mod loss;
+pub mod machine;
 pub mod noise;
 mod norm;
 pub mod ops;

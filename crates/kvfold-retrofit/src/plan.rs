@@ -5,6 +5,7 @@
 //! counted is the program itself and the text.
 
 use crate::settings::{Loss, Method, Settings};
+use kvfold_kernels::cpu::LOSS_ROWS;
 use kvfold_model::Checkpoint;
 use kvfold_model::names;
 use kvfold_model::shape::Shape;
@@ -98,7 +99,8 @@ impl Plan {
 
         let rows = (settings.part() * settings.length) as u64;
         let activations = rows * activations(&shape, settings) * F32;
-        let logits = rows * shape.vocab as u64 * F32 * if teaches { 3 } else { 2 };
+        // Logits, the teacher's, and the gradient's two packings, of as many rows as exist together.
+        let logits = rows.min(LOSS_ROWS as u64) * shape.vocab as u64 * F32 * if teaches { 3 } else { 2 };
         let gradients = trained * F32 * if settings.accumulate > 1 { 2 } else { 1 };
         let moments = 2 * trained * F32;
         let checkpoint = 3 * trained * F32;

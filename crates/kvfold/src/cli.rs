@@ -1,9 +1,11 @@
 //! The arguments, with the help a newcomer reads.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use kvfold_engine::Engine;
+use kvfold_kernels::FastCpu;
 use kvfold_kernels::dmc::Share;
-use kvfold_kernels::ops::{KlDirection, Over, Scope};
-use kvfold_model::{Checkpoint, ModelError};
+use kvfold_kernels::ops::{KlDirection, Over, Precision, Scope};
+use kvfold_model::{Checkpoint, Loaded, ModelError};
 use kvfold_retrofit::settings::{self, Train};
 use std::path::PathBuf;
 
@@ -61,6 +63,39 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: EvalCommand,
     },
+    /// Measure how fast it is on this machine
+    Bench {
+        #[command(subcommand)]
+        command: BenchCommand,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// Every kernel of training and prefill, beside the machine's best
+    ///
+    /// Shapes are a model's. The machine's best is measured first: products per second from cached operands, and bytes per
+    /// second from memory. Close other programs for numbers worth keeping.
+    Kernels(KernelsArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct KernelsArgs {
+    /// Model directory, delta, or stories260k, whose shapes are used
+    #[arg(long, value_name = "MODEL", default_value = "stories260k")]
+    pub(crate) model: String,
+
+    /// Tokens of the batch
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    pub(crate) tokens: u32,
+
+    /// Times that each kernel runs; the median counts
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) rounds: u32,
+
+    /// Print one JSON document instead of a table
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -171,6 +206,28 @@ pub(crate) struct ModelArgs {
     /// A delta over --model
     #[arg(long, value_name = "FILE")]
     pub(crate) delta: Option<PathBuf>,
+
+    /// How weights are held and multiplied [default: bf16 if they are stored in 16 bits]
+    #[arg(long, value_enum)]
+    pub(crate) precision: Option<PrecisionArg>,
+}
+
+/// Operands of products with weights; sums are f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PrecisionArg {
+    /// 32 bits
+    F32,
+    /// 16 bits: half the memory, and faster
+    Bf16,
+}
+
+impl From<PrecisionArg> for Precision {
+    fn from(precision: PrecisionArg) -> Self {
+        match precision {
+            PrecisionArg::F32 => Precision::F32,
+            PrecisionArg::Bf16 => Precision::Bf16,
+        }
+    }
 }
 
 impl ModelArgs {
@@ -180,6 +237,12 @@ impl ModelArgs {
             Some(delta) => Checkpoint::open_delta(&self.model, delta),
             None => Checkpoint::open(&self.model),
         }
+    }
+
+    /// An engine that serves it.
+    pub(crate) fn engine(&self, checkpoint: &Checkpoint) -> Engine<FastCpu> {
+        let precision = self.precision.map_or_else(|| checkpoint.precision(), Precision::from);
+        Engine::of(Loaded::with_precision(FastCpu::new(), checkpoint, precision))
     }
 
     /// What the user called it.
@@ -565,6 +628,10 @@ pub(crate) struct RetrofitArgs {
         help_heading = "How to train"
     )]
     pub(crate) over: OverArg,
+
+    /// Operands of all products with weights; the trained numbers are f32 [default: bf16 from 256 channels on]
+    #[arg(long, value_enum, help_heading = "How to train")]
+    pub(crate) precision: Option<PrecisionArg>,
 
     /// Recompute each block in the backward pass: less memory, more time
     #[arg(long, help_heading = "How to train")]

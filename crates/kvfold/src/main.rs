@@ -7,7 +7,7 @@ mod interrupt;
 mod output;
 
 use clap::Parser;
-use cli::{Cli, Command, EvalCommand};
+use cli::{BenchCommand, Cli, Command, EvalCommand};
 use error::AppError;
 use interrupt::Interrupt;
 use std::process::ExitCode;
@@ -39,5 +39,6 @@ fn run(cli: &Cli) -> Result<(), AppError> {
         Command::Export(args) => commands::export::run(args),
         Command::Generate(args) => commands::generate::run(args),
         Command::Eval { command: EvalCommand::Ppl(args) } => commands::eval_ppl::run(args),
+        Command::Bench { command: BenchCommand::Kernels(args) } => commands::bench_kernels::run(args),
     }
 }

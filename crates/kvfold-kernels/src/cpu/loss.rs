@@ -8,7 +8,7 @@ use crate::real::Real;
 use rayon::prelude::*;
 
 /// Rows whose logits exist together.
-const ROWS: usize = 512;
+pub const LOSS_ROWS: usize = 512;
 
 /// Gradients of a mean loss.
 pub(super) struct Gradients<F: Real> {
@@ -36,8 +36,8 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         };
         let factor = grads.is_some().then(|| F::one() / F::of(counted as f64));
         let mut total = 0.0;
-        for first in (0..rows).step_by(ROWS) {
-            let count = ROWS.min(rows - first);
+        for first in (0..rows).step_by(LOSS_ROWS) {
+            let count = LOSS_ROWS.min(rows - first);
             let logits_of = |of: Predictions<'_, Array<F>>| {
                 let (_, cols) = of.x.matrix();
                 let mut x = self.buffer(count * cols);

@@ -12,6 +12,7 @@ mod matmul;
 mod matmul_bf16;
 
 pub use array::Array;
+pub use loss::LOSS_ROWS;
 
 use crate::kernel_set::{Fast, KernelSet, Scalar};
 use crate::real::Real;
@@ -56,6 +57,11 @@ impl Default for FastCpu {
     fn default() -> Self {
         Self::new()
     }
+}
+
+/// Threads that kernels share their work among.
+pub fn threads() -> usize {
+    rayon::current_num_threads()
 }
 
 /// Elementwise work below this many elements stays on the calling thread.

@@ -4,9 +4,7 @@ use super::tokens_of;
 use crate::cli::PplArgs;
 use crate::error::AppError;
 use crate::output;
-use kvfold_engine::Engine;
 use kvfold_eval::{cut, perplexity};
-use kvfold_kernels::FastCpu;
 use kvfold_report::format;
 use serde::Serialize;
 
@@ -35,7 +33,7 @@ pub(crate) fn run(args: &PplArgs) -> Result<(), AppError> {
     }
     let tokens = tokens_of(&args.text, &checkpoint.tokenizer)?;
     let windows = cut(&tokens, window, args.limit)?;
-    let mut engine = Engine::new(FastCpu::new(), &checkpoint);
+    let mut engine = args.model.engine(&checkpoint);
     let bar = output::bar("evaluating", windows.len(), "windows", args.json);
     let result = perplexity(&mut engine, &windows, |done| bar.set_position(done as u64))?;
     bar.finish_and_clear();

@@ -3,8 +3,7 @@
 use crate::cli::GenerateArgs;
 use crate::error::AppError;
 use crate::output;
-use kvfold_engine::{Engine, Options, Sampler, Stop, ensure_fits, generate};
-use kvfold_kernels::FastCpu;
+use kvfold_engine::{Options, Sampler, Stop, ensure_fits, generate};
 use kvfold_model::tokenizer::DecodeStream;
 use kvfold_model::{Chat, ChatTemplate, Checkpoint, ModelError};
 use kvfold_report::format;
@@ -48,7 +47,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<(), AppError> {
             at: stop_tokens(&checkpoint)?,
         },
     };
-    let mut engine = Engine::new(FastCpu::new(), &checkpoint);
+    let mut engine = args.model.engine(&checkpoint);
     ensure_fits(&engine, &prompt, options.stop.max_new_tokens)?;
 
     let mut text = Shown { stream: stream_after(&checkpoint, &prompt)?, all: String::new(), silent: args.json };

@@ -1,5 +1,6 @@
 //! One file per command, and what they share.
 
+pub(crate) mod bench_kernels;
 pub(crate) mod demo;
 pub(crate) mod eval_ppl;
 pub(crate) mod export;

@@ -162,6 +162,7 @@ fn settings(args: &RetrofitArgs, base: &Checkpoint, texts: &Texts) -> Result<Set
     settings.length = args.length.unwrap_or(settings.length);
     settings.batch = args.batch;
     settings.seed = args.seed;
+    settings.precision = args.precision.map_or(settings.precision, Into::into);
     settings.recompute = args.recompute;
     settings.accumulate = args.accumulate;
     settings.train = args.train.into();

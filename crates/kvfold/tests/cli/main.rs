@@ -1,6 +1,7 @@
 //! The command as people use it: one file per command, each test in a directory of its own.
 
 mod bad_input;
+mod bench;
 mod common;
 mod demo;
 mod eval_ppl;
