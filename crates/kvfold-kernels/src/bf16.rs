@@ -15,7 +15,7 @@
 //! one, so instruction sets differ in rounding as they do in f32.
 
 use crate::real::Real;
-use crate::simd::{Level, PANEL};
+use crate::simd::{Level, PANEL, Vector};
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
@@ -188,7 +188,7 @@ unsafe fn gemm_avx512_bf16(g: GemmBf16<'_>, c: *mut f32) {
 #[inline(always)]
 unsafe fn tiles<V: Dot, const NV: usize, const MR: usize>(g: GemmBf16<'_>, c: *mut f32) {
     // A vector set narrower than a panel takes it in strips.
-    for strip in (0..g.n).step_by(NV * V::LANES) {
+    for strip in (0..g.n).step_by(NV * V::Sum::LANES) {
         let at = |i: usize| Tile {
             words: g.words,
             a: g.a[i * g.a_row..].as_ptr(),
@@ -197,7 +197,7 @@ unsafe fn tiles<V: Dot, const NV: usize, const MR: usize>(g: GemmBf16<'_>, c: *m
             b: g.b[strip..].as_ptr(),
             c: c.wrapping_add(i * g.c_row + strip),
             c_row: g.c_row,
-            cols: (g.n - strip).min(NV * V::LANES),
+            cols: (g.n - strip).min(NV * V::Sum::LANES),
             accumulate: g.accumulate,
         };
         let mut i = 0;
@@ -236,22 +236,22 @@ impl Tile {
     /// `MR` rows must be readable at `a`, `words` rows of a panel at `b`, and `MR` rows of `cols` valid at `c`.
     #[inline(always)]
     unsafe fn sum<V: Dot, const NV: usize, const MR: usize>(self) -> usize {
-        let valid = |j: usize| self.cols.saturating_sub(j * V::LANES).min(V::LANES);
+        let valid = |j: usize| self.cols.saturating_sub(j * V::Sum::LANES).min(V::Sum::LANES);
         // SAFETY: a panel's rows are whole, and `c` is touched in `valid` lanes only; a vector with no valid lane may
         // begin beyond its array, so places are computed wrapping.
         unsafe {
-            let mut acc = [[V::zero(); NV]; MR];
+            let mut acc = [[V::Sum::zero(); NV]; MR];
             if self.accumulate {
                 for (i, row) in acc.iter_mut().enumerate() {
                     for (j, sum) in row.iter_mut().enumerate() {
-                        *sum = V::load(self.c.wrapping_add(i * self.c_row + j * V::LANES), valid(j));
+                        *sum = V::Sum::load_part(self.c.wrapping_add(i * self.c_row + j * V::Sum::LANES), valid(j));
                     }
                 }
             }
             for p in 0..self.words {
-                let mut b = [V::no_pairs(); NV];
-                for (j, b) in b.iter_mut().enumerate() {
-                    *b = V::pairs(self.b.add(p * PANEL + j * V::LANES));
+                let mut b = [V::pairs(self.b.add(p * PANEL)); NV];
+                for (j, b) in b.iter_mut().enumerate().skip(1) {
+                    *b = V::pairs(self.b.add(p * PANEL + j * V::Sum::LANES));
                 }
                 for (i, row) in acc.iter_mut().enumerate() {
                     let a = V::splat(*self.a.add(i * self.a_row + p * self.a_word));
@@ -262,7 +262,7 @@ impl Tile {
             }
             for (i, row) in acc.iter().enumerate() {
                 for (j, &sum) in row.iter().enumerate() {
-                    V::store(sum, self.c.wrapping_add(i * self.c_row + j * V::LANES), valid(j));
+                    sum.store_part(self.c.wrapping_add(i * self.c_row + j * V::Sum::LANES), valid(j));
                 }
             }
         }
@@ -273,37 +273,23 @@ impl Tile {
 /// Vectors of an instruction set: f32 sums, and words of two bf16 terms.
 ///
 /// # Safety
-/// `pairs` reads `LANES` words, `load` and `store` touch the first `n` elements. An implementation must only be used
-/// where the machine has its instruction set.
+/// `pairs` reads as many words as a sum has lanes. An implementation must only be used where the machine has its
+/// instruction set.
 unsafe trait Dot {
-    const LANES: usize;
-    type Sum: Copy;
+    type Sum: Vector;
     type Pairs: Copy;
-    unsafe fn zero() -> Self::Sum;
-    unsafe fn no_pairs() -> Self::Pairs;
     unsafe fn pairs(p: *const u32) -> Self::Pairs;
     unsafe fn splat(word: u32) -> Self::Pairs;
     /// Adds the products of the lower terms and those of the upper ones.
     unsafe fn dot(sum: Self::Sum, a: Self::Pairs, b: Self::Pairs) -> Self::Sum;
-    unsafe fn load(p: *const f32, n: usize) -> Self::Sum;
-    unsafe fn store(sum: Self::Sum, p: *mut f32, n: usize);
 }
 
 struct Portable;
 
-// SAFETY: touches LANES or n elements as the contract says.
+// SAFETY: reads as many words as the sum has lanes.
 unsafe impl Dot for Portable {
-    const LANES: usize = 8;
     type Sum = [f32; 8];
     type Pairs = [u32; 8];
-    #[inline(always)]
-    unsafe fn zero() -> [f32; 8] {
-        [0.0; 8]
-    }
-    #[inline(always)]
-    unsafe fn no_pairs() -> [u32; 8] {
-        [0; 8]
-    }
     #[inline(always)]
     unsafe fn pairs(p: *const u32) -> [u32; 8] {
         // SAFETY: the caller's.
@@ -318,39 +304,16 @@ unsafe impl Dot for Portable {
         let upper = |word: u32| f32::from_bits(word & 0xffff_0000);
         std::array::from_fn(|i| sum[i] + widen(a[i]) * widen(b[i]) + upper(a[i]) * upper(b[i]))
     }
-    #[inline(always)]
-    unsafe fn load(p: *const f32, n: usize) -> [f32; 8] {
-        // SAFETY: the caller's.
-        std::array::from_fn(|i| if i < n { unsafe { *p.add(i) } } else { 0.0 })
-    }
-    #[inline(always)]
-    unsafe fn store(sum: [f32; 8], p: *mut f32, n: usize) {
-        for (i, x) in sum.into_iter().enumerate().take(n) {
-            // SAFETY: the caller's.
-            unsafe { *p.add(i) = x }
-        }
-    }
 }
 
 #[cfg(target_arch = "x86_64")]
 struct Avx2;
 
 #[cfg(target_arch = "x86_64")]
-// SAFETY: touches LANES or n elements as the contract says (masked-out lanes are not accessed).
+// SAFETY: reads as many words as the sum has lanes.
 unsafe impl Dot for Avx2 {
-    const LANES: usize = 8;
     type Sum = __m256;
     type Pairs = __m256i;
-    #[inline(always)]
-    unsafe fn zero() -> __m256 {
-        // SAFETY: the caller has AVX2.
-        unsafe { _mm256_setzero_ps() }
-    }
-    #[inline(always)]
-    unsafe fn no_pairs() -> __m256i {
-        // SAFETY: the caller has AVX2.
-        unsafe { _mm256_setzero_si256() }
-    }
     #[inline(always)]
     unsafe fn pairs(p: *const u32) -> __m256i {
         // SAFETY: the caller's.
@@ -370,37 +333,16 @@ unsafe impl Dot for Avx2 {
             _mm256_fmadd_ps(upper(a), upper(b), _mm256_fmadd_ps(lower(a), lower(b), sum))
         }
     }
-    #[inline(always)]
-    unsafe fn load(p: *const f32, n: usize) -> __m256 {
-        // SAFETY: the caller's.
-        unsafe { _mm256_maskload_ps(p, crate::simd::mask8(n)) }
-    }
-    #[inline(always)]
-    unsafe fn store(sum: __m256, p: *mut f32, n: usize) {
-        // SAFETY: the caller's.
-        unsafe { _mm256_maskstore_ps(p, crate::simd::mask8(n), sum) }
-    }
 }
 
 #[cfg(target_arch = "x86_64")]
 struct Avx512;
 
 #[cfg(target_arch = "x86_64")]
-// SAFETY: touches LANES or n elements as the contract says (masked-out lanes are not accessed).
+// SAFETY: reads as many words as the sum has lanes.
 unsafe impl Dot for Avx512 {
-    const LANES: usize = 16;
     type Sum = __m512;
     type Pairs = __m512i;
-    #[inline(always)]
-    unsafe fn zero() -> __m512 {
-        // SAFETY: the caller has AVX-512.
-        unsafe { _mm512_setzero_ps() }
-    }
-    #[inline(always)]
-    unsafe fn no_pairs() -> __m512i {
-        // SAFETY: the caller has AVX-512.
-        unsafe { _mm512_setzero_si512() }
-    }
     #[inline(always)]
     unsafe fn pairs(p: *const u32) -> __m512i {
         // SAFETY: the caller's.
@@ -420,16 +362,6 @@ unsafe impl Dot for Avx512 {
             _mm512_fmadd_ps(upper(a), upper(b), _mm512_fmadd_ps(lower(a), lower(b), sum))
         }
     }
-    #[inline(always)]
-    unsafe fn load(p: *const f32, n: usize) -> __m512 {
-        // SAFETY: the caller's.
-        unsafe { _mm512_maskz_loadu_ps(((1u32 << n) - 1) as u16, p) }
-    }
-    #[inline(always)]
-    unsafe fn store(sum: __m512, p: *mut f32, n: usize) {
-        // SAFETY: the caller's.
-        unsafe { _mm512_mask_storeu_ps(p, ((1u32 << n) - 1) as u16, sum) }
-    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -438,19 +370,8 @@ struct Avx512Bf16;
 #[cfg(target_arch = "x86_64")]
 // SAFETY: as for `Avx512`.
 unsafe impl Dot for Avx512Bf16 {
-    const LANES: usize = 16;
     type Sum = __m512;
     type Pairs = __m512bh;
-    #[inline(always)]
-    unsafe fn zero() -> __m512 {
-        // SAFETY: the caller's.
-        unsafe { Avx512::zero() }
-    }
-    #[inline(always)]
-    unsafe fn no_pairs() -> __m512bh {
-        // SAFETY: the caller's; both types are 512 bits without invalid values.
-        unsafe { std::mem::transmute(Avx512::no_pairs()) }
-    }
     #[inline(always)]
     unsafe fn pairs(p: *const u32) -> __m512bh {
         // SAFETY: as above.
@@ -465,16 +386,6 @@ unsafe impl Dot for Avx512Bf16 {
     unsafe fn dot(sum: __m512, a: __m512bh, b: __m512bh) -> __m512 {
         // SAFETY: the caller has AVX512-BF16.
         unsafe { _mm512_dpbf16_ps(sum, a, b) }
-    }
-    #[inline(always)]
-    unsafe fn load(p: *const f32, n: usize) -> __m512 {
-        // SAFETY: the caller's.
-        unsafe { Avx512::load(p, n) }
-    }
-    #[inline(always)]
-    unsafe fn store(sum: __m512, p: *mut f32, n: usize) {
-        // SAFETY: the caller's.
-        unsafe { Avx512::store(sum, p, n) }
     }
 }
 

@@ -286,7 +286,7 @@ impl Tile {
 /// # Safety
 /// Every method that takes a pointer touches `LANES` elements there, or the `n` first where it is `_part`. The vector
 /// types of an instruction set must only be used where the machine has it.
-unsafe trait Vector: Copy {
+pub(crate) unsafe trait Vector: Copy {
     const LANES: usize;
     unsafe fn zero() -> Self;
     unsafe fn splat(x: f32) -> Self;
@@ -340,7 +340,7 @@ unsafe impl Vector for [f32; 8] {
 
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-pub(crate) unsafe fn mask8(n: usize) -> __m256i {
+unsafe fn mask8(n: usize) -> __m256i {
     const ONES: [i32; 16] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
     // SAFETY: n <= 8, so eight elements from 8 - n on lie inside ONES.
     unsafe { _mm256_loadu_si256(ONES.as_ptr().add(8 - n).cast()) }

@@ -130,11 +130,11 @@ fn files_that_are_missing_are_named() {
 }
 
 #[test]
-fn a_file_is_no_model() {
+fn a_file_that_is_no_delta_is_no_model() {
     let fixture = Fixture::new();
     fixture.write();
     let file = fixture.path().join("config.json");
-    says(&refused(file.to_str().unwrap()), &["config.json: no such model"]);
+    says(&refused(file.to_str().unwrap()), &["config.json: is no delta that can be read"]);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Megatron-LM's checkpoints: put together from their ranks, they compute what an independent implementation does.
 
 use kvfold_kernels::dmc::{Decision, Dmc, Method, Share};
-use kvfold_kernels::ops::Spans;
+use kvfold_kernels::ops::{Precision, Spans};
 use kvfold_kernels::{FastCpu, Reference};
 use kvfold_model::attend::{Folding, Mode};
 use kvfold_model::import::{Imported, megatron};
@@ -50,7 +50,7 @@ fn two_ranks_of_a_dmc_model_compute_the_golden_logits() {
     assert_eq!(imported.checkpoint.config.eos_token_ids, [2], "from the tokenizer's configuration");
 
     let spans = Spans::of_lengths(&[ids.len()]);
-    let exact = Loaded::new(Reference::<f64>::reference(), &imported.checkpoint);
+    let exact = Loaded::with_precision(Reference::<f64>::reference(), &imported.checkpoint, Precision::F32);
     let mut folding = Folding::new(&settings, Mode::Hard);
     let logits = exact.pass(&spans).forward(&exact.weights, &ids, &mut folding);
     let worst = |got: &mut dyn Iterator<Item = f64>| {
@@ -68,7 +68,7 @@ fn two_ranks_of_a_dmc_model_compute_the_golden_logits() {
         .collect();
     assert_eq!(slots, integers("slots"));
 
-    let fast = Loaded::new(FastCpu::new(), &imported.checkpoint);
+    let fast = Loaded::with_precision(FastCpu::new(), &imported.checkpoint, Precision::F32);
     let logits = fast.pass(&spans).forward(&fast.weights, &ids, &mut Folding::new(&settings, Mode::Hard));
     let error = worst(&mut logits.data().iter().map(|&x| f64::from(x)));
     assert!(error < 1e-4, "f32 is off by {error}");

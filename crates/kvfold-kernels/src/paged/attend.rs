@@ -3,7 +3,7 @@
 //! Both compute every number in the same order, so it makes no difference how a text is cut into chunks (promise I3).
 //! Per query: scores, each one chain of additions over D; their maximum; the exponentials, added up lane by lane over
 //! the pages of the slots and then of the ring; and the output, one chain over slots, then seats. A block of queries
-//! computes lanes that some of them do not see; there the exponential is 0, and adding 0 changes nothing.
+//! computes scores that some of them do not see; there the exponential is 0, and adding 0 changes nothing.
 //!
 //! What a query of a chunk sees of the past differs from the pages as they are after the chunk in two places only: the
 //! newest slot, which later tokens fold into or take, and the ring. [`Prepared`] keeps both as they were.
@@ -203,14 +203,21 @@ impl<F: Real> Prepared<F> {
     }
 }
 
-/// The newer and the older tokens of the ring, as a block of queries sees them: since its last turn, and before.
-struct Turn {
+/// A block of queries of a chunk.
+///
+/// The ring turns over while a chunk is taken: to token t, seats up to its own hold tokens since the last turn, the newer,
+/// and seats above it those from before, the older. No block crosses a turn.
+struct Queries<'a, 'b, F> {
+    input: &'a HeadInput<'b, F>,
+    table: &'a HeadTable,
+    prepared: &'a Prepared<F>,
+    tokens: Range<usize>,
+    /// Where the ring's seats begin in a row of scores, behind the slots.
+    ring: usize,
+    /// Length of a row of scores.
+    stride: usize,
     /// Position of seat 0 since the last turn.
-    start: usize,
-    /// Tokens since then, the block's last one included.
-    newer: usize,
-    /// First seat that still holds an older token for some query of the block.
-    older: usize,
+    turn: usize,
 }
 
 /// Outputs `[tokens][group][D]` of a block of a chunk's tokens.
@@ -220,69 +227,14 @@ pub(crate) fn block<F: Real, K: KernelSet<F>>(
     tokens: Range<usize>,
     out: &mut [F],
 ) {
-    let (dim, group, delay) = (input.heads.dim, input.heads.group(), input.rule.delay());
-    let rows = tokens.len() * group;
-    let token_of = |row: usize| tokens.start + row / group;
-    let slots = prepared.slots[tokens.end - 1];
-    let ring = slots.next_multiple_of(PAGE_SLOTS);
+    let delay = input.rule.delay();
+    let last = prepared.start + tokens.end - 1;
+    let ring = prepared.slots[tokens.end - 1].next_multiple_of(PAGE_SLOTS);
     let stride = ring + delay.next_multiple_of(PAGE_SLOTS);
-    let q = scaled_queries(input, tokens.clone());
-    let mut scores = vec![F::neg_infinity(); rows * stride];
-
-    for (n, (page, _)) in input.lanes(&table.pages, slots).enumerate() {
-        page_scores(set, input, (&q, page), &mut scores[n * PAGE_SLOTS..], stride);
-    }
-    for t in tokens.clone() {
-        let seen = prepared.slots[t];
-        let first = (t - tokens.start) * group;
-        let of_token = &mut scores[first * stride..][..group * stride];
-        of_token.chunks_exact_mut(stride).for_each(|row| row[seen..ring].fill(F::neg_infinity()));
-        if input.rule.has_open_slot() && seen > 0 {
-            let k = &prepared.open.k[t * dim..][..dim];
-            let open = product([group, 1, dim], (&q[first * dim..], dim), (k, 1));
-            set.gemm(Gemm { c_row: stride, ..open }, &mut of_token[seen - 1..]);
-            if input.rule.has_mass() {
-                of_token.chunks_exact_mut(stride).for_each(|row| row[seen - 1] += prepared.open.mass[t]);
-            }
-        }
-    }
-
-    let turn = (delay > 0).then(|| {
-        let (first, last) = (prepared.start + tokens.start, prepared.start + tokens.end - 1);
-        Turn { start: last - last % delay, newer: last % delay + 1, older: first % delay + 1 }
-    });
-    // Scores, then weights, of the older tokens: a seat is of one kind for some queries and of the other for others.
-    let mut older = vec![F::zero(); rows * delay];
-    if let Some(turn) = &turn {
-        let n = prepared.exact.k.len() / dim;
-        let part = |position: usize, seats: Range<usize>, to: &mut [F], to_row: usize| {
-            let column = position + seats.start - prepared.first;
-            let keys = (&prepared.exact_kt[column..], n);
-            set.gemm(
-                Gemm { c_row: to_row, ..product([rows, seats.len(), dim], (&q, dim), keys) },
-                &mut to[seats.start..],
-            );
-            if input.rule.has_mass() {
-                let mass = &prepared.exact.mass[column..][..seats.len()];
-                to.chunks_mut(to_row).for_each(|row| add(&mut row[seats.start..], mass));
-            }
-        };
-        part(turn.start, 0..turn.newer, &mut scores[ring..], stride);
-        if turn.start > 0 && turn.older < delay {
-            part(turn.start - delay, turn.older..delay, &mut older, delay);
-        }
-        for (row, scores) in scores.chunks_exact_mut(stride).enumerate() {
-            let newest = (prepared.start + token_of(row)) % delay;
-            let seats = &mut scores[ring..][newest + 1..delay];
-            match turn.start {
-                0 => seats.fill(F::neg_infinity()),
-                _ => seats.copy_from_slice(&older[row * delay..][newest + 1..delay]),
-            }
-        }
-    }
-
-    let mut shares = vec![F::zero(); rows];
-    let mut open_weights = vec![F::zero(); rows];
+    let turn = if delay > 0 { last - last % delay } else { last };
+    let queries = Queries { input, table, prepared, tokens, ring, stride, turn };
+    let mut scores = queries.scores(set);
+    let mut shares = vec![F::zero(); scores.len() / stride];
     set.run(
         #[inline(always)]
         || {
@@ -290,42 +242,135 @@ pub(crate) fn block<F: Real, K: KernelSet<F>>(
             all.for_each(|(row, share)| *share = exponentials::<F, K>(row));
         },
     );
-    // Weights of what the pages and the newer tokens do not hold move out of the way.
-    for (row, scores) in scores.chunks_exact_mut(stride).enumerate() {
-        let seen = prepared.slots[token_of(row)];
-        if input.rule.has_open_slot() && seen > 0 {
-            open_weights[row] = std::mem::take(&mut scores[seen - 1]);
+    queries.values(set, &scores, out);
+    let rows = out.chunks_exact_mut(input.heads.dim).zip(shares);
+    rows.for_each(|(out, share)| out.iter_mut().for_each(|o| *o *= share));
+}
+
+impl<F: Real> Queries<'_, '_, F> {
+    /// The seat of a token.
+    fn seat(&self, t: usize) -> usize {
+        self.prepared.start + t - self.turn
+    }
+
+    /// First row of a token.
+    fn row(&self, t: usize) -> usize {
+        (t - self.tokens.start) * self.input.heads.group()
+    }
+
+    /// Slots that a token sees and that no later one of the chunk changes.
+    fn closed(&self, t: usize) -> usize {
+        self.prepared.slots[t].saturating_sub(usize::from(self.input.rule.has_open_slot()))
+    }
+
+    /// The position of seat 0 before the last turn, when there was one.
+    fn turn_before(&self) -> Option<usize> {
+        self.turn.checked_sub(self.input.rule.delay())
+    }
+
+    /// Where a seat's token is among the exact ones, its seat 0 having been of a token at position `from`.
+    fn exact(&self, from: usize, seat: usize) -> usize {
+        from + seat - self.prepared.first
+    }
+
+    /// Scores, minus infinity where a query sees nothing.
+    fn scores<K: KernelSet<F>>(&self, set: K) -> Vec<F> {
+        let Self { input, prepared, stride, ring, .. } = *self;
+        let (dim, group, delay) = (input.heads.dim, input.heads.group(), input.rule.delay());
+        let q = scaled_queries(input, self.tokens.clone());
+        let mut scores = vec![F::neg_infinity(); self.tokens.len() * group * stride];
+        for (n, (page, _)) in input.lanes(&self.table.pages, prepared.slots[self.tokens.end - 1]).enumerate() {
+            page_scores(set, input, (&q, page), &mut scores[n * PAGE_SLOTS..], stride);
+        }
+        for t in self.tokens.clone() {
+            let seen = prepared.slots[t];
+            let of_token = &mut scores[self.row(t) * stride..][..group * stride];
+            of_token.chunks_exact_mut(stride).for_each(|row| row[seen..ring].fill(F::neg_infinity()));
+            if input.rule.has_open_slot() && seen > 0 {
+                let k = &prepared.open.k[t * dim..][..dim];
+                let open = product([group, 1, dim], (&q[self.row(t) * dim..], dim), (k, 1));
+                set.gemm(Gemm { c_row: stride, ..open }, &mut of_token[seen - 1..]);
+                if input.rule.has_mass() {
+                    of_token.chunks_exact_mut(stride).for_each(|row| row[seen - 1] += prepared.open.mass[t]);
+                }
+            }
         }
         if delay > 0 {
-            let newest = (prepared.start + token_of(row)) % delay;
-            let older = &mut older[row * delay..][..delay];
-            older[..=newest].fill(F::zero());
-            older[newest + 1..].copy_from_slice(&scores[ring..][newest + 1..delay]);
-            scores[ring..][newest + 1..].fill(F::zero());
+            self.ring_scores(set, &q, &mut scores);
+        }
+        scores
+    }
+
+    fn ring_scores<K: KernelSet<F>>(&self, set: K, q: &[F], scores: &mut [F]) {
+        let Self { input, prepared, stride, ring, .. } = *self;
+        let (dim, delay) = (input.heads.dim, input.rule.delay());
+        let (rows, n) = (q.len() / dim, prepared.exact.k.len() / dim);
+        let part = |from: usize, seats: Range<usize>, to: &mut [F], to_row: usize| {
+            let first = self.exact(from, seats.start);
+            let keys = (&prepared.exact_kt[first..], n);
+            let scores = Gemm { c_row: to_row, ..product([rows, seats.len(), dim], (q, dim), keys) };
+            set.gemm(scores, &mut to[seats.start..]);
+            if input.rule.has_mass() {
+                let mass = &prepared.exact.mass[first..][..seats.len()];
+                to.chunks_mut(to_row).for_each(|row| add(&mut row[seats.start..], mass));
+            }
+        };
+        part(self.turn, 0..self.seat(self.tokens.end - 1) + 1, &mut scores[ring..], stride);
+        let mut before = vec![F::neg_infinity(); rows * delay];
+        let first = self.seat(self.tokens.start) + 1;
+        if let Some(from) = self.turn_before().filter(|_| first < delay) {
+            part(from, first..delay, &mut before, delay);
+        }
+        for (row, (scores, before)) in scores.chunks_exact_mut(stride).zip(before.chunks_exact(delay)).enumerate() {
+            let above = self.seat(self.tokens.start + row / input.heads.group()) + 1;
+            scores[ring + above..][..delay - above].copy_from_slice(&before[above..]);
         }
     }
 
-    out.fill(F::zero());
-    for (n, page) in input.lanes(&table.pages, slots).enumerate() {
-        page_values(set, dim, (&scores[n * PAGE_SLOTS..], stride), page, out);
-    }
-    if input.rule.has_open_slot() {
-        for (t, out) in tokens.clone().zip(out.chunks_exact_mut(group * dim)).filter(|(t, _)| prepared.slots[*t] > 0) {
-            let weights = (&open_weights[(t - tokens.start) * group..], 1);
-            let open = product([group, dim, 1], weights, (&prepared.open.v[t * dim..], dim));
-            set.gemm(Gemm { c_row: dim, accumulate: true, ..open }, out);
-        }
-    }
-    if let Some(turn) = &turn {
-        let mut part = |position: usize, seats: Range<usize>, (weights, weights_row): (&[F], usize)| {
-            let v = &prepared.exact.v[(position + seats.start - prepared.first) * dim..];
-            let weighted = product([rows, dim, seats.len()], (&weights[seats.start..], weights_row), (v, dim));
-            set.gemm(Gemm { c_row: dim, accumulate: true, ..weighted }, out);
+    /// Adds up values in decode's order. What only some of the queries see is added for those alone: 0 times infinity is not
+    /// 0, and a token must not touch those before it, whatever it holds.
+    fn values<K: KernelSet<F>>(&self, set: K, scores: &[F], out: &mut [F]) {
+        let Self { input, prepared, stride, ring, .. } = *self;
+        let (dim, group, delay) = (input.heads.dim, input.heads.group(), input.rule.delay());
+        let weighted = |weights: &[F], v: &[F], terms: usize, out: &mut [F]| {
+            if terms > 0 {
+                let sum = product([out.len() / dim, dim, terms], (weights, stride), (v, dim));
+                set.gemm(Gemm { c_row: dim, accumulate: true, ..sum }, out);
+            }
         };
-        part(turn.start, 0..turn.newer, (&scores[ring..], stride));
-        if turn.start > 0 && turn.older < delay {
-            part(turn.start - delay, turn.older..delay, (&older, delay));
+        out.fill(F::zero());
+        let of_all = self.closed(self.tokens.start);
+        for (n, page) in input.lanes(&self.table.pages, of_all).enumerate() {
+            page_values(set, dim, (&scores[n * PAGE_SLOTS..], stride), page, out);
+        }
+        for (t, out) in self.tokens.clone().zip(out.chunks_exact_mut(group * dim)) {
+            let scores = &scores[self.row(t) * stride..];
+            let (mut from, closed) = (of_all, self.closed(t));
+            while from < closed {
+                let to = closed.min((from / PAGE_SLOTS + 1) * PAGE_SLOTS);
+                let page = input.pages.slice(&self.table.pages[from / PAGE_SLOTS]);
+                weighted(&scores[from..], &page[(PAGE_SLOTS + from % PAGE_SLOTS) * dim..], to - from, out);
+                from = to;
+            }
+            if closed < prepared.slots[t] {
+                weighted(&scores[closed..], &prepared.open.v[t * dim..], 1, out);
+            }
+        }
+        if delay == 0 {
+            return;
+        }
+        let v = |from: usize, seat: usize| &prepared.exact.v[self.exact(from, seat) * dim..];
+        let (first, last) = (self.seat(self.tokens.start), self.seat(self.tokens.end - 1));
+        weighted(&scores[ring..], v(self.turn, 0), first + 1, out);
+        for (t, out) in self.tokens.clone().zip(out.chunks_exact_mut(group * dim)) {
+            let (scores, own) = (&scores[self.row(t) * stride + ring..], self.seat(t));
+            weighted(&scores[first + 1..], v(self.turn, first + 1), own - first, out);
+            if let Some(before) = self.turn_before() {
+                weighted(&scores[own + 1..], v(before, own + 1), last - own, out);
+            }
+        }
+        if let Some(before) = self.turn_before() {
+            weighted(&scores[ring + last + 1..], v(before, last + 1), delay - last - 1, out);
         }
     }
-    out.chunks_exact_mut(dim).zip(shares).for_each(|(out, share)| out.iter_mut().for_each(|o| *o *= share));
 }

@@ -120,7 +120,8 @@ fn what_does_not_train_is_the_base_and_a_delta_says_the_rest() {
     dir.run(&["generate", "--model", "stories260k", "--delta", "junk", "--prompt", "x"])
         .fails(3, &["junk: is no delta"]);
     assert!(path.exists());
-    dir.run(&["export", "--delta", "stories260k", "x"]).fails(3, &["stories260k", "no retrofitted model"]);
+    dir.run(&["export", "--delta", "stories260k", "x"])
+        .fails(3, &["stories260k: does not say what it was retrofitted from", "--base"]);
 }
 
 fn kvfold_model_tensors() -> std::collections::BTreeMap<String, kvfold_tensor::HostTensor> {
