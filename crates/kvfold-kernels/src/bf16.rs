@@ -6,9 +6,9 @@
 //!
 //! | packing | words | reads as |
 //! |---|---|---|
-//! | [`rows`] | `[R][C/2]` | left factor, terms along the columns |
-//! | [`panels_of_rows`] | `[R/32][C/2][32]` | right factor, outputs are the rows, terms along the columns |
-//! | [`panels_of_columns`] | `[C/32][R/2][32]` | right or left factor, outputs are the columns, terms along the rows |
+//! | `rows` | `[R][C/2]` | left factor, terms along the columns |
+//! | `panels_of_rows` | `[R/32][C/2][32]` | right factor, outputs are the rows, terms along the columns |
+//! | `panels_of_columns` | `[C/32][R/2][32]` | right or left factor, outputs are the columns, terms along the rows |
 //!
 //! Odd ends are filled up with zeros. Each output is one chain of additions over the terms in ascending order, whatever
 //! is computed beside it (promise I3). With `vdpbf16ps` a step of the chain takes two terms at once; without, one by
