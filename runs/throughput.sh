@@ -12,7 +12,7 @@ rounds="${2:-3}"
 steps="${3:-8}"
 model=models/smollm2-135m-instruct
 text=data/tinystories_heldout.txt
-runs/fetch-smollm2.sh --dtype f32
+runs/fetch-smollm2.sh --dtype f32 >&2
 cargo build --release
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
@@ -48,7 +48,7 @@ for round in $(seq "$rounds"); do
   kvfold >>"$scratch/kvfold"
 done
 
-python3 - "$scratch" "$0 $*" "$(git rev-parse --short HEAD)" "$steps" <<'PYTHON'
+python3 - "$scratch" "$0 PYTHON $rounds $steps" "$(git rev-parse --short HEAD)" "$steps" <<'PYTHON'
 import datetime, json, os, platform, statistics, sys
 scratch, command, commit, steps = sys.argv[1:]
 read = lambda name: [float(line) for line in open(os.path.join(scratch, name))]
