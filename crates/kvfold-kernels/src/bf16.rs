@@ -33,6 +33,23 @@ pub(crate) fn widen(bits: u32) -> f32 {
     f32::from_bits(bits << 16)
 }
 
+/// The nearest bf16 as a float.
+#[inline(always)]
+pub(crate) fn rounded<F: Real>(x: F) -> F {
+    F::of(f64::from(widen(round(x.f64() as f32))))
+}
+
+/// The terms of packed words `[..][W]`, each row as two rows of its lower and of its upper terms: `[..][2][W]`.
+#[inline(always)]
+pub(crate) fn widen_rows<F: Real, const W: usize>(words: &[u32], terms: &mut [F]) {
+    let of = |bits: u32| F::of(f64::from(f32::from_bits(bits)));
+    for (words, terms) in words.as_chunks::<W>().0.iter().zip(terms.chunks_exact_mut(2 * W)) {
+        let (lower, upper) = terms.split_at_mut(W);
+        lower.iter_mut().zip(words).for_each(|(term, word)| *term = of(word << 16));
+        upper.iter_mut().zip(words).for_each(|(term, word)| *term = of(word & 0xffff_0000));
+    }
+}
+
 /// Two neighbouring terms as a word.
 #[inline(always)]
 fn pair<F: Real>(lower: F, upper: F) -> u32 {

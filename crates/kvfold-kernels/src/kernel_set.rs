@@ -17,12 +17,26 @@ pub trait KernelSet<F: Real>: Copy + std::fmt::Debug + Send + Sync + 'static {
     fn exp(x: F) -> F;
 
     /// A matrix product on one thread.
-    fn gemm(self, g: Gemm<'_, F>, c: &mut [F]);
+    fn gemm(self, g: Gemm<'_, F>, c: &mut [F]) {
+        g.check_output(c.len());
+        // SAFETY: all of the output lies inside the exclusive slice.
+        unsafe { self.gemm_at(g, c.as_mut_ptr()) }
+    }
+
+    /// A matrix product on one thread, into rows that other threads write too, in other columns.
+    ///
+    /// # Safety
+    /// Rows of `g.n` elements, `g.c_row` apart, must be valid at `c`, and nobody else may use them.
+    unsafe fn gemm_at(self, g: Gemm<'_, F>, c: *mut F);
+
+    /// Whether products of bf16 operands are fastest from packed words, however many rows there are; else many rows are
+    /// multiplied as floats that were rounded, in the same order.
+    fn pairs(self) -> bool;
 
     /// A matrix product of packed bf16 operands on one thread.
     ///
     /// # Safety
-    /// Rows of `g.n` elements, `g.c_row` apart, must be valid at `c`, and nobody else may use them.
+    /// As [`KernelSet::gemm_at`].
     unsafe fn gemm_bf16(self, g: GemmBf16<'_>, c: *mut F);
 
     /// Attention of one KV head's queries in one sequence.
@@ -47,8 +61,13 @@ impl<F: Real> KernelSet<F> for Scalar {
         x.exp()
     }
 
-    fn gemm(self, g: Gemm<'_, F>, c: &mut [F]) {
-        simd::gemm_scalar(g, c);
+    unsafe fn gemm_at(self, g: Gemm<'_, F>, c: *mut F) {
+        // SAFETY: the caller's.
+        unsafe { simd::gemm_scalar(g, c) }
+    }
+
+    fn pairs(self) -> bool {
+        true
     }
 
     unsafe fn gemm_bf16(self, g: GemmBf16<'_>, c: *mut F) {
@@ -80,8 +99,13 @@ impl KernelSet<f32> for Fast {
         simd::exp_fast(x)
     }
 
-    fn gemm(self, g: Gemm<'_, f32>, c: &mut [f32]) {
-        simd::gemm(self.0, g, c);
+    unsafe fn gemm_at(self, g: Gemm<'_, f32>, c: *mut f32) {
+        // SAFETY: the caller's.
+        unsafe { simd::gemm(self.0, g, c) }
+    }
+
+    fn pairs(self) -> bool {
+        self.0 >= Level::Avx512Bf16
     }
 
     unsafe fn gemm_bf16(self, g: GemmBf16<'_>, c: *mut f32) {

@@ -107,57 +107,77 @@ pub struct Gemm<'a, F> {
 }
 
 impl<F> Gemm<'_, F> {
-    /// Panics unless every element that the product reads or writes lies inside its slice.
-    fn check(&self, c_len: usize) {
+    /// Panics unless every element of the factors lies inside its slice.
+    fn check_factors(&self) {
         let last = |rows: usize, row: usize, cols: usize, col: usize| (rows - 1) * row + (cols - 1) * col;
         assert!(last(self.m, self.a_row, self.k, self.a_col) < self.a.len(), "a is too short");
         assert!(last(self.k, self.b_row, self.n, 1) < self.b.len(), "b is too short");
-        assert!(last(self.m, self.c_row, self.n, 1) < c_len, "c is too short");
+    }
+
+    /// Panics unless every element of the output lies inside a slice of this length.
+    pub(crate) fn check_output(&self, c_len: usize) {
+        let needed = if self.m == 0 || self.n == 0 { 0 } else { (self.m - 1) * self.c_row + self.n };
+        assert!(needed <= c_len, "c is too short");
     }
 }
 
-/// The product in plain loops: the definition.
-pub fn gemm_scalar<F: crate::real::Real>(g: Gemm<'_, F>, c: &mut [F]) {
+/// The product in plain loops: the definition. `c` is a pointer, since several threads may write columns of the same rows.
+///
+/// # Safety
+/// Rows of `n` elements, `c_row` apart, must be valid at `c` for reads and writes, and nobody else may use them.
+pub(crate) unsafe fn gemm_scalar<F: crate::real::Real>(g: Gemm<'_, F>, c: *mut F) {
     for i in 0..g.m {
         for j in 0..g.n {
-            let start = if g.accumulate { c[i * g.c_row + j] } else { F::zero() };
-            c[i * g.c_row + j] = (0..g.k).fold(start, |s, p| s + g.a[i * g.a_row + p * g.a_col] * g.b[p * g.b_row + j]);
+            // SAFETY: inside the rows that the caller vouches for.
+            let c = unsafe { &mut *c.add(i * g.c_row + j) };
+            let start = if g.accumulate { *c } else { F::zero() };
+            *c = (0..g.k).fold(start, |s, p| s + g.a[i * g.a_row + p * g.a_col] * g.b[p * g.b_row + j]);
         }
     }
 }
 
 /// The product with the vectors of an instruction set.
-pub fn gemm(level: Level, g: Gemm<'_, f32>, c: &mut [f32]) {
+///
+/// # Safety
+/// As [`gemm_scalar`].
+pub(crate) unsafe fn gemm(level: Level, g: Gemm<'_, f32>, c: *mut f32) {
     if g.m == 0 || g.n == 0 {
         return;
     }
     if g.k == 0 {
         if !g.accumulate {
-            (0..g.m).for_each(|i| c[i * g.c_row..][..g.n].fill(0.0));
+            // SAFETY: the caller's.
+            (0..g.m).for_each(|i| unsafe { c.add(i * g.c_row).write_bytes(0, g.n) });
         }
         return;
     }
-    g.check(c.len());
+    g.check_factors();
     assert!(level <= Level::detect(), "{level:?} is not available on this machine");
-    match level {
-        // SAFETY: `check` keeps every access inside the slices.
-        Level::Portable => unsafe { gemm_tiles::<[f32; 8], 4, 2>(g, c.as_mut_ptr()) },
-        // SAFETY: as above, and the machine has the features.
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx2 => unsafe { gemm_avx2(g, c.as_mut_ptr()) },
-        // SAFETY: as above.
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx512 | Level::Avx512Bf16 => unsafe { gemm_avx512(g, c.as_mut_ptr()) },
-        #[cfg(not(target_arch = "x86_64"))]
-        _ => unreachable!("not an x86-64 machine"),
+    // SAFETY: every read is inside the slices, the caller vouches for `c`, and the machine has the features.
+    unsafe {
+        match level {
+            Level::Portable => gemm_tiles::<[f32; 8], 4, 2>(g, c),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => gemm_avx2(g, c),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 | Level::Avx512Bf16 => gemm_avx512(g, c),
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => unreachable!("not an x86-64 machine"),
+        }
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn gemm_avx2(g: Gemm<'_, f32>, c: *mut f32) {
+    // Few rows leave room for wide tiles only; more share the loads of fewer columns.
     // SAFETY: the caller's.
-    unsafe { gemm_tiles::<__m256, 4, 2>(g, c) }
+    unsafe {
+        match g.m {
+            ..4 => gemm_tiles::<__m256, 4, 2>(g, c),
+            _ => gemm_tiles::<__m256, 2, 6>(g, c),
+        }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -170,7 +190,7 @@ unsafe fn gemm_avx512(g: Gemm<'_, f32>, c: *mut f32) {
 /// Walks the output in tiles of `MR` rows and `NV` vectors.
 ///
 /// # Safety
-/// The product must pass [`Gemm::check`], and the machine must have `V`'s instruction set.
+/// The product must pass [`Gemm::check_factors`] and its output be valid, and the machine must have `V`'s instruction set.
 #[inline(always)]
 unsafe fn gemm_tiles<V: Vector, const NV: usize, const MR: usize>(g: Gemm<'_, f32>, c: *mut f32) {
     let mut j = 0;
@@ -179,7 +199,7 @@ unsafe fn gemm_tiles<V: Vector, const NV: usize, const MR: usize>(g: Gemm<'_, f3
         let mut i = 0;
         while i < g.m {
             let rows = (g.m - i).min(MR);
-            // SAFETY: rows and cols are what is left of the output, so the tile stays inside what `check` saw.
+            // SAFETY: rows and cols are what is left of the output, so the tile stays inside what was checked.
             unsafe {
                 let at = Tile {
                     k: g.k,
@@ -467,10 +487,12 @@ mod tests {
             let start: Vec<f32> = (0..m * (n + pad)).map(|i| noise(i + 90_000)).collect();
             let g = Gemm { m, n, k, a: &a, a_row, a_col, b: &b, b_row: n + pad, c_row: n + pad, accumulate };
             let mut expected = start.clone();
-            gemm_scalar(g, &mut expected);
+            // SAFETY: the output is as large as the product.
+            unsafe { gemm_scalar(g, expected.as_mut_ptr()) };
             for level in Level::available() {
                 let mut c = start.clone();
-                gemm(level, g, &mut c);
+                // SAFETY: as above.
+                unsafe { gemm(level, g, c.as_mut_ptr()) };
                 for (i, (got, want)) in c.iter().zip(&expected).enumerate() {
                     prop_assert!((got - want).abs() <= 1e-5 * (1.0 + k as f32).sqrt(), "{level:?} element {i}: {got} {want}");
                 }
@@ -485,10 +507,12 @@ mod tests {
             for level in Level::available() {
                 let all = Gemm { m: rows, n: PANEL, k, a: &a, a_row: k, a_col: 1, b: &b, b_row: PANEL, c_row: PANEL, accumulate: false };
                 let mut together = vec![0.0; rows * PANEL];
-                gemm(level, all, &mut together);
+                // SAFETY: the output is as large as the product.
+                unsafe { gemm(level, all, together.as_mut_ptr()) };
                 for r in 0..rows {
                     let mut alone = vec![0.0; PANEL];
-                    gemm(level, Gemm { m: 1, a: &a[r * k..], ..all }, &mut alone);
+                    // SAFETY: as above.
+                    unsafe { gemm(level, Gemm { m: 1, a: &a[r * k..], ..all }, alone.as_mut_ptr()) };
                     prop_assert_eq!(&alone[..], &together[r * PANEL..][..PANEL]);
                 }
             }

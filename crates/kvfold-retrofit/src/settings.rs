@@ -92,6 +92,8 @@ pub enum Text {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Train {
+    /// Decision heads alone: what the model computes of its text stays the original's.
+    Decide,
     /// Queries and keys, and decision heads.
     Qk,
     /// Queries, keys, values, the heads' output, and decision heads.
@@ -105,6 +107,7 @@ impl Train {
     /// Its name in settings.
     pub fn name(self) -> &'static str {
         match self {
+            Train::Decide => "decide",
             Train::Qk => "qk",
             Train::Attention => "attention",
             Train::All => "all",
@@ -116,6 +119,7 @@ impl Train {
     pub fn trains(self, name: &str) -> bool {
         let of = |parts: &[&str]| parts.iter().any(|part| name.contains(part));
         match self {
+            Train::Decide => of(&[names::DECIDE_PROJ]),
             Train::Qk => of(&[".self_attn.q_", ".self_attn.k_", names::DECIDE_PROJ]),
             Train::Attention => of(&[".self_attn."]),
             Train::All => true,
@@ -362,6 +366,9 @@ impl Settings {
         let (parts, expected) = (self.accumulate, format!("1 to {}, the sequences of a step", self.batch));
         must((1..=self.batch).contains(&parts), "accumulate", parts.to_string(), expected)?;
         must(self.stages.total() > 0, "steps", "0".into(), "at least 1 step".into())?;
+        let heads = self.shape(shape).decide_outputs > 0;
+        let expected = "qk, attention or all: without decision heads nothing would train".into();
+        must(heads || self.train != Train::Decide, "train", self.train.name().into(), expected)?;
         let (borrows, zeroing) = (self.method.borrows() != Borrows::Nothing, self.stages.zeroing);
         let expected = "0: no channel is borrowed".into();
         must(borrows || zeroing == 0, "zeroing steps", zeroing.to_string(), expected)?;

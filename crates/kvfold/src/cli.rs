@@ -410,6 +410,8 @@ impl From<OverArg> for Over {
 /// Which weights change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum TrainArg {
+    /// The decision heads alone
+    Decide,
     /// Queries and keys, and the decision heads
     Qk,
     /// Queries, keys, values, the heads' output, and the decision heads
@@ -421,6 +423,7 @@ pub(crate) enum TrainArg {
 impl From<TrainArg> for Train {
     fn from(train: TrainArg) -> Self {
         match train {
+            TrainArg::Decide => Train::Decide,
             TrainArg::Qk => Train::Qk,
             TrainArg::Attention => Train::Attention,
             TrainArg::All => Train::All,

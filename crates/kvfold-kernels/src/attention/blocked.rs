@@ -9,7 +9,7 @@ use crate::real::{self, Real};
 use crate::simd::{Gemm, PANEL};
 
 /// Queries of a block.
-const QUERIES: usize = 32;
+const QUERIES: usize = 48;
 /// Keys of a block.
 const KEYS: usize = 128;
 

@@ -50,7 +50,7 @@ impl<T: Copy + Default> Recycler<T> {
         buffer
     }
 
-    fn give(&self, buffer: Vec<T>) {
+    pub(crate) fn give(&self, buffer: Vec<T>) {
         // One that was not taken from here may have room for no more than its elements.
         let class = size_class(buffer.len());
         if buffer.len() >= SMALL && buffer.capacity() >= class {
@@ -81,6 +81,9 @@ pub(super) struct Packings<F> {
     pub(super) panels_of_rows: OnceLock<Vec<u32>>,
     /// bf16, terms along the rows.
     pub(super) panels_of_columns: OnceLock<Vec<u32>>,
+    /// Rounded to bf16, in the backend's floats: row-major, and panels of 32 columns, each `[R][32]`.
+    pub(super) rounded_rows: OnceLock<Vec<F>>,
+    pub(super) rounded_panels: OnceLock<Vec<F>>,
 }
 
 #[derive(Debug)]
@@ -102,8 +105,10 @@ impl<F: Real> Drop for Buffer<F> {
 impl<F: Real> Buffer<F> {
     /// Gives the packings back: the numbers are about to change.
     fn forget_packings(&mut self) {
-        let Packings { floats, rows, panels_of_rows, panels_of_columns } = std::mem::take(&mut self.packings);
-        floats.into_inner().into_iter().for_each(|panels| self.home.floats.give(panels));
+        let Packings { floats, rows, panels_of_rows, panels_of_columns, rounded_rows, rounded_panels } =
+            std::mem::take(&mut self.packings);
+        let floats = [floats, rounded_rows, rounded_panels].into_iter().filter_map(OnceLock::into_inner);
+        floats.for_each(|floats| self.home.floats.give(floats));
         let words = [rows, panels_of_rows, panels_of_columns].into_iter().filter_map(OnceLock::into_inner);
         words.for_each(|words| self.home.words.give(words));
     }

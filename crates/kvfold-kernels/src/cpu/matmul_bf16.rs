@@ -2,18 +2,25 @@
 //!
 //! The output is divided into blocks of rows and of panels; which blocks there are does not touch a sum. A weight is
 //! packed once and stays packed until it changes.
+//!
+//! Without bf16 instructions each word costs a shift and a mask before it is multiplied. A few rows pay that gladly for
+//! half the bytes. Many rows are multiplied as floats instead: activations are rounded, and each block widens its panels
+//! of weights once. The sums are the same, term by term.
 
 use super::{Array, Cpu, for_rows};
 use crate::bf16::{self, GemmBf16, words};
 use crate::kernel_set::KernelSet;
 use crate::real::Real;
-use crate::simd::PANEL;
+use crate::simd::{Gemm, PANEL};
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Rows of a block: several register tiles, few enough to stay in cache beside a panel.
 const ROWS: usize = 96;
 /// Words that a weight gradient sums before it moves on, so that its inputs stay in cache.
 const WORDS: usize = 256;
+/// Rows from which widening a panel is paid back, where there are no bf16 instructions.
+const MANY: usize = 12;
 /// Multiplications that are worth a task.
 const TASK: usize = 256 * 1024;
 
@@ -33,25 +40,34 @@ impl<F> Output<F> {
 impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     /// `x [N,K] . w [M,K]^T`.
     pub(super) fn bf16_product(&self, x: &Array<F>, w: &Array<F>) -> Array<F> {
-        let ((n, k), (m, wk)) = (x.matrix(), w.matrix());
+        let ((_, k), (m, wk)) = (x.matrix(), w.matrix());
         assert_eq!(k, wk, "linear of {:?} by {:?}", x.shape(), w.shape());
-        let (a, b) = (self.packed_rows(x), self.packed_panels_of_rows(w));
-        self.row_product(a, b, (n, m, k))
+        self.row_product(x, self.packed_panels_of_rows(w), m)
     }
 
     /// `d [N,M] . w [M,K]`.
     pub(super) fn bf16_product_grad_x(&self, w: &Array<F>, d: &Array<F>) -> Array<F> {
-        let ((m, k), (n, dm)) = (w.matrix(), d.matrix());
+        let ((m, k), (_, dm)) = (w.matrix(), d.matrix());
         assert_eq!(m, dm, "gradient {:?} of a linear by {:?}", d.shape(), w.shape());
-        let (a, b) = (self.packed_rows(d), self.packed_panels_of_columns(w));
-        self.row_product(a, b, (n, k, m))
+        self.row_product(d, self.packed_panels_of_columns(w), k)
     }
 
-    /// Packed rows times panels, `[N, outputs]`.
-    fn row_product(&self, a: &[u32], b: &[u32], (n, outputs, terms): (usize, usize, usize)) -> Array<F> {
-        let words = words(terms);
+    /// `x [N,terms]` times panels of `outputs` columns.
+    fn row_product(&self, x: &Array<F>, panels: &[u32], outputs: usize) -> Array<F> {
+        let (n, terms) = x.matrix();
         let mut y = self.buffer(n * outputs);
         let out = Output(y.as_mut_ptr());
+        let shape = (n, outputs, terms);
+        match self.set.pairs() || n < MANY {
+            true => self.word_product(self.packed_rows(x), panels, shape, &out),
+            false => self.widened_product(self.rounded_rows(x), panels, shape, &out),
+        }
+        self.array(&[n, outputs], y)
+    }
+
+    /// Packed rows times panels.
+    fn word_product(&self, a: &[u32], b: &[u32], (n, outputs, terms): (usize, usize, usize), out: &Output<F>) {
+        let words = words(terms);
         blocks(n, outputs, terms, |rows, panels| {
             for panel in panels {
                 let product = GemmBf16 {
@@ -69,16 +85,54 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
                 unsafe { self.set.gemm_bf16(product, out.at(rows.start * outputs + panel * PANEL)) };
             }
         });
-        self.array(&[n, outputs], y)
+    }
+
+    /// Rounded rows times panels, which each block widens.
+    fn widened_product(&self, a: &[F], b: &[u32], (n, outputs, terms): (usize, usize, usize), out: &Output<F>) {
+        let words = words(terms);
+        blocks(n, outputs, terms, |rows, panels| {
+            let mut wide = self.home.floats.take(2 * words * PANEL);
+            for panel in panels {
+                self.set.run(
+                    #[inline(always)]
+                    || bf16::widen_rows::<F, PANEL>(&b[panel * words * PANEL..][..words * PANEL], &mut wide),
+                );
+                let product = Gemm {
+                    m: rows.len(),
+                    n: PANEL.min(outputs - panel * PANEL),
+                    k: terms,
+                    a: &a[rows.start * terms..],
+                    a_row: terms,
+                    a_col: 1,
+                    b: &wide,
+                    b_row: PANEL,
+                    c_row: outputs,
+                    accumulate: false,
+                };
+                // SAFETY: these rows and columns are this block's alone.
+                unsafe { self.set.gemm_at(product, out.at(rows.start * outputs + panel * PANEL)) };
+            }
+            self.home.floats.give(wide);
+        });
     }
 
     /// `d [N,M]^T . x [N,K]`.
     pub(super) fn bf16_product_grad_w(&self, x: &Array<F>, d: &Array<F>) -> Array<F> {
         let ((n, k), (dn, m)) = (x.matrix(), d.matrix());
         assert_eq!(n, dn, "gradient {:?} of a linear of {:?}", d.shape(), x.shape());
+        let mut dw = self.buffer(m * k);
+        match self.set.pairs() {
+            true => self.word_product_of_columns(d, x, &mut dw),
+            false => self.rounded_product_of_columns(d, x, &mut dw),
+        }
+        self.array(&[m, k], dw)
+    }
+
+    /// `d^T . x` of packed columns.
+    fn word_product_of_columns(&self, d: &Array<F>, x: &Array<F>, dw: &mut [F]) {
+        let (n, k) = x.matrix();
         let (a, b) = (self.packed_panels_of_columns(d), self.packed_panels_of_columns(x));
         let words = words(n);
-        let mut dw = self.buffer(m * k);
         dw.par_chunks_mut(PANEL * k).zip(a.par_chunks_exact(words * PANEL)).for_each(|(dw, a)| {
             for first in (0..words).step_by(WORDS) {
                 for (panel, b) in b.chunks_exact(words * PANEL).enumerate() {
@@ -98,7 +152,67 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
                 }
             }
         });
-        self.array(&[m, k], dw)
+    }
+
+    /// `d^T . x` of rounded columns.
+    fn rounded_product_of_columns(&self, d: &Array<F>, x: &Array<F>, dw: &mut [F]) {
+        let (n, k) = x.matrix();
+        let (a, b) = (self.rounded_panels(d), self.rounded_panels(x));
+        dw.par_chunks_mut(PANEL * k).zip(a.par_chunks_exact(n * PANEL)).for_each(|(dw, a)| {
+            for first in (0..n).step_by(2 * WORDS) {
+                for (panel, b) in b.chunks_exact(n * PANEL).enumerate() {
+                    let product = Gemm {
+                        m: dw.len() / k,
+                        n: PANEL.min(k - panel * PANEL),
+                        k: (2 * WORDS).min(n - first),
+                        a: &a[first * PANEL..],
+                        a_row: 1,
+                        a_col: PANEL,
+                        b: &b[first * PANEL..],
+                        b_row: PANEL,
+                        c_row: k,
+                        accumulate: first > 0,
+                    };
+                    self.set.gemm(product, &mut dw[panel * PANEL..]);
+                }
+            }
+        });
+    }
+
+    /// The numbers of an array rounded to bf16, made at first use.
+    fn rounded_rows<'a>(&self, x: &'a Array<F>) -> &'a [F] {
+        x.packings().rounded_rows.get_or_init(|| {
+            let mut rows = self.home.floats.take(x.data().len());
+            for_rows(&mut rows, 1, |first, block| {
+                self.set.run(
+                    #[inline(always)]
+                    || block.iter_mut().zip(&x.data()[first..]).for_each(|(to, &x)| *to = bf16::rounded(x)),
+                );
+            });
+            rows
+        })
+    }
+
+    /// Panels of 32 columns of an array, `[R][32]` each, rounded to bf16, made at first use.
+    fn rounded_panels<'a>(&self, x: &'a Array<F>) -> &'a [F] {
+        let (rows, cols) = x.matrix();
+        x.packings().rounded_panels.get_or_init(|| {
+            let mut panels = self.home.floats.take(cols.div_ceil(PANEL) * rows * PANEL);
+            panels.par_chunks_exact_mut(rows * PANEL).enumerate().for_each(|(panel, to)| {
+                let width = PANEL.min(cols - panel * PANEL);
+                self.set.run(
+                    #[inline(always)]
+                    || {
+                        for (to, x) in to.chunks_exact_mut(PANEL).zip(x.data().chunks_exact(cols)) {
+                            let x = &x[panel * PANEL..][..width];
+                            to.iter_mut().zip(x).for_each(|(to, &x)| *to = bf16::rounded(x));
+                            to[width..].fill(F::zero());
+                        }
+                    },
+                );
+            });
+            panels
+        })
     }
 
     /// [`bf16::rows`] of an array, made at first use.
@@ -161,7 +275,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
 }
 
 /// Calls `f` with blocks of rows and panels that cover an output, in parallel where it pays.
-fn blocks(n: usize, outputs: usize, terms: usize, f: impl Fn(std::ops::Range<usize>, std::ops::Range<usize>) + Sync) {
+fn blocks(n: usize, outputs: usize, terms: usize, f: impl Fn(Range<usize>, Range<usize>) + Sync) {
     let panels = outputs.div_ceil(PANEL);
     let rows = n.min(ROWS);
     // Blocks of few rows take more panels; few blocks of rows are divided by panels.
