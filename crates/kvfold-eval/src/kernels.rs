@@ -111,7 +111,7 @@ impl Bench<'_> {
                 .collect(),
         );
         let peak = match cost.precision {
-            Precision::F32 => self.machine.peak_f32,
+            Precision::F32 | Precision::Q8 => self.machine.peak_f32,
             Precision::Bf16 => self.machine.peak_bf16,
         };
         let bytes = 4.0 * cost.numbers as f64;

@@ -5,6 +5,7 @@
 
 use crate::attention::{self, AttentionJob, AttentionJobGrad};
 use crate::bf16::{self, GemmBf16};
+use crate::q8::{self, GemmQ8};
 use crate::real::Real;
 use crate::simd::{self, Gemm, Level};
 
@@ -38,6 +39,12 @@ pub trait KernelSet<F: Real>: Copy + std::fmt::Debug + Send + Sync + 'static {
     /// # Safety
     /// As [`KernelSet::gemm_at`].
     unsafe fn gemm_bf16(self, g: GemmBf16<'_>, c: *mut F);
+
+    /// A matrix product with a panel of an 8-bit weight on one thread.
+    ///
+    /// # Safety
+    /// As [`KernelSet::gemm_at`].
+    unsafe fn gemm_q8(self, g: GemmQ8<'_, F>, c: *mut F);
 
     /// Attention of one KV head's queries in one sequence.
     fn attention(self, job: &AttentionJob<'_, F>, out: &mut [F], lse: &mut [F]);
@@ -73,6 +80,11 @@ impl<F: Real> KernelSet<F> for Scalar {
     unsafe fn gemm_bf16(self, g: GemmBf16<'_>, c: *mut F) {
         // SAFETY: the caller's.
         unsafe { bf16::gemm_scalar(g, c) }
+    }
+
+    unsafe fn gemm_q8(self, g: GemmQ8<'_, F>, c: *mut F) {
+        // SAFETY: the caller's.
+        unsafe { q8::gemm_scalar(g, c) }
     }
 
     fn attention(self, job: &AttentionJob<'_, F>, out: &mut [F], lse: &mut [F]) {
@@ -111,6 +123,11 @@ impl KernelSet<f32> for Fast {
     unsafe fn gemm_bf16(self, g: GemmBf16<'_>, c: *mut f32) {
         // SAFETY: the caller's.
         unsafe { bf16::gemm(self.0, g, c) }
+    }
+
+    unsafe fn gemm_q8(self, g: GemmQ8<'_, f32>, c: *mut f32) {
+        // SAFETY: the caller's.
+        unsafe { q8::gemm(self.0, g, c) }
     }
 
     fn attention(self, job: &AttentionJob<'_, f32>, out: &mut [f32], lse: &mut [f32]) {

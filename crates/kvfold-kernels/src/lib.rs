@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `simd.rs` | instruction sets, the matrix product's register tile, a vectorisable exponential |
 //! | `bf16.rs` | packing to bf16, and the tile of its products |
+//! | `q8.rs` | 8-bit weights, and the tile of their products |
 //! | `norm.rs`, `rope.rs`, `loss.rs` | RMS norm, rotary embedding, cross-entropy and KL |
 //! | `gate.rs` | decisions and importances, their relaxation, the hinge |
 //! | `pool.rs` | running weighted means |
@@ -29,6 +30,7 @@ mod norm;
 pub mod ops;
 pub mod paged;
 mod pool;
+mod q8;
 pub mod real;
 mod rope;
 pub mod simd;

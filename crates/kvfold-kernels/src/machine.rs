@@ -28,7 +28,7 @@ pub fn peak(level: Level, precision: Precision) -> f64 {
         let mut c = vec![0.0f32; ROWS * PANEL];
         for _ in 0..TIMES {
             match precision {
-                Precision::F32 => {
+                Precision::F32 | Precision::Q8 => {
                     let (a, b) = (black_box(&a), black_box(&b));
                     let shape = Gemm {
                         m: ROWS,

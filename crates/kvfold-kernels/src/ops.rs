@@ -272,6 +272,9 @@ pub enum Precision {
     F32,
     /// Both factors rounded to bf16: half the bytes, and twice the speed where the machine has bf16 products.
     Bf16,
+    /// Weights in 8 bits, 32 terms to a scale (8.5 bits a weight), the other factor in floats. For serving only: there is
+    /// no gradient.
+    Q8,
 }
 
 /// A model's predictions of next tokens: the softmax of `x . w^T`, in the precision of `w`.

@@ -11,12 +11,14 @@ use kvfold_kernels::{FastCpu, Grad, Ops, Reference};
 
 /// Largest difference of an f32 result from the f64 reference, relative to the largest element of the result (or to
 /// 0.1, where all are smaller).
-const TOLERANCES: [(&str, f32); 35] = [
+const TOLERANCES: [(&str, f32); 37] = [
     ("linear", 2e-6),
     ("linear_grad", 2e-6),
     ("linear_bf16", 2e-6),
     ("linear_bf16_grad", 2e-6),
     ("weight_bf16", 0.0),
+    ("linear_q8", 2e-6),
+    ("weight_q8", 0.0),
     ("embed", 0.0),
     ("embed_grad", 5e-7),
     ("rms_norm", 5e-7),
@@ -172,6 +174,10 @@ impl<O: Grad> Bench<'_, O> {
         self.keep("weight_bf16", false, &packed);
         let ids: Vec<u32> = (0..wide as u32).rev().collect();
         self.keep("weight_bf16 rows", false, &ops.embed(&ids, &packed));
+        let quantised = ops.weight(&[wide, dim], &numbers, Precision::Q8);
+        self.keep("linear_q8", true, &ops.linear(&x, &quantised));
+        self.keep("weight_q8", false, &quantised);
+        self.keep("weight_q8 rows", false, &ops.embed(&ids, &quantised));
 
         let first = self.case.first;
         let ids: Vec<u32> = (0..self.rows).map(|row| (hash(&[(first + row) as u64]) % vocab as u64) as u32).collect();

@@ -401,6 +401,8 @@ impl Settings {
                 must(offset.is_finite(), "decision offset", offset.to_string(), "a finite number".into())?;
             }
         }
+        let expected = "f32 or bf16: 8-bit weights have no gradient".into();
+        must(self.precision != Precision::Q8, "precision", "q8".into(), expected)?;
         number(self.temperature, 1e-6, "temperature")?;
         number(self.pressure.weight, 0.0, "hinge weight")?;
         number(self.pressure.margin, 0.0, "margin")?;

@@ -219,6 +219,8 @@ pub(crate) enum PrecisionArg {
     F32,
     /// 16 bits: half the memory, and faster
     Bf16,
+    /// 8 bits and a scale per 32 weights, activations in floats; for serving only
+    Q8,
 }
 
 impl From<PrecisionArg> for Precision {
@@ -226,6 +228,7 @@ impl From<PrecisionArg> for Precision {
         match precision {
             PrecisionArg::F32 => Precision::F32,
             PrecisionArg::Bf16 => Precision::Bf16,
+            PrecisionArg::Q8 => Precision::Q8,
         }
     }
 }

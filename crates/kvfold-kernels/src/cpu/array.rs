@@ -5,6 +5,7 @@
 //! next array of about that size takes it: batches of packed documents are never quite equally long.
 
 use crate::ops::Precision;
+use crate::q8;
 use crate::real::Real;
 use crate::simd::PANEL;
 use std::collections::HashMap;
@@ -84,6 +85,8 @@ pub(super) struct Packings<F> {
     /// Rounded to bf16, in the backend's floats: row-major, and panels of 32 columns, each `[R][32]`.
     pub(super) rounded_rows: OnceLock<Vec<F>>,
     pub(super) rounded_panels: OnceLock<Vec<F>>,
+    /// Integers of 8 bits and their scales.
+    pub(super) quantised: OnceLock<q8::Panels>,
 }
 
 #[derive(Debug)]
@@ -105,7 +108,7 @@ impl<F: Real> Drop for Buffer<F> {
 impl<F: Real> Buffer<F> {
     /// Gives the packings back: the numbers are about to change.
     fn forget_packings(&mut self) {
-        let Packings { floats, rows, panels_of_rows, panels_of_columns, rounded_rows, rounded_panels } =
+        let Packings { floats, rows, panels_of_rows, panels_of_columns, rounded_rows, rounded_panels, .. } =
             std::mem::take(&mut self.packings);
         let floats = [floats, rounded_rows, rounded_panels].into_iter().filter_map(OnceLock::into_inner);
         floats.for_each(|floats| self.home.floats.give(floats));

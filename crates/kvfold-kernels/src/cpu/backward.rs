@@ -15,6 +15,9 @@ use crate::pool::{self, PoolJob, PoolJobGrad};
 use crate::real::{self, Real};
 use rayon::prelude::*;
 
+/// Why there is no gradient of an 8-bit weight.
+const NOT_TRAINED: &str = "8-bit weights have no gradient: a run's settings are checked for that";
+
 /// Rows whose gradients of a gain or a bias are summed by one task.
 const SUMMED_ROWS: usize = 256;
 
@@ -28,6 +31,7 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
         match w.precision() {
             Precision::F32 => self.float_product_grad_x(w, d),
             Precision::Bf16 => self.bf16_product_grad_x(w, d),
+            Precision::Q8 => panic!("{NOT_TRAINED}"),
         }
     }
 
@@ -35,6 +39,7 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
         match w.precision() {
             Precision::F32 => self.float_product_grad_w(x, d),
             Precision::Bf16 => self.bf16_product_grad_w(x, d),
+            Precision::Q8 => panic!("{NOT_TRAINED}"),
         }
     }
 

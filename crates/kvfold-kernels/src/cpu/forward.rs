@@ -14,6 +14,16 @@ use crate::real::{self, Real};
 use crate::{norm, rope};
 use rayon::prelude::*;
 
+impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
+    /// A row of a weight that is held in its precision only.
+    fn stored_row<T: Real>(&self, w: &Array<F>, row: usize, to: &mut [T]) {
+        match w.precision() {
+            Precision::Q8 => self.quantised(w).row(row, to),
+            Precision::F32 | Precision::Bf16 => self.packed_row(w, row, to),
+        }
+    }
+}
+
 impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
     type Tensor = Array<F>;
 
@@ -29,6 +39,10 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
                 self.packed_panels_of_rows(&whole);
                 whole.keep_packed()
             }
+            Precision::Q8 => {
+                self.quantised(&whole);
+                whole.keep_packed()
+            }
         }
     }
 
@@ -38,7 +52,7 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
             false => {
                 let (rows, cols) = x.matrix();
                 let mut data = vec![0.0; rows * cols];
-                data.chunks_exact_mut(cols).enumerate().for_each(|(row, to)| self.packed_row(x, row, to));
+                data.chunks_exact_mut(cols).enumerate().for_each(|(row, to)| self.stored_row(x, row, to));
                 data
             }
         }
@@ -57,6 +71,7 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
         match w.precision() {
             Precision::F32 => self.float_product(x, w),
             Precision::Bf16 => self.bf16_product(x, w),
+            Precision::Q8 => self.q8_product(x, w),
         }
     }
 
@@ -69,7 +84,7 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
                 for (row, &id) in block.chunks_exact_mut(cols).zip(&ids[first..]) {
                     match table.is_whole() {
                         true => row.copy_from_slice(&table.data()[id as usize * cols..][..cols]),
-                        false => self.packed_row(table, id as usize, row),
+                        false => self.stored_row(table, id as usize, row),
                     }
                 }
             },

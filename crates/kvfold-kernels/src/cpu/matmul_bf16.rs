@@ -1,42 +1,21 @@
 //! The three products of a linear layer with bf16 operands.
 //!
-//! The output is divided into blocks of rows and of panels; which blocks there are does not touch a sum. A weight is
-//! packed once and stays packed until it changes.
+//! Which blocks an output is divided into does not touch a sum. A weight is packed once and stays packed until it changes.
 //!
 //! Without bf16 instructions each word costs a shift and a mask before it is multiplied. A few rows pay that gladly for
 //! half the bytes. Many rows are multiplied as floats instead: activations are rounded, and each block widens its panels
 //! of weights once. The sums are the same, term by term.
 
+use super::blocks::{MANY, Output, Sizes, blocks};
 use super::{Array, Cpu, for_rows};
 use crate::bf16::{self, GemmBf16, words};
 use crate::kernel_set::KernelSet;
 use crate::real::Real;
 use crate::simd::{Gemm, PANEL};
 use rayon::prelude::*;
-use std::ops::Range;
 
-/// Rows of a block: several register tiles, few enough to stay in cache beside a panel.
-const ROWS: usize = 96;
 /// Words that a weight gradient sums before it moves on, so that its inputs stay in cache.
 const WORDS: usize = 256;
-/// Rows from which widening a panel is paid back, where there are no bf16 instructions.
-const MANY: usize = 12;
-/// Multiplications that are worth a task.
-const TASK: usize = 256 * 1024;
-
-/// An output whose blocks threads write side by side.
-struct Output<F>(*mut F);
-
-// SAFETY: `Cpu::blocks` hands every thread columns and rows of its own.
-unsafe impl<F: Send> Sync for Output<F> {}
-
-impl<F> Output<F> {
-    /// Where an element is.
-    fn at(&self, index: usize) -> *mut F {
-        self.0.wrapping_add(index)
-    }
-}
-
 impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     /// `x [N,K] . w [M,K]^T`.
     pub(super) fn bf16_product(&self, x: &Array<F>, w: &Array<F>) -> Array<F> {
@@ -55,20 +34,26 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     /// `x [N,terms]` times panels of `outputs` columns.
     fn row_product(&self, x: &Array<F>, panels: &[u32], outputs: usize) -> Array<F> {
         let (n, terms) = x.matrix();
-        let mut y = self.buffer(n * outputs);
-        let out = Output(y.as_mut_ptr());
-        let shape = (n, outputs, terms);
-        match self.set.pairs() || n < MANY {
-            true => self.word_product(self.packed_rows(x), panels, shape, &out),
-            false => self.widened_product(self.rounded_rows(x), panels, shape, &out),
-        }
+        let (sizes, words) = (Sizes { n, outputs, terms }, words(terms));
+        let y = match self.set.pairs() || n < MANY {
+            true => self.word_product(self.packed_rows(x), panels, sizes),
+            false => self.widened_product(
+                self.rounded_rows(x),
+                sizes,
+                #[inline(always)]
+                |panel, wide| bf16::widen_rows::<F, PANEL>(&panels[panel * words * PANEL..][..words * PANEL], wide),
+            ),
+        };
         self.array(&[n, outputs], y)
     }
 
     /// Packed rows times panels.
-    fn word_product(&self, a: &[u32], b: &[u32], (n, outputs, terms): (usize, usize, usize), out: &Output<F>) {
+    fn word_product(&self, a: &[u32], b: &[u32], sizes: Sizes) -> Vec<F> {
+        let Sizes { n, outputs, terms } = sizes;
         let words = words(terms);
-        blocks(n, outputs, terms, |rows, panels| {
+        let mut y = self.buffer(n * outputs);
+        let out = Output::of(&mut y);
+        blocks(sizes, |rows, panels| {
             for panel in panels {
                 let product = GemmBf16 {
                     m: rows.len(),
@@ -85,35 +70,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
                 unsafe { self.set.gemm_bf16(product, out.at(rows.start * outputs + panel * PANEL)) };
             }
         });
-    }
-
-    /// Rounded rows times panels, which each block widens.
-    fn widened_product(&self, a: &[F], b: &[u32], (n, outputs, terms): (usize, usize, usize), out: &Output<F>) {
-        let words = words(terms);
-        blocks(n, outputs, terms, |rows, panels| {
-            let mut wide = self.home.floats.take(2 * words * PANEL);
-            for panel in panels {
-                self.set.run(
-                    #[inline(always)]
-                    || bf16::widen_rows::<F, PANEL>(&b[panel * words * PANEL..][..words * PANEL], &mut wide),
-                );
-                let product = Gemm {
-                    m: rows.len(),
-                    n: PANEL.min(outputs - panel * PANEL),
-                    k: terms,
-                    a: &a[rows.start * terms..],
-                    a_row: terms,
-                    a_col: 1,
-                    b: &wide,
-                    b_row: PANEL,
-                    c_row: outputs,
-                    accumulate: false,
-                };
-                // SAFETY: these rows and columns are this block's alone.
-                unsafe { self.set.gemm_at(product, out.at(rows.start * outputs + panel * PANEL)) };
-            }
-            self.home.floats.give(wide);
-        });
+        y
     }
 
     /// `d [N,M]^T . x [N,K]`.
@@ -272,19 +229,4 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
             packed
         })
     }
-}
-
-/// Calls `f` with blocks of rows and panels that cover an output, in parallel where it pays.
-fn blocks(n: usize, outputs: usize, terms: usize, f: impl Fn(Range<usize>, Range<usize>) + Sync) {
-    let panels = outputs.div_ceil(PANEL);
-    let rows = n.min(ROWS);
-    // Blocks of few rows take more panels; few blocks of rows are divided by panels.
-    let worth = TASK.div_ceil(rows.max(1) * terms * PANEL);
-    let wanted = (4 * rayon::current_num_threads()).div_ceil(n.div_ceil(ROWS).max(1));
-    let width = panels.div_ceil(wanted).max(worth).min(panels);
-    let strips = panels.div_ceil(width);
-    (0..n.div_ceil(ROWS) * strips).into_par_iter().for_each(|block| {
-        let (row, panel) = (block / strips * ROWS, block % strips * width);
-        f(row..n.min(row + ROWS), panel..panels.min(panel + width));
-    });
 }

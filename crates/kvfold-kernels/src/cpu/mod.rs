@@ -4,12 +4,14 @@
 
 mod array;
 mod backward;
+mod blocks;
 mod cache;
 mod forward;
 mod heads;
 mod loss;
 mod matmul;
 mod matmul_bf16;
+mod matmul_q8;
 
 pub use array::Array;
 pub use loss::LOSS_ROWS;
