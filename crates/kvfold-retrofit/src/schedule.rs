@@ -53,7 +53,8 @@ pub fn place(settings: &Settings, step: u64) -> Place {
     let target = settings.target_ratio();
     let ramped = step - stages.zeroing + 1;
     if ramped <= stages.ramp {
-        let ratio = 1.0 + (target - 1.0) * ramped as f64 / stages.ramp as f64;
+        let first = settings.first_ratio();
+        let ratio = first + (target - first) * ramped as f64 / stages.ramp as f64;
         return Place { stage: Stage::Ramp, ratio, channel: 0.0, rate };
     }
     Place { stage: Stage::Hold, ratio: target, channel: 0.0, rate }

@@ -1,6 +1,7 @@
 //! Everything that defines a run.
 
 use crate::error::RetrofitError;
+use crate::origin::Origin;
 use kvfold_kernels::dmc::{self, Borrows, Decision, Dmc, Share};
 use kvfold_kernels::ops::{Heads, KlDirection, Over, Precision, Scope, StatedAt};
 use kvfold_model::names;
@@ -188,6 +189,9 @@ pub struct Settings {
     /// documents the same share of the tokens that are no longer exact is asked for. In GQA the KV heads of the original
     /// per KV head that is left.
     pub ratio: f64,
+    /// The retrofitted model that the run begins at; `None` for the original.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<Origin>,
     /// What the model is asked to keep.
     pub loss: Loss,
     /// Where the training text comes from.
@@ -265,6 +269,7 @@ impl Settings {
         Self {
             method,
             ratio,
+            from: None,
             loss: Loss::Distill { direction: KlDirection::Forward },
             text: Text::Given { digest: String::new(), max_tokens: None, reset: true },
             pressure: Pressure { scope: Scope::Global, over: Over::Batch, weight: 2.0, margin: 0.03 },
@@ -288,6 +293,17 @@ impl Settings {
             precision: if shape.hidden < NARROW { Precision::F32 } else { Precision::Bf16 },
             recompute: false,
         }
+    }
+
+    /// The same run beginning at a retrofitted model, whose channels are free already.
+    pub fn beginning_at(mut self, origin: Origin) -> Self {
+        self.stages.ramp += std::mem::take(&mut self.stages.zeroing);
+        Self { from: Some(origin), ..self }
+    }
+
+    /// The ratio from which the target rises.
+    pub fn first_ratio(&self) -> f64 {
+        self.from.as_ref().map_or(1.0, |origin| origin.ratio)
     }
 
     /// The ratio that is trained towards.
@@ -350,6 +366,8 @@ impl Settings {
             must(x.is_finite() && x >= from, setting, x.to_string(), format!("a finite number of at least {from}"))
         };
         number(self.ratio, 1.0, "ratio")?;
+        let (first, expected) = (self.first_ratio(), "at least that of the model the run begins at".to_owned());
+        must(self.ratio >= first, "ratio", self.ratio.to_string(), format!("{expected}, {first}"))?;
         let (context, length) = (shape.context, self.length);
         let in_context = (2..=context).contains(&length);
         must(in_context, "length", length.to_string(), format!("2 to {context}, the model's context"))?;

@@ -3,6 +3,7 @@
 use crate::corpus::Corpus;
 use crate::error::RetrofitError;
 use crate::gqa::mean_pooled;
+use crate::origin::Origin;
 use crate::pressure::{BatchRates, asked};
 use crate::schedule::{Place, Stage, place};
 use crate::settings::{Loss, Method, Pressure, Settings};
@@ -136,28 +137,59 @@ where
     O::Tensor: 'static,
 {
     /// A run's beginning: the base model, with zero-initialised decision heads or with merged KV heads where they are
-    /// asked for. Weights that do not train are in memory once, for the model and its teacher, merged heads apart.
+    /// asked for.
     pub fn new(ops: O, base: &Checkpoint, settings: Settings) -> Result<Self, RetrofitError> {
-        let plain = Shape::of(&base.config);
-        settings.validate(&plain)?;
-        if base.config.compression.is_some() {
+        settings.validate(&Shape::of(&base.config))?;
+        if settings.from.is_some() {
             return Err(RetrofitError::Setting {
-                setting: "model",
-                found: format!("{}, which is retrofitted already", base.source),
-                expected: "a plain model".into(),
+                setting: "from",
+                found: "missing".into(),
+                expected: "the model that the run began at".into(),
             });
         }
         let merged = match settings.method {
             Method::Gqa { kv_heads } => mean_pooled(base, kv_heads),
             Method::Dynamic(_) => BTreeMap::new(),
         };
+        Self::beginning_at(ops, base, |name| merged.get(name), settings)
+    }
+
+    /// The beginning of a run that goes on from a retrofitted model, its origin, with the base as the teacher.
+    pub fn from_model(
+        ops: O,
+        base: &Checkpoint,
+        origin: &Checkpoint,
+        settings: Settings,
+    ) -> Result<Self, RetrofitError> {
+        settings.validate(&Shape::of(&base.config))?;
+        Origin::check(origin, base, &settings)?;
+        let changed = |name: &str| origin.tensors.get(name).filter(|&tensor| base.tensors.get(name) != Some(tensor));
+        Self::beginning_at(ops, base, changed, settings)
+    }
+
+    /// A student that differs from the base in some tensors. Weights that do not train are in memory once, for the model
+    /// and its teacher, unless they differ.
+    fn beginning_at<'t>(
+        ops: O,
+        base: &Checkpoint,
+        changed: impl Fn(&str) -> Option<&'t HostTensor>,
+        settings: Settings,
+    ) -> Result<Self, RetrofitError> {
+        let plain = Shape::of(&base.config);
+        if base.config.compression.is_some() {
+            return Err(RetrofitError::Setting {
+                setting: "model",
+                found: format!("{}, which is retrofitted already", base.source),
+                expected: "a plain model; to go on from this one, give its base as --model and this as --from".into(),
+            });
+        }
         let shape = settings.shape(&plain);
-        let mut loaded: BTreeMap<(String, Vec<usize>), O::Tensor> = BTreeMap::new();
-        let mut load = |shape: &Shape, merged: &BTreeMap<String, HostTensor>| {
+        let mut loaded: BTreeMap<(String, bool), O::Tensor> = BTreeMap::new();
+        let mut load = |shape: &Shape, changed: &dyn Fn(&str) -> Option<&'t HostTensor>| {
             let built = Weights::build(shape, |name, dims| {
-                // Merged heads have fewer rows than those they stand for, so the two are never taken for each other.
-                let weight = loaded.entry((name.to_owned(), dims.to_vec())).or_insert_with(|| {
-                    let values = merged.get(name).or(base.tensors.get(name)).map(HostTensor::to_f32);
+                let own = changed(name);
+                let weight = loaded.entry((name.to_owned(), own.is_some())).or_insert_with(|| {
+                    let values = own.or(base.tensors.get(name)).map(HostTensor::to_f32);
                     let values = values.unwrap_or_else(|| vec![0.0; dims.iter().product()]);
                     ops.master(dims, &values, names::precision(name, dims, settings.precision))
                 });
@@ -166,10 +198,10 @@ where
             let Ok(weights) = built;
             weights
         };
-        let weights = load(&shape, &merged);
+        let weights = load(&shape, &changed);
         let distills = matches!(settings.loss, Loss::Distill { .. });
-        let teacher = distills.then(|| Teacher { weights: load(&plain, &BTreeMap::new()), shape: plain });
-        drop((loaded, merged));
+        let teacher = distills.then(|| Teacher { weights: load(&plain, &|_| None), shape: plain });
+        drop(loaded);
         let names = Weights::<()>::expected(&shape);
         let names: Vec<Name> =
             names.into_iter().map(|(name, dims)| Name { trains: settings.train.trains(&name), name, dims }).collect();

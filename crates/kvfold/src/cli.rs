@@ -472,6 +472,14 @@ pub(crate) struct RetrofitArgs {
     )]
     pub(crate) ratio: Option<f64>,
 
+    /// Retrofitted model, or delta over --model, to go on from towards a higher --ratio; the original is still the teacher
+    ///
+    /// It keeps its own way to compress. So one training passes through several ratios, each of which can be kept.
+    #[arg(long, value_name = "MODEL", conflicts_with_all = [
+        "kv_heads", "method", "decision", "delay", "pool_window", "log_mass", "share", "decision_scale", "decision_offset",
+    ])]
+    pub(crate) from: Option<PathBuf>,
+
     /// How the cache becomes smaller
     #[arg(long, value_enum, default_value_t = MethodArg::Dmc)]
     pub(crate) method: MethodArg,

@@ -75,6 +75,7 @@ pub(crate) fn settings(decision: Decision, (zeroing, ramp, hold): (u64, u64, u64
         }
         .into(),
         ratio: 2.0,
+        from: None,
         loss: Loss::Distill { direction: KlDirection::Forward },
         text: Text::Given { digest: String::new(), max_tokens: None, reset: true },
         pressure: Pressure { scope: Scope::Global, over: Over::Batch, weight: 2.0, margin: 0.0 },

@@ -92,7 +92,7 @@ pub(crate) fn plan(args: &RetrofitArgs, base: &Checkpoint, settings: Settings) -
 /// The time of a step: what any step costs, and what each of its sequences adds.
 fn measured_step(base: &Checkpoint, settings: &Settings) -> Result<Duration, AppError> {
     let stages = Stages { zeroing: 0, ramp: 0, hold: u64::MAX };
-    let probe = Settings { batch: 1, accumulate: 1, stages, ..settings.clone() };
+    let probe = Settings { batch: 1, accumulate: 1, stages, from: None, ..settings.clone() };
     let vocab = base.config.vocab_size as u64;
     let corpus = |tokens: usize| {
         let ids = (0..tokens as u64).map(|n| (hash(&[n]) % vocab) as u32).collect();

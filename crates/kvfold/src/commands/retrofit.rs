@@ -13,12 +13,13 @@ use kvfold_engine::Engine;
 use kvfold_kernels::FastCpu;
 use kvfold_kernels::dmc::{self, Decision, Dmc};
 use kvfold_model::shape::Shape;
-use kvfold_model::{Checkpoint, ensure_absent};
+use kvfold_model::{Checkpoint, ModelError, ensure_absent};
 use kvfold_report::receipt::{Memory, Quality, Training};
 use kvfold_report::{format, heat_map};
 use kvfold_retrofit::settings::{BORROWED_SCALE, DMS_BORROWED, HEAD_SCALE, Loss, Method, OFFSET};
-use kvfold_retrofit::{RetrofitError, RunDir, Settings, Trainer};
+use kvfold_retrofit::{Origin, RetrofitError, RunDir, Settings, Trainer};
 use serde::Serialize;
+use std::path::Path;
 
 #[derive(Serialize)]
 struct Output<'a> {
@@ -44,8 +45,9 @@ struct Output<'a> {
 pub(crate) fn run(args: &RetrofitArgs, interrupt: &Interrupt) -> Result<(), AppError> {
     ensure_absent(&args.out)?;
     let base = Checkpoint::open(&args.model)?;
+    let origin = args.from.as_deref().map(|model| open_over(&args.model, model)).transpose()?;
     let texts = Texts::read(args)?;
-    let settings = settings(args, &base, &texts)?;
+    let settings = settings(args, (&base, origin.as_ref()), &texts)?;
     if args.plan {
         return plan(args, &base, settings);
     }
@@ -53,7 +55,11 @@ pub(crate) fn run(args: &RetrofitArgs, interrupt: &Interrupt) -> Result<(), AppE
     if run.exists() && !args.resume {
         return Err(RetrofitError::Unfinished { dir: run.path().display().to_string() }.into());
     }
-    let mut trainer = Trainer::new(FastCpu::new(), &base, settings)?;
+    let mut trainer = match &origin {
+        None => Trainer::new(FastCpu::new(), &base, settings)?,
+        Some(origin) => Trainer::from_model(FastCpu::new(), &base, origin, settings)?,
+    };
+    drop(origin);
     let (corpus, reports) = if args.resume {
         let resumed = run.resume(&base, &mut trainer).map_err(other_text)?;
         for reason in &resumed.damaged {
@@ -135,22 +141,36 @@ pub(crate) fn run(args: &RetrofitArgs, interrupt: &Interrupt) -> Result<(), AppE
     ))
 }
 
+/// A model that is a directory, or a delta over a base.
+fn open_over(base: &str, model: &Path) -> Result<Checkpoint, ModelError> {
+    match model.is_file() {
+        true => Checkpoint::open_delta(base, model),
+        false => Checkpoint::open(&model.display().to_string()),
+    }
+}
+
 /// The run that the arguments define.
-fn settings(args: &RetrofitArgs, base: &Checkpoint, texts: &Texts) -> Result<Settings, AppError> {
+fn settings(
+    args: &RetrofitArgs,
+    (base, origin): (&Checkpoint, Option<&Checkpoint>),
+    texts: &Texts,
+) -> Result<Settings, AppError> {
     let shape = Shape::of(&base.config);
-    let mut settings = match args.method {
-        MethodArg::Gqa => {
+    let recipe = |method| Settings::recipe(&shape, method, args.ratio.unwrap_or(1.0), args.steps);
+    let mut settings = match (origin.map(Origin::of).transpose()?, args.method) {
+        (Some((origin, method)), _) => recipe(method).beginning_at(origin),
+        (None, MethodArg::Gqa) => {
             let kv_heads = args.kv_heads.unwrap_or(shape.heads.kv);
             let ratio = shape.heads.kv as f64 / kv_heads.max(1) as f64;
             Settings::recipe(&shape, Method::Gqa { kv_heads }, ratio, args.steps)
         }
-        MethodArg::Dmc | MethodArg::Dms if args.kv_heads.is_some() => {
+        (None, MethodArg::Dmc | MethodArg::Dms) if args.kv_heads.is_some() => {
             let (setting, found) = ("method", args.method.name().to_owned());
             let expected = "gqa, since --kv-heads says how many KV heads are to be left".into();
             return Err(RetrofitError::Setting { setting, found, expected }.into());
         }
-        MethodArg::Dmc => Settings::recipe(&shape, dmc(args, dmc::Method::Dmc), args.ratio.unwrap_or(1.0), args.steps),
-        MethodArg::Dms => Settings::recipe(&shape, dmc(args, dmc::Method::Dms), args.ratio.unwrap_or(1.0), args.steps),
+        (None, MethodArg::Dmc) => recipe(dmc(args, dmc::Method::Dmc).into()),
+        (None, MethodArg::Dms) => recipe(dmc(args, dmc::Method::Dms).into()),
     };
     settings.loss = match args.loss {
         LossKind::Lm => Loss::Lm,
