@@ -15,5 +15,5 @@ mod usage;
 
 pub use error::CacheError;
 pub use policies::{CachePolicy, Dense, Evicting, Folding, policy_of};
-pub use pool::{PagePool, SequenceCache};
+pub use pool::{CacheShape, PagePool, SequenceCache};
 pub use usage::{Held, Usage};

@@ -4,13 +4,14 @@ use crate::error::CacheError;
 use crate::usage::{Held, Usage};
 use kvfold_kernels::CacheOps;
 use kvfold_kernels::ops::Heads;
-use kvfold_kernels::paged::{Block, HeadTable, PAGE_SLOTS, Rule};
+use kvfold_kernels::paged::{Block, CacheDType, HeadTable, PAGE_SLOTS, Rule};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Blocks that nobody holds.
 #[derive(Debug, Default)]
 struct Free {
     pages: Vec<Block>,
+    rings: Vec<Block>,
     states: Vec<Block>,
 }
 
@@ -19,29 +20,62 @@ fn lock(free: &Mutex<Free>) -> MutexGuard<'_, Free> {
     free.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// What a pool's memory is for.
+#[derive(Clone, Copy, Debug)]
+pub struct CacheShape {
+    /// Layers of the model.
+    pub layers: usize,
+    /// Its heads.
+    pub heads: Heads,
+    /// What becomes of a token.
+    pub rule: Rule,
+    /// Type of keys and values in slots.
+    pub dtype: CacheDType,
+}
+
+/// Memory of one kind and how much of it was made.
+#[derive(Debug)]
+struct Made<A> {
+    arena: A,
+    blocks: usize,
+}
+
+impl<A> Made<A> {
+    fn new(arena: A) -> Self {
+        Self { arena, blocks: 0 }
+    }
+
+    /// A block that nobody holds, after growing by `wanted` when there is none.
+    fn take<O: CacheOps<Arena = A>>(&mut self, ops: &O, free: &mut Vec<Block>, wanted: usize) -> Option<Block> {
+        if free.is_empty() {
+            let blocks = ops.grow(&mut self.arena, wanted);
+            self.blocks += blocks.len();
+            free.extend(blocks);
+        }
+        free.pop()
+    }
+}
+
 /// Cache memory for sequences of one model under one rule.
 #[derive(Debug)]
 pub struct PagePool<O: CacheOps> {
-    rule: Rule,
-    layers: usize,
-    heads: Heads,
-    pages: O::Arena,
-    states: O::Arena,
-    made: (usize, usize),
+    shape: CacheShape,
+    pages: Made<O::Arena>,
+    rings: Made<O::Arena>,
+    states: Made<O::Arena>,
     limit: usize,
     free: Arc<Mutex<Free>>,
 }
 
 impl<O: CacheOps> PagePool<O> {
-    /// A pool that grows with demand up to `limit` pages.
-    pub fn new(ops: &O, (layers, heads): (usize, Heads), rule: Rule, limit: usize) -> Self {
+    /// A pool that grows with demand up to `limit` pages, of slots and of rings together.
+    pub fn new(ops: &O, shape: CacheShape, limit: usize) -> Self {
+        let CacheShape { heads: Heads { dim, .. }, rule, dtype, .. } = shape;
         Self {
-            rule,
-            layers,
-            heads,
-            pages: ops.arena(rule.page_len(heads.dim)),
-            states: ops.arena(rule.state_len(heads.dim)),
-            made: (0, 0),
+            shape,
+            pages: Made::new(ops.page_arena(rule.page(dim, dtype))),
+            rings: Made::new(ops.page_arena(rule.ring_page(dim, dtype))),
+            states: Made::new(ops.state_arena(rule.state_len(dim))),
             limit,
             free: Arc::default(),
         }
@@ -49,27 +83,44 @@ impl<O: CacheOps> PagePool<O> {
 
     /// What becomes of a token in this pool.
     pub fn rule(&self) -> Rule {
-        self.rule
+        self.shape.rule
     }
 
-    /// Memory of pages, for the kernel.
+    /// Type of keys and values in this pool's slots.
+    pub fn dtype(&self) -> CacheDType {
+        self.shape.dtype
+    }
+
+    /// What this pool's memory is for.
+    pub fn shape(&self) -> CacheShape {
+        self.shape
+    }
+
+    /// Pages that this pool has at most.
+    pub fn limit(&self) -> usize {
+        self.limit
+    }
+
+    /// Memory of pages of slots, for the kernel.
     pub fn pages(&self) -> &O::Arena {
-        &self.pages
+        &self.pages.arena
+    }
+
+    /// Memory of pages of rings, for the kernel.
+    pub fn rings(&self) -> &O::Arena {
+        &self.rings.arena
     }
 
     /// Memory of open states, for the kernel.
     pub fn states(&self) -> &O::Arena {
-        &self.states
+        &self.states.arena
     }
 
     /// An empty cache for one sequence.
     pub fn sequence(&self) -> SequenceCache {
-        let layer = || (0..self.heads.kv).map(|_| HeadTable::default()).collect();
-        SequenceCache {
-            rule: self.rule,
-            layers: (0..self.layers).map(|_| layer()).collect(),
-            free: Arc::clone(&self.free),
-        }
+        let CacheShape { layers, heads, rule, .. } = self.shape;
+        let layer = || (0..heads.kv).map(|_| HeadTable::default()).collect();
+        SequenceCache { rule, layers: (0..layers).map(|_| layer()).collect(), free: Arc::clone(&self.free) }
     }
 
     /// Says whether the pool can take `more` tokens of each sequence even if nothing folds. While it can, and sequences
@@ -79,7 +130,7 @@ impl<O: CacheOps> PagePool<O> {
             .into_iter()
             .flat_map(|(sequence, more)| sequence.layers.iter().flatten().map(move |table| (table, more)))
             .map(|(table, more)| {
-                let (slots, ring) = table.worst_pages(self.rule, more);
+                let (slots, ring) = table.worst_pages(self.rule(), more);
                 slots.saturating_sub(table.pages.len()) + ring.saturating_sub(table.ring.len())
             })
             .sum();
@@ -96,60 +147,53 @@ impl<O: CacheOps> PagePool<O> {
     /// When the pool runs out, which [`PagePool::admit`] rules out, or when the sequence is not of this pool.
     pub fn reserve(&mut self, ops: &O, sequence: &mut SequenceCache, (layer, more): (usize, usize)) {
         assert!(Arc::ptr_eq(&self.free, &sequence.free), "a sequence of another pool");
-        let mut free = lock(&self.free);
+        let CacheShape { heads: Heads { dim, .. }, rule, .. } = self.shape;
+        let mut left = self.limit - self.pages_held();
+        let Free { pages, rings, states } = &mut *lock(&self.free);
         for table in &mut sequence.layers[layer] {
-            let (slots, ring) = table.worst_pages(self.rule, more);
-            for (pages, wanted) in [(&mut table.pages, slots), (&mut table.ring, ring)] {
-                while pages.len() < wanted {
-                    if free.pages.is_empty() {
-                        assert!(
-                            self.made.0 < self.limit,
-                            "the pool's {} pages are gone: admit was not asked",
-                            self.limit
-                        );
-                        let blocks = ops.grow(&mut self.pages, wanted - pages.len());
-                        self.made.0 += blocks.len();
-                        free.pages.extend(blocks);
-                    }
-                    pages.extend(free.pages.pop());
-                }
+            let (slots, ring) = table.worst_pages(rule, more);
+            let wanted = slots.saturating_sub(table.pages.len()) + ring.saturating_sub(table.ring.len());
+            assert!(wanted <= left, "the pool's {} pages are gone: admit was not asked", self.limit);
+            left -= wanted;
+            for n in table.pages.len()..slots {
+                table.pages.extend(self.pages.take(ops, pages, slots - n));
             }
-            if table.state.is_none() && self.rule.state_len(self.heads.dim) > 0 {
-                if free.states.is_empty() {
-                    let blocks = ops.grow(&mut self.states, 1);
-                    self.made.1 += blocks.len();
-                    free.states.extend(blocks);
-                }
-                table.state = free.states.pop();
+            for n in table.ring.len()..ring {
+                table.ring.extend(self.rings.take(ops, rings, ring - n));
+            }
+            if table.state.is_none() && rule.state_len(dim) > 0 {
+                table.state = self.states.take(ops, states, 1);
             }
         }
     }
 
     /// Takes back the pages of a layer that its heads turned out not to need.
     pub fn trim(&mut self, sequence: &mut SequenceCache, layer: usize) {
+        let rule = self.rule();
         let mut free = lock(&self.free);
         for table in &mut sequence.layers[layer] {
-            let used = table.slots.div_ceil(PAGE_SLOTS);
+            let used = table.closed(rule).div_ceil(PAGE_SLOTS);
             free.pages.extend(table.pages.drain(used..));
         }
     }
 
-    /// Pages that sequences hold.
+    /// Pages that sequences hold, of slots and of rings.
     pub fn pages_held(&self) -> usize {
-        self.made.0 - lock(&self.free).pages.len()
+        let free = lock(&self.free);
+        self.pages.blocks - free.pages.len() + self.rings.blocks - free.rings.len()
     }
 
     /// Open states that sequences hold.
     pub fn states_held(&self) -> usize {
-        self.made.1 - lock(&self.free).states.len()
+        self.states.blocks - lock(&self.free).states.len()
     }
 
-    /// What the full cache of a sequence of `tokens` holds: every token a slot, in whole pages of this pool's elements.
+    /// What the full cache of a sequence of `tokens` holds: every token a slot, in whole pages of this pool's type.
     pub fn dense_usage(&self, ops: &O, tokens: usize) -> Usage {
-        let element = ops.block_bytes(&self.pages) / self.rule.page_len(self.heads.dim);
+        let CacheShape { layers, heads, dtype, .. } = self.shape;
         Usage {
-            slot_pages: self.layers * self.heads.kv * tokens.div_ceil(PAGE_SLOTS),
-            page_bytes: Rule::Keep.page_len(self.heads.dim) * element,
+            slot_pages: layers * heads.kv * tokens.div_ceil(PAGE_SLOTS),
+            page_bytes: ops.block_bytes(&ops.page_arena(Rule::Keep.page(heads.dim, dtype))),
             ..Usage::default()
         }
     }
@@ -157,8 +201,9 @@ impl<O: CacheOps> PagePool<O> {
     /// What a sequence holds, in this pool's bytes.
     pub fn usage(&self, ops: &O, sequence: &SequenceCache) -> Usage {
         let mut usage = Usage {
-            page_bytes: ops.block_bytes(&self.pages),
-            state_bytes: ops.block_bytes(&self.states),
+            page_bytes: ops.block_bytes(self.pages()),
+            ring_page_bytes: ops.block_bytes(self.rings()),
+            state_bytes: ops.block_bytes(self.states()),
             ..Usage::default()
         };
         for table in sequence.layers.iter().flatten() {
@@ -201,7 +246,7 @@ impl Drop for SequenceCache {
         let mut free = lock(&self.free);
         for mut table in self.layers.drain(..).flatten() {
             free.pages.append(&mut table.pages);
-            free.pages.append(&mut table.ring);
+            free.rings.append(&mut table.ring);
             free.states.extend(table.state.take());
         }
     }

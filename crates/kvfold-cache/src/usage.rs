@@ -9,8 +9,10 @@ pub struct Usage {
     pub ring_pages: usize,
     /// Open states.
     pub states: usize,
-    /// Bytes of a page.
+    /// Bytes of a page of slots.
     pub page_bytes: usize,
+    /// Bytes of a page of exact tokens.
+    pub ring_page_bytes: usize,
     /// Bytes of an open state.
     pub state_bytes: usize,
 }
@@ -18,7 +20,7 @@ pub struct Usage {
 impl Usage {
     /// Bytes of all of it: whole pages, used or not, and open states.
     pub fn bytes(&self) -> usize {
-        (self.slot_pages + self.ring_pages) * self.page_bytes + self.states * self.state_bytes
+        self.slot_pages * self.page_bytes + self.ring_pages * self.ring_page_bytes + self.states * self.state_bytes
     }
 }
 

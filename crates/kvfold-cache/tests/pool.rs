@@ -1,10 +1,10 @@
 //! Promise I4 on the pool alone: pages have one owner, and all of them come back.
 
-use kvfold_cache::{CacheError, CachePolicy, Dense, Folding, PagePool, SequenceCache};
+use kvfold_cache::{CacheError, CachePolicy, CacheShape, Dense, Folding, PagePool, SequenceCache};
 use kvfold_kernels::Reference;
 use kvfold_kernels::dmc::{Decision, Dmc, Method, Share};
 use kvfold_kernels::ops::Heads;
-use kvfold_kernels::paged::PAGE_SLOTS;
+use kvfold_kernels::paged::{CacheDType, PAGE_SLOTS};
 use proptest::prelude::*;
 
 type Pool = PagePool<Reference<f32>>;
@@ -17,9 +17,10 @@ fn folding(delay: usize) -> Folding {
     Folding::new(Dmc { method: Method::Dmc, decision, delay, pool_window: None, log_mass: false, share: Share::Head })
 }
 
-fn pool(policy: &dyn CachePolicy, limit: usize) -> (Reference<f32>, Pool) {
+fn pool(policy: &dyn CachePolicy, dtype: CacheDType, limit: usize) -> (Reference<f32>, Pool) {
     let ops = Reference::reference();
-    let pool = PagePool::new(&ops, (LAYERS, HEADS), policy.rule(), limit);
+    let shape = CacheShape { layers: LAYERS, heads: HEADS, rule: policy.rule(), dtype };
+    let pool = PagePool::new(&ops, shape, limit);
     (ops, pool)
 }
 
@@ -33,14 +34,15 @@ fn take(
 ) {
     for layer in 0..LAYERS {
         pool.reserve(ops, sequence, (layer, more));
-        let delay = pool.rule().delay();
+        let rule = pool.rule();
+        let delay = rule.delay();
         for table in sequence.layer_mut(layer) {
             for token in table.tokens..table.tokens + more {
                 let slots = token >= delay && (table.slots == 0 || kept(token));
                 table.slots += usize::from(slots);
             }
             table.tokens += more;
-            assert!(table.slots <= table.pages.len() * PAGE_SLOTS);
+            assert!(table.closed(rule) <= table.pages.len() * PAGE_SLOTS);
             assert!(table.tokens.min(delay) <= table.ring.len() * PAGE_SLOTS);
         }
         pool.trim(sequence, layer);
@@ -68,7 +70,7 @@ proptest! {
     #[test]
     fn pages_have_one_owner_and_all_come_back(acts in acts(), delay in 0usize..40) {
         let policy = folding(delay);
-        let (ops, mut pool) = pool(&policy, 10_000);
+        let (ops, mut pool) = pool(&policy, CacheDType::F32, 10_000);
         let mut live: Vec<SequenceCache> = Vec::new();
         for act in acts {
             match act {
@@ -89,7 +91,8 @@ proptest! {
                 let usage = pool.usage(&ops, sequence);
                 let held = sequence.held();
                 let exact = held.tokens.min(delay);
-                let pages: usize = held.slots.iter().flatten().map(|s| (s - exact).div_ceil(PAGE_SLOTS)).sum();
+                let closed = |slots: usize| (slots - exact).saturating_sub(1);
+                let pages: usize = held.slots.iter().flatten().map(|&s| closed(s).div_ceil(PAGE_SLOTS)).sum();
                 prop_assert_eq!(usage.slot_pages, pages);
                 prop_assert_eq!(usage.ring_pages, LAYERS * HEADS.kv * exact.div_ceil(PAGE_SLOTS));
             }
@@ -101,7 +104,7 @@ proptest! {
 
 #[test]
 fn a_full_pool_says_so_before_it_takes_anything() {
-    let (ops, mut pool) = pool(&Dense, LAYERS * HEADS.kv * 2);
+    let (ops, mut pool) = pool(&Dense, CacheDType::F32, LAYERS * HEADS.kv * 2);
     let mut sequence = pool.sequence();
     pool.admit([(&sequence, 2 * PAGE_SLOTS)]).expect("two pages a head");
     let error = pool.admit([(&sequence, 2 * PAGE_SLOTS + 1)]).expect_err("three pages a head");
@@ -115,13 +118,18 @@ fn a_full_pool_says_so_before_it_takes_anything() {
 #[test]
 fn bytes_are_whole_pages_and_open_states() {
     let policy = folding(16);
-    let (ops, mut pool) = pool(&policy, 1000);
-    let mut sequence = pool.sequence();
-    take(&ops, &mut pool, &mut sequence, 33, |_| true);
-    let usage = pool.usage(&ops, &sequence);
-    let (page, state) = (16 * 2 * HEADS.dim * 4, (2 * HEADS.dim + 2 + 16) * 4);
-    assert_eq!((usage.page_bytes, usage.state_bytes), (page, state));
-    // 17 of 33 tokens have left the ring of 16: two pages of slots, one of the ring, and a state, for each of 4 heads.
-    assert_eq!(usage.bytes(), 4 * (3 * page + state));
-    assert_eq!(sequence.held().logical_ratio(), 1.0);
+    // Bytes of a slot of an int8 cache: keys and values of 4 channels and two scales. Its ring is in bf16.
+    let types = [(CacheDType::F32, 32, 32), (CacheDType::Bf16, 16, 16), (CacheDType::Int8, 12, 16)];
+    for (dtype, slot, seat) in types {
+        let (ops, mut pool) = pool(&policy, dtype, 1000);
+        let mut sequence = pool.sequence();
+        take(&ops, &mut pool, &mut sequence, 34, |_| true);
+        let usage = pool.usage(&ops, &sequence);
+        let state = (4 * HEADS.dim + 2 + 16) * 4;
+        assert_eq!((usage.page_bytes, usage.ring_page_bytes, usage.state_bytes), (16 * slot, 16 * seat, state));
+        // 18 of 34 tokens have left the ring of 16, the last of them to the open slot: two pages of slots, one of the
+        // ring, and a state, for each of 4 heads.
+        assert_eq!(usage.bytes(), 4 * (2 * 16 * slot + 16 * seat + state));
+        assert_eq!(sequence.held().logical_ratio(), 1.0);
+    }
 }

@@ -40,7 +40,9 @@ impl<O: CacheOps> Attend<O> for CachedAttend<'_, O> {
             spans,
             heads: shape.heads,
             rule: self.pool.rule(),
+            dtype: self.pool.dtype(),
             pages: self.pool.pages(),
+            rings: self.pool.rings(),
             states: self.pool.states(),
             tables: self.caches.iter_mut().map(|cache| cache.layer_mut(layer)).collect(),
         });

@@ -1,9 +1,10 @@
 //! A model, a cache policy, and the pool its sequences share.
 
 use crate::attend::CachedAttend;
-use kvfold_cache::{CacheError, CachePolicy, Held, PagePool, SequenceCache, Usage, policy_of};
+use kvfold_cache::{CacheError, CachePolicy, CacheShape, Held, PagePool, SequenceCache, Usage, policy_of};
 use kvfold_kernels::CacheOps;
 use kvfold_kernels::ops::Spans;
+use kvfold_kernels::paged::CacheDType;
 use kvfold_model::shape::Shape;
 use kvfold_model::{Checkpoint, Loaded};
 
@@ -76,7 +77,8 @@ impl<O: CacheOps> Engine<O> {
     /// An engine for a model under a policy of the caller's choice.
     pub fn with_policy(model: Loaded<O>, policy: Box<dyn CachePolicy>) -> Self {
         let Shape { layers, heads, .. } = model.shape;
-        let pool = PagePool::new(&model.ops, (layers, heads), policy.rule(), usize::MAX);
+        let shape = CacheShape { layers, heads, rule: policy.rule(), dtype: CacheDType::F32 };
+        let pool = PagePool::new(&model.ops, shape, usize::MAX);
         Self { model, policy, pool, chunk: CHUNK }
     }
 
@@ -87,8 +89,13 @@ impl<O: CacheOps> Engine<O> {
 
     /// The same engine with an empty pool of at most `pages` pages.
     pub fn with_page_limit(self, pages: usize) -> Self {
-        let Shape { layers, heads, .. } = self.model.shape;
-        Self { pool: PagePool::new(&self.model.ops, (layers, heads), self.policy.rule(), pages), ..self }
+        Self { pool: PagePool::new(&self.model.ops, self.pool.shape(), pages), ..self }
+    }
+
+    /// The same engine with an empty pool whose slots hold another type of numbers; f32 by default.
+    pub fn with_cache_dtype(self, dtype: CacheDType) -> Self {
+        let shape = CacheShape { dtype, ..self.pool.shape() };
+        Self { pool: PagePool::new(&self.model.ops, shape, self.pool.limit()), ..self }
     }
 
     /// The model.

@@ -8,7 +8,7 @@ use kvfold_engine::{Engine, EngineError, Sequence};
 use kvfold_kernels::dmc::{Decision, Dmc, Method, Share};
 use kvfold_kernels::kernel_set::KernelSet;
 use kvfold_kernels::ops::{Heads, Spans};
-use kvfold_kernels::paged::PAGE_SLOTS;
+use kvfold_kernels::paged::{CacheDType, PAGE_SLOTS};
 use kvfold_kernels::real::Real;
 use kvfold_kernels::{Array, Cpu, FastCpu, Ops, Reference};
 use kvfold_model::Loaded;
@@ -274,37 +274,74 @@ fn together(engine: &mut Engine<FastCpu>, texts: &[Vec<u32>], rng: &mut Rng) -> 
     sequences.into_iter().map(|(sequence, logits)| (logits, sequence.held().slots)).collect()
 }
 
+/// Serves texts alone in one chunk, token by token, and together; panics where a byte differs.
+fn company_changes_nothing(engine: &mut Engine<FastCpu>, texts: &[Vec<u32>], rng: &mut Rng) {
+    let what = format!("{} in {}", engine.policy().name(), engine.pool().dtype().name());
+    let mut alone = |size: usize| -> Vec<_> {
+        let serve = |text: &Vec<u32>| {
+            let mut slots = Vec::new();
+            let chunks = cut(text.len(), &[size]);
+            (serve(engine, text, &chunks, |_, sequence| slots = sequence.held().slots), slots)
+        };
+        texts.iter().map(serve).collect()
+    };
+    let (whole, by_token) = (alone(usize::MAX), alone(1));
+    let check = |found: &[(Vec<f32>, Vec<Vec<usize>>)]| {
+        for (n, (found, wanted)) in found.iter().zip(&whole).enumerate() {
+            assert_eq!(found.1, wanted.1, "slots of text {n}, {what}");
+            assert!(same(&found.0, &wanted.0), "logits of text {n}, {what}");
+        }
+    };
+    check(&by_token);
+    for threads in [1, 2, 3] {
+        let threads = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
+        check(&threads.install(|| together(engine, texts, rng)));
+    }
+    // The last row alone is the last row of all.
+    let mut sequences: Vec<Sequence> = texts.iter().map(|_| engine.sequence()).collect();
+    let mut batch: Vec<(&mut Sequence, &[u32])> = sequences.iter_mut().zip(texts.iter().map(|t| &t[..])).collect();
+    let last = engine.last_logits(&mut batch).expect("an unlimited pool");
+    let vocab = engine.model().shape.vocab;
+    let wanted: Vec<f32> = whole.iter().flat_map(|(logits, _)| &logits[logits.len() - vocab..]).copied().collect();
+    assert!(same(&last, &wanted), "last logits, {what}");
+}
+
 #[test]
 fn a_sequence_is_the_same_bytes_alone_or_in_any_batch_chunking_and_thread_count() {
     let drawn = METHODS.into_iter().flat_map(|method| (2001..2004).map(move |seed| Case::draw_of(method, seed)));
-    for case in std::iter::once(large()).chain(drawn) {
+    let cases = std::iter::once(large()).chain(drawn);
+    for (case, dtype) in cases.flat_map(|case| CacheDType::ALL.map(|dtype| (case.clone(), dtype))) {
         let mut rng = Rng::new(case.seed);
         let texts: Vec<Vec<u32>> = [1, 130, 37, 90, 16].map(|len| rng.tokens(len, case.shape.vocab)).to_vec();
-        let mut engine = case.engine(FastCpu::new());
-        let alone: Vec<_> = texts
-            .iter()
-            .map(|text| {
-                let mut slots = Vec::new();
-                let whole = cut(text.len(), &[text.len()]);
-                (serve(&mut engine, text, &whole, |_, sequence| slots = sequence.held().slots), slots)
-            })
-            .collect();
-        for threads in [1, 2, 3] {
-            let threads = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
-            threads.install(|| {
-                for (n, (got, want)) in together(&mut engine, &texts, &mut rng).iter().zip(&alone).enumerate() {
-                    assert_eq!(got.1, want.1, "slots of text {n}, {case:?}");
-                    assert!(same(&got.0, &want.0), "logits of text {n}, {case:?}");
-                }
-            });
+        for engine in [case.engine(FastCpu::new()), case.dense_engine(FastCpu::new())] {
+            company_changes_nothing(&mut engine.with_cache_dtype(dtype), &texts, &mut rng);
         }
-        // The last row alone is the last row of all.
-        let mut sequences: Vec<Sequence> = texts.iter().map(|_| engine.sequence()).collect();
-        let mut batch: Vec<(&mut Sequence, &[u32])> = sequences.iter_mut().zip(texts.iter().map(|t| &t[..])).collect();
-        let last = engine.last_logits(&mut batch).expect("an unlimited pool");
-        let want: Vec<f32> =
-            alone.iter().flat_map(|(logits, _)| &logits[logits.len() - case.shape.vocab..]).copied().collect();
-        assert!(same(&last, &want), "last logits, {case:?}");
+    }
+}
+
+#[test]
+fn coarser_slots_change_logits_by_their_rounding() {
+    // Relative to the largest logit of a row. Where something may fold, rounding may change what does: nothing does here.
+    for (dtype, mean, most) in [(CacheDType::Bf16, 0.01, 0.1), (CacheDType::Int8, 0.02, 0.2)] {
+        let (mut errors, mut worst) = (Vec::new(), 0.0f64);
+        let cases = METHODS.into_iter().flat_map(|method| (2200..2220).map(move |seed| Case::draw_of(method, seed)));
+        for case in cases.map(Case::never) {
+            let text = Rng::new(case.seed).tokens(130, case.shape.vocab);
+            for engine in [|case: &Case| case.dense_engine(FastCpu::new()), |case: &Case| case.engine(FastCpu::new())] {
+                let logits =
+                    |dtype| serve(&mut engine(&case).with_cache_dtype(dtype), &text, &cut(130, &[50]), |_, _| {});
+                let (exact, coarse) = (logits(CacheDType::F32), logits(dtype));
+                let vocab = case.shape.vocab;
+                for (exact, coarse) in exact.chunks_exact(vocab).zip(coarse.chunks_exact(vocab)) {
+                    let top = exact.iter().map(|x| x.abs()).fold(0.0, f32::max);
+                    let error = exact.iter().zip(coarse).map(|(e, c)| (e - c).abs()).fold(0.0, f32::max);
+                    errors.push(f64::from(error / top));
+                    worst = worst.max(f64::from(error / top));
+                }
+            }
+        }
+        let found = errors.iter().sum::<f64>() / errors.len() as f64;
+        assert!(found > 0.0 && found < mean && worst < most, "{dtype:?}: {found} in the mean, {worst} at most");
     }
 }
 
@@ -316,7 +353,8 @@ fn what_a_finished_sequence_left_in_memory_is_never_seen() {
         let mut embed = model.weights.embed.data().to_vec();
         embed[..case.shape.hidden].fill(f32::NAN);
         model.weights.embed = model.ops.tensor(&[case.shape.vocab, case.shape.hidden], &embed);
-        let mut engine = Engine::with_policy(model, kvfold_cache::policy_of(Some(&case.dmc))).with_page_limit(400);
+        let engine = Engine::with_policy(model, kvfold_cache::policy_of(Some(&case.dmc))).with_page_limit(400);
+        let mut engine = engine.with_cache_dtype(CacheDType::ALL[case.seed as usize / 2 % 3]);
         let mut rng = Rng::new(case.seed);
         let text: Vec<u32> = rng.tokens(70, case.shape.vocab - 1).iter().map(|id| id + 1).collect();
         let whole = cut(text.len(), &[text.len()]);
@@ -337,8 +375,8 @@ struct Live {
 }
 
 /// The last logits of a text in an engine of its own.
-fn last_alone(case: &Case, text: &[u32]) -> Vec<f32> {
-    let mut engine = case.engine(FastCpu::new());
+fn last_alone((case, dtype): (&Case, CacheDType), text: &[u32]) -> Vec<f32> {
+    let mut engine = case.engine(FastCpu::new()).with_cache_dtype(dtype);
     let mut sequence = engine.sequence();
     engine.last_logits(&mut [(&mut sequence, text)]).expect("an unlimited pool")
 }
@@ -357,7 +395,9 @@ fn every_page_comes_back_and_a_refused_batch_changes_nothing() {
         let mut rng = Rng::new(seed);
         let heads = LAYERS * case.shape.heads.kv;
         let limit = heads * (4 + case.dmc.delay.div_ceil(PAGE_SLOTS) + rng.within(0..12));
-        let mut engine = case.engine(FastCpu::new()).with_page_limit(limit).with_chunk(rng.pick(&[1, 7, 32, 128]));
+        let dtype = CacheDType::ALL[seed as usize % 3];
+        let engine = case.engine(FastCpu::new()).with_page_limit(limit).with_chunk(rng.pick(&[1, 7, 32, 128]));
+        let mut engine = engine.with_cache_dtype(dtype);
         let mut live: Vec<Live> = Vec::new();
         for _ in 0..60 {
             match rng.within(0..10) {
@@ -367,7 +407,7 @@ fn every_page_comes_back_and_a_refused_batch_changes_nothing() {
                 4 if !live.is_empty() => {
                     let done = live.swap_remove(rng.within(0..live.len()));
                     if !done.text.is_empty() {
-                        assert!(same(&done.last, &last_alone(&case, &done.text)), "{case:?}");
+                        assert!(same(&done.last, &last_alone((&case, dtype), &done.text)), "{case:?}");
                     }
                 }
                 _ => {
@@ -405,7 +445,7 @@ fn every_page_comes_back_and_a_refused_batch_changes_nothing() {
             assert!(pages <= limit, "{pages} pages of {limit}, {case:?}");
         }
         for live in live.drain(..).filter(|live| !live.text.is_empty()) {
-            assert!(same(&live.last, &last_alone(&case, &live.text)), "{case:?}");
+            assert!(same(&live.last, &last_alone((&case, dtype), &live.text)), "{case:?}");
         }
         assert_eq!((engine.pool().pages_held(), engine.pool().states_held()), (0, 0), "{case:?}");
     }
@@ -421,7 +461,8 @@ fn a_prompt_that_is_refused_has_taken_nothing_whatever_the_chunks() {
         let pages = 2 + case.dmc.delay.div_ceil(PAGE_SLOTS);
         let mut engine = case.engine(FastCpu::new()).with_page_limit(heads * pages).with_chunk(chunk);
         let mut sequence = engine.sequence();
-        let room = 2 * PAGE_SLOTS + case.dmc.delay;
+        // Two pages of slots, the open one, and the ring.
+        let room = 2 * PAGE_SLOTS + 1 + case.dmc.delay;
         assert!(matches!(engine.logits(&mut sequence, &text), Err(EngineError::TooLong { .. })));
         assert!(matches!(engine.last_logits(&mut [(&mut sequence, &text)]), Err(EngineError::TooLong { .. })));
         assert!(matches!(engine.logits(&mut sequence, &text[..=room]), Err(EngineError::Cache(_))));
@@ -451,26 +492,42 @@ struct Expected {
 }
 
 fn expected(case: &Case, decisions: &Decisions, tokens: usize) -> Expected {
-    let Dmc { method, delay, pool_window, log_mass, .. } = case.dmc;
-    let (dim, heads) = (case.shape.heads.dim, LAYERS * case.shape.heads.kv);
-    let exact = tokens.min(delay);
-    let slot_pages = decisions.closed(tokens).concat().iter().map(|slots| slots.div_ceil(16)).sum();
-    let ring_pages = heads * exact.div_ceil(16);
-    // Sixteen slots of a key, a value and perhaps a mass; the open segment's sums, mass and length, the importances of
-    // the ring, and with a window its weighted tokens.
-    let page = 16 * (2 * dim + usize::from(log_mass)) * 4;
-    // In DMS only what will become of the ring's tokens.
-    let state = 4 * match method {
-        Method::Dmc => 2 * dim + 2 + delay + pool_window.unwrap_or(0) * (2 * dim + 1),
-        Method::Dms => delay,
-    };
-    let states = if state == 0 { 0 } else { heads };
+    let heads = LAYERS * case.shape.heads.kv;
+    // The newest slot of each head is in its open state.
+    let closed = decisions.closed(tokens).concat();
+    let slot_pages = closed.iter().map(|slots| slots.saturating_sub(1).div_ceil(16)).sum();
+    let ring_pages = heads * tokens.min(case.dmc.delay).div_ceil(16);
     Expected {
         slots: decisions.slots(tokens).concat().iter().sum(),
         slot_pages,
         ring_pages,
-        states,
-        bytes: (slot_pages + ring_pages) * page + states * state,
+        states: heads,
+        bytes: bytes(case, CacheDType::F32, (slot_pages, ring_pages)),
+    }
+}
+
+/// Bytes of pages of slots, of rings, and of the open states of all heads.
+fn bytes(case: &Case, dtype: CacheDType, (slot_pages, ring_pages): (usize, usize)) -> usize {
+    let Dmc { method, delay, pool_window, log_mass, .. } = case.dmc;
+    let (dim, heads) = (case.shape.heads.dim, LAYERS * case.shape.heads.kv);
+    // Sixteen slots of a key, a value and perhaps a mass. The newest tokens are never in 8 bits.
+    let page = |dtype| 16 * (slot_bytes(dtype, dim) + 4 * usize::from(log_mass));
+    let ring_page = page(if dtype == CacheDType::F32 { dtype } else { CacheDType::Bf16 });
+    // The open slot; its segment's sums, mass and length, the importances of the ring, and with a window its weighted
+    // tokens. In DMS only what will become of the ring's tokens.
+    let state = 4 * match method {
+        Method::Dmc => 4 * dim + 2 + delay + pool_window.unwrap_or(0) * (2 * dim + 1),
+        Method::Dms => 2 * dim + delay,
+    };
+    slot_pages * page(dtype) + ring_pages * ring_page + heads * state
+}
+
+/// Bytes of a key and a value with their scales.
+fn slot_bytes(dtype: CacheDType, dim: usize) -> usize {
+    match dtype {
+        CacheDType::F32 => 2 * dim * 4,
+        CacheDType::Bf16 => 2 * dim * 2,
+        CacheDType::Int8 => 2 * (dim + 2),
     }
 }
 
@@ -493,7 +550,7 @@ fn ratios_are_what_the_decisions_imply_at_every_step() {
             serve(&mut dense, &text, &chunks, |dense, sequence| {
                 let tokens = sequence.tokens();
                 assert_eq!(sequence.held().logical_ratio(), 1.0);
-                let bytes = heads * tokens.div_ceil(16) * 16 * 2 * dim * 4;
+                let bytes = heads * tokens.div_ceil(16) * 16 * slot_bytes(CacheDType::F32, dim);
                 assert_eq!(dense.usage(sequence).bytes(), bytes, "a full cache of {tokens} tokens, {case:?}");
                 dense_bytes.push(bytes);
             });
@@ -517,4 +574,35 @@ fn ratios_are_what_the_decisions_imply_at_every_step() {
         }
     }
     assert!(smaller >= 40, "only {smaller} caches were smaller than a full one");
+}
+
+#[test]
+fn bytes_of_every_type_follow_from_the_slots() {
+    let mut smaller = 0;
+    let cases = (4100..4112).flat_map(|seed| METHODS.map(|method| Case::draw_of(method, seed)));
+    for (case, dtype) in cases.flat_map(|case| CacheDType::ALL.map(|dtype| (case.clone(), dtype))) {
+        let mut engine = case.engine(FastCpu::new()).with_cache_dtype(dtype);
+        let mut dense = case.dense_engine(FastCpu::new()).with_cache_dtype(dtype);
+        let text = Rng::new(case.seed).tokens(130, case.shape.vocab);
+        let chunks = cut(text.len(), &[5, 40, 1]);
+        let heads = LAYERS * case.shape.heads.kv;
+        serve(&mut engine, &text, &chunks, |engine, sequence| {
+            let tokens = sequence.tokens();
+            let exact = tokens.min(case.dmc.delay);
+            let slots = sequence.held().slots.concat();
+            let slot_pages: usize = slots.iter().map(|slots| (slots - exact).saturating_sub(1).div_ceil(16)).sum();
+            let pages = (slot_pages, heads * exact.div_ceil(16));
+            let (usage, full) = (engine.usage(sequence), engine.dense_usage(tokens));
+            assert_eq!((usage.slot_pages, usage.ring_pages), pages, "{tokens} tokens, {dtype:?}, {case:?}");
+            assert_eq!(usage.bytes(), bytes(&case, dtype, pages), "{tokens} tokens, {dtype:?}, {case:?}");
+            smaller += usize::from(tokens == 130 && usage.bytes() < full.bytes());
+        });
+        serve(&mut dense, &text, &chunks, |dense, sequence| {
+            let tokens = sequence.tokens();
+            let full = heads * tokens.div_ceil(16) * 16 * slot_bytes(dtype, case.shape.heads.dim);
+            assert_eq!(dense.usage(sequence).bytes(), full, "{dtype:?}, {case:?}");
+            assert_eq!(engine.dense_usage(tokens).bytes(), full, "counted by a pool that folds, {dtype:?}, {case:?}");
+        });
+    }
+    assert!(smaller >= 20, "only {smaller} caches were smaller than a full one of their type");
 }

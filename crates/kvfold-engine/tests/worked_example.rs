@@ -7,10 +7,11 @@
 mod common;
 
 use common::{cut, worst};
-use kvfold_cache::{CachePolicy, Folding as FoldingCache, PagePool};
+use kvfold_cache::{CachePolicy, CacheShape, Folding as FoldingCache, PagePool};
 use kvfold_engine::CachedAttend;
 use kvfold_kernels::dmc::{Decision, Dmc, Method, Share};
 use kvfold_kernels::ops::{Heads, MIN_IMPORTANCE, Spans};
+use kvfold_kernels::paged::CacheDType;
 use kvfold_kernels::{Array, Ops, Reference};
 use kvfold_model::attend::{Folding, Mode};
 use kvfold_model::block::{Attend, Pass, Projected};
@@ -174,7 +175,11 @@ impl Scene {
 
         let policy = FoldingCache::new(self.dmc.clone());
         for sizes in [&[1][..], &[2], &[3, 1], &[len]] {
-            let mut pool = PagePool::new(&ops, (1, heads), policy.rule(), usize::MAX);
+            let mut pool = PagePool::new(
+                &ops,
+                CacheShape { layers: 1, heads, rule: policy.rule(), dtype: CacheDType::F32 },
+                usize::MAX,
+            );
             let mut cache = pool.sequence();
             let mut out = Vec::new();
             for chunk in cut(len, sizes) {

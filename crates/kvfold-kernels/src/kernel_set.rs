@@ -5,6 +5,7 @@
 
 use crate::attention::{self, AttentionJob, AttentionJobGrad};
 use crate::bf16::{self, GemmBf16};
+use crate::paged::{self, DecodeJob};
 use crate::q8::{self, GemmQ8};
 use crate::real::Real;
 use crate::simd::{self, Gemm, Level};
@@ -51,6 +52,9 @@ pub trait KernelSet<F: Real>: Copy + std::fmt::Debug + Send + Sync + 'static {
 
     /// The adjoint of [`KernelSet::attention`].
     fn attention_grad(self, job: &AttentionJob<'_, F>, grad: &mut AttentionJobGrad<'_, F>);
+
+    /// One token of a paged cache's head: takes it and attends to what it sees.
+    fn decode(self, job: DecodeJob<'_, F>);
 }
 
 /// The reference: plain loops, library exponentials.
@@ -94,6 +98,10 @@ impl<F: Real> KernelSet<F> for Scalar {
     fn attention_grad(self, job: &AttentionJob<'_, F>, grad: &mut AttentionJobGrad<'_, F>) {
         attention::reference_grad(job, grad);
     }
+
+    fn decode(self, job: DecodeJob<'_, F>) {
+        paged::one::<F, Self, paged::Plain>(job);
+    }
 }
 
 /// f32 with the vectors of an instruction set.
@@ -136,5 +144,9 @@ impl KernelSet<f32> for Fast {
 
     fn attention_grad(self, job: &AttentionJob<'_, f32>, grad: &mut AttentionJobGrad<'_, f32>) {
         attention::blocked::backward(self, job, grad);
+    }
+
+    fn decode(self, job: DecodeJob<'_, f32>) {
+        paged::decode(self.0, job);
     }
 }

@@ -12,7 +12,7 @@
 //! kvfold and panics with both shapes.
 
 use crate::dmc::Decision;
-use crate::paged::{Block, HeadTable, Rule};
+use crate::paged::{Block, CacheDType, HeadTable, PageLayout, Rule};
 
 /// One sequence's rows in a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -621,9 +621,13 @@ pub struct CachedAttention<'a, O: CacheOps> {
     pub heads: Heads,
     /// What becomes of a token.
     pub rule: Rule,
-    /// Memory of pages, of [`Rule::page_len`] elements each.
+    /// Type of keys and values in slots.
+    pub dtype: CacheDType,
+    /// Memory of pages of slots, of the layout [`Rule::page`].
     pub pages: &'a O::Arena,
-    /// Memory of open states, of [`Rule::state_len`] elements each.
+    /// Memory of pages of rings, of the layout [`Rule::ring_page`].
+    pub rings: &'a O::Arena,
+    /// Memory of open states, of [`Rule::state_len`] floats each.
     pub states: &'a O::Arena,
     /// Per sequence, its G heads of this layer, with pages enough for the worst case.
     pub tables: Vec<&'a mut [HeadTable]>,
@@ -634,8 +638,11 @@ pub trait CacheOps: Ops {
     /// Memory in blocks of one size.
     type Arena: std::fmt::Debug;
 
-    /// An arena for blocks of `block_len` elements.
-    fn arena(&self, block_len: usize) -> Self::Arena;
+    /// An arena for pages of a layout.
+    fn page_arena(&self, layout: PageLayout) -> Self::Arena;
+
+    /// An arena for open states of `len` floats.
+    fn state_arena(&self, len: usize) -> Self::Arena;
 
     /// Makes at least `wanted` more blocks and returns their handles.
     fn grow(&self, arena: &mut Self::Arena, wanted: usize) -> Vec<Block>;

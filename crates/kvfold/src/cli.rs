@@ -5,6 +5,7 @@ use kvfold_engine::Engine;
 use kvfold_kernels::FastCpu;
 use kvfold_kernels::dmc::Share;
 use kvfold_kernels::ops::{KlDirection, Over, Precision, Scope};
+use kvfold_kernels::paged::CacheDType;
 use kvfold_model::{Checkpoint, Loaded, ModelError};
 use kvfold_retrofit::settings::{self, Train};
 use std::path::PathBuf;
@@ -210,6 +211,31 @@ pub(crate) struct ModelArgs {
     /// How weights are held and multiplied [default: bf16 if they are stored in 16 bits]
     #[arg(long, value_enum)]
     pub(crate) precision: Option<PrecisionArg>,
+
+    /// How the cache holds keys and values [default: as the weights are held]
+    #[arg(long, value_enum, value_name = "TYPE")]
+    pub(crate) cache: Option<CacheArg>,
+}
+
+/// Keys and values in slots; sums are f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CacheArg {
+    /// 32 bits
+    F32,
+    /// 16 bits
+    Bf16,
+    /// 8 bits and a scale per key and per value; the newest tokens of a model with a delay in 16 bits
+    Int8,
+}
+
+impl From<CacheArg> for CacheDType {
+    fn from(cache: CacheArg) -> Self {
+        match cache {
+            CacheArg::F32 => CacheDType::F32,
+            CacheArg::Bf16 => CacheDType::Bf16,
+            CacheArg::Int8 => CacheDType::Int8,
+        }
+    }
 }
 
 /// Operands of products with weights; sums are f32.
@@ -245,7 +271,8 @@ impl ModelArgs {
     /// An engine that serves it.
     pub(crate) fn engine(&self, checkpoint: &Checkpoint) -> Engine<FastCpu> {
         let precision = self.precision.map_or_else(|| checkpoint.precision(), Precision::from);
-        Engine::of(Loaded::with_precision(FastCpu::new(), checkpoint, precision))
+        let cache = self.cache.map_or_else(|| precision.into(), CacheDType::from);
+        Engine::of(Loaded::with_precision(FastCpu::new(), checkpoint, precision)).with_cache_dtype(cache)
     }
 
     /// What the user called it.

@@ -5,6 +5,7 @@
 //! next array of about that size takes it: batches of packed documents are never quite equally long.
 
 use crate::ops::Precision;
+use crate::paged::Scratch;
 use crate::q8;
 use crate::real::Real;
 use crate::simd::PANEL;
@@ -64,11 +65,27 @@ impl<T: Copy + Default> Recycler<T> {
     }
 }
 
+/// What threads need to attend to a cache, while no thread uses it.
+#[derive(Debug, Default)]
+pub(super) struct ScratchPool<F>(Mutex<Vec<Scratch<F>>>);
+
+impl<F: Real> ScratchPool<F> {
+    /// Runs `f` with scratch that nobody else uses and that outlives the call.
+    pub(super) fn with<R>(&self, f: impl FnOnce(&mut Scratch<F>) -> R) -> R {
+        let waiting = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut scratch = waiting().pop().unwrap_or_default();
+        let result = f(&mut scratch);
+        waiting().push(scratch);
+        result
+    }
+}
+
 /// Where a backend's buffers go when nobody uses them.
 #[derive(Debug, Default)]
 pub(crate) struct Home<F> {
     pub(crate) floats: Recycler<F>,
     pub(crate) words: Recycler<u32>,
+    pub(super) scratch: ScratchPool<F>,
 }
 
 /// Packings of an array, each made at its first use (see `bf16.rs`).

@@ -4,9 +4,13 @@ use super::heads::{JobLayout, split_jobs, view};
 use super::{Array, Cpu};
 use crate::kernel_set::KernelSet;
 use crate::ops::{CacheOps, CachedAttention};
-use crate::paged::{self, Arena, Block, HeadInput, HeadTable, Prepared};
+use crate::paged::{self, Arena, Block, DecodeJob, HeadInput, HeadTable, PageLayout, Prepared, Scratch};
 use crate::real::Real;
 use rayon::prelude::*;
+use std::cmp::Reverse;
+use std::iter;
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 /// Products of a query and a slot below which a step stays on the calling thread.
 const SERIAL: usize = 64 * 1024;
@@ -27,14 +31,20 @@ struct Chunk<'a, F> {
 }
 
 impl<'a, F: Real> Head<'a, F> {
+    /// Products of a query and a slot, about.
+    fn cost(&self) -> usize {
+        let held = self.table.slots + self.table.exact(self.input.rule);
+        self.input.len * (held + self.input.len) * self.input.heads.dim * self.input.heads.group()
+    }
+
     /// Takes the tokens; a single one is done with that.
-    fn take<K: KernelSet<F>>(self, set: K) -> Option<Chunk<'a, F>> {
+    fn take<K: KernelSet<F>>(self, set: K, scratch: &mut Scratch<F>) -> Option<Chunk<'a, F>> {
         let Self { input, table, out } = self;
         if input.len == 1 {
-            paged::one(set, &input, table, out);
+            set.decode(DecodeJob { input: &input, table, scratch, out });
             return None;
         }
-        let prepared = paged::prepare(set, &input, table);
+        let prepared = paged::prepare(set, &input, table, scratch);
         Some(Chunk { input, table, prepared, out })
     }
 }
@@ -42,8 +52,12 @@ impl<'a, F: Real> Head<'a, F> {
 impl<F: Real, K: KernelSet<F>> CacheOps for Cpu<F, K> {
     type Arena = Arena<F>;
 
-    fn arena(&self, block_len: usize) -> Arena<F> {
-        Arena::new(block_len)
+    fn page_arena(&self, layout: PageLayout) -> Arena<F> {
+        Arena::new(layout.floats::<F>())
+    }
+
+    fn state_arena(&self, len: usize) -> Arena<F> {
+        Arena::new(len)
     }
 
     fn grow(&self, arena: &mut Arena<F>, wanted: usize) -> Vec<Block> {
@@ -55,20 +69,18 @@ impl<F: Real, K: KernelSet<F>> CacheOps for Cpu<F, K> {
     }
 
     fn cached_attention(&self, step: CachedAttention<'_, Self>) -> Array<F> {
-        let CachedAttention { q, k, v, logit, omega, angles, spans, heads, rule, pages, states, tables } = step;
+        let CachedAttention { q, k, v, logit, omega, spans, heads, rule, .. } = step;
         let (kv, dim, group) = (heads.kv, heads.dim, heads.group());
-        assert_eq!(tables.len(), spans.len(), "one set of heads per sequence");
+        assert_eq!(step.tables.len(), spans.len(), "one set of heads per sequence");
         let mut out = self.buffer(spans.rows() * heads.query * dim);
         let mut work = Vec::with_capacity(spans.len() * kv);
-        let mut cost = 0;
         let outs = split_jobs(&mut out, spans, kv, group * dim);
-        let heads_of = spans.iter().zip(tables).flat_map(|(span, tables)| {
+        let heads_of = spans.iter().zip(step.tables).flat_map(|(span, tables)| {
             assert_eq!(tables.len(), kv, "one table per KV head");
             tables.iter_mut().enumerate().map(move |(g, table)| (span, g, table))
         });
         for ((span, g, table), out) in heads_of.zip(outs) {
             assert_eq!(span.position, table.tokens, "a span begins where its cache ends");
-            cost += span.len * (table.slots + span.len) * dim * group;
             let input = HeadInput {
                 len: span.len,
                 heads,
@@ -78,20 +90,19 @@ impl<F: Real, K: KernelSet<F>> CacheOps for Cpu<F, K> {
                 v: view(v, span, g, dim),
                 logit: logit.map(|logit| view(logit, span, g, 1)),
                 omega: omega.map(|omega| view(omega, span, g, 1)),
-                angles: angles.data(),
-                pages,
-                states,
+                angles: step.angles.data(),
+                dtype: step.dtype,
+                pages: step.pages,
+                rings: step.rings,
+                states: step.states,
             };
             work.push(Head { input, table, out });
         }
         let set = self.set;
-        let parallel = cost >= SERIAL;
-        let mut chunks: Vec<_> = match parallel {
-            false => work.into_iter().filter_map(|head| head.take(set)).collect(),
-            true => work.into_par_iter().filter_map(|head| head.take(set)).collect(),
-        };
+        let parallel = work.iter().map(Head::cost).sum::<usize>() >= SERIAL;
+        let mut chunks = self.each(parallel, work, Head::cost, |head, scratch| head.take(set, scratch));
         let mut blocks = Vec::new();
-        for Chunk { input, table, prepared, out } in &mut chunks {
+        for Chunk { input, table, prepared, out } in chunks.iter_mut().flatten() {
             let mut rest: &mut [F] = out;
             for tokens in prepared.blocks(rule.delay()) {
                 let (block, after) = rest.split_at_mut(tokens.len() * group * dim);
@@ -99,11 +110,33 @@ impl<F: Real, K: KernelSet<F>> CacheOps for Cpu<F, K> {
                 rest = after;
             }
         }
-        let attend = |(head, tokens, out)| paged::block(set, head, tokens, out);
-        match parallel {
-            false => blocks.into_iter().for_each(attend),
-            true => blocks.into_par_iter().for_each(attend),
-        }
+        let cost = |(_, tokens, _): &(_, Range<usize>, _)| tokens.end;
+        self.each(parallel, blocks, cost, |(head, tokens, out), scratch| {
+            paged::block(set, head, tokens, scratch, out);
+        });
         self.to_rows(&out, spans, JobLayout { kv, parts: 1, width: group * dim })
+    }
+}
+
+impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
+    /// Carries out work with a thread's scratch. A thread that is done with an item takes the next largest, so that no long
+    /// head is left for last.
+    fn each<W: Send, R: Send>(
+        &self,
+        parallel: bool,
+        mut work: Vec<W>,
+        cost: impl Fn(&W) -> usize,
+        f: impl Fn(W, &mut Scratch<F>) -> R + Sync,
+    ) -> Vec<R> {
+        let scratch = &self.home.scratch;
+        if !parallel {
+            return scratch.with(|scratch| work.into_iter().map(|item| f(item, scratch)).collect());
+        }
+        work.sort_by_key(|item| Reverse(cost(item)));
+        let threads = rayon::current_num_threads().min(work.len());
+        let queue = Mutex::new(work.into_iter());
+        let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let thread = |_| scratch.with(|scratch| iter::from_fn(next).map(|item| f(item, scratch)).collect::<Vec<R>>());
+        (0..threads).into_par_iter().with_max_len(1).flat_map_iter(thread).collect()
     }
 }

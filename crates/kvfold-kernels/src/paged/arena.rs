@@ -7,6 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// Blocks that are allocated together.
 const SLAB_BLOCKS: usize = 64;
 
+/// Bytes of a cache line, at which slabs begin: a vector of a page then never lies across two.
+const LINE: usize = 64;
+
 /// The right to read and write one block of one arena. It cannot be copied, so a block has one owner.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Block {
@@ -22,8 +25,25 @@ pub struct Block {
 pub struct Arena<F> {
     id: u64,
     block_len: usize,
-    slabs: Vec<Box<[UnsafeCell<F>]>>,
+    slabs: Vec<Slab<F>>,
     blocks: usize,
+}
+
+/// Memory of some blocks and where in it the first begins.
+#[derive(Debug)]
+struct Slab<F> {
+    cells: Box<[UnsafeCell<F>]>,
+    first: usize,
+}
+
+impl<F: Real> Slab<F> {
+    fn new(len: usize) -> Self {
+        let spare = LINE / size_of::<F>();
+        let cells: Box<[_]> = (0..len + spare).map(|_| UnsafeCell::new(F::zero())).collect();
+        // `align_offset` may decline; then blocks begin anywhere, which is slower and no worse.
+        let first = cells.as_ptr().align_offset(LINE).min(spare);
+        Self { cells, first }
+    }
 }
 
 // SAFETY: elements are reached through `slice` and `slice_mut` only, which borrow the block's unique handle as shared
@@ -41,7 +61,7 @@ impl<F: Real> Arena<F> {
     pub fn grow(&mut self, wanted: usize) -> Vec<Block> {
         let slabs = wanted.div_ceil(SLAB_BLOCKS);
         for _ in 0..slabs {
-            self.slabs.push((0..SLAB_BLOCKS * self.block_len).map(|_| UnsafeCell::new(F::zero())).collect());
+            self.slabs.push(Slab::new(SLAB_BLOCKS * self.block_len));
         }
         let first = self.blocks;
         self.blocks += slabs * SLAB_BLOCKS;
@@ -65,7 +85,8 @@ impl<F: Real> Arena<F> {
 
     fn cells(&self, block: &Block) -> &[UnsafeCell<F>] {
         assert_eq!(block.arena, self.id, "a block of another arena");
-        &self.slabs[block.index / SLAB_BLOCKS][block.index % SLAB_BLOCKS * self.block_len..][..self.block_len]
+        let slab = &self.slabs[block.index / SLAB_BLOCKS];
+        &slab.cells[slab.first + block.index % SLAB_BLOCKS * self.block_len..][..self.block_len]
     }
 
     /// A block's elements.
@@ -104,6 +125,14 @@ mod tests {
         }
         for (i, block) in blocks.iter().enumerate() {
             assert_eq!(arena.slice(block), [i as f32; 3]);
+        }
+    }
+
+    #[test]
+    fn pages_begin_at_cache_lines() {
+        let mut arena = Arena::<f32>::new(48);
+        for block in arena.grow(SLAB_BLOCKS + 1) {
+            assert_eq!(arena.slice(&block).as_ptr() as usize % LINE, 0);
         }
     }
 

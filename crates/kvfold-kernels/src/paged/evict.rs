@@ -1,11 +1,12 @@
-//! Dynamic Memory Sparsification in the cache (spec 5.5): a token that leaves the ring takes the newest slot, whose key
-//! and value are evicted, or is appended.
+//! Dynamic Memory Sparsification in the cache (spec 5.5): a token that leaves the ring takes the open slot, whose key
+//! and value are evicted, or closes it and opens the next.
 //!
-//! The decision of a token judges the one before it, which by then is the newest slot. So slots stay in the order of
-//! time, a closed slot is never written again, and a token that is kept is kept to the last bit: it is rotated once, when
-//! it comes, and copied from the ring to its slot.
+//! The decision of a token judges the one before it, which by then is in the open slot. So slots stay in the order of
+//! time, a closed slot is never written again, and a token is rotated once, when it comes, and then copied from the ring
+//! to its slot.
 
-use super::{HeadInput, HeadTable, PAGE_SLOTS, Scratch, angles, folds, read, state, write, write_newest};
+use super::take::{Moving, close, folds, write_seat};
+use super::{HeadInput, HeadTable, PAGE_SLOTS};
 use crate::real::Real;
 use crate::rope::rotate;
 
@@ -15,25 +16,35 @@ pub(super) fn take<F: Real>(
     input: &HeadInput<'_, F>,
     table: &mut HeadTable,
     (t, delay): (usize, usize),
-    scratch: &mut Scratch<F>,
+    moving: &mut Moving<F>,
 ) {
     let dim = input.heads.dim;
     let position = table.tokens - 1;
     let (k, v) = (input.k.row(t, 0, dim), input.v.row(t, 0, dim));
     let evicts = folds(input, position, t);
     if delay == 0 {
-        rotate(k, angles(input, position), F::one(), &mut scratch.rotated);
-        table.slots += usize::from(!evicts);
-        return write_newest(input, table, (&scratch.rotated, v), None);
+        rotate(k, input.angles(position), F::one(), &mut moving.pair[..dim]);
+        moving.pair[dim..].copy_from_slice(v);
+        return fill_open_slot(input, table, evicts, &moving.pair);
     }
-    let (seat, lane) = (position % delay, position % delay % PAGE_SLOTS);
+    let seat = position % delay;
     if position >= delay {
-        let (leaving_k, leaving_v) = scratch.raw.split_at_mut(dim);
-        read(input, &table.ring[seat / PAGE_SLOTS], lane, (&mut *leaving_k, &mut *leaving_v));
-        table.slots += usize::from(state(input, table)[seat] > F::zero());
-        write_newest(input, table, (leaving_k, leaving_v), None);
+        let (leaving_k, leaving_v) = moving.pair.split_at_mut(dim);
+        input.seat_page(table, seat).read(seat % PAGE_SLOTS, (leaving_k, leaving_v));
+        let evicts = input.state_mut(table)[2 * dim + seat] < F::zero();
+        fill_open_slot(input, table, evicts, &moving.pair);
     }
-    state(input, table)[seat] = if evicts { -F::one() } else { F::one() };
-    rotate(k, angles(input, position), F::one(), &mut scratch.rotated);
-    write(input, &mut table.ring[seat / PAGE_SLOTS], lane, (&scratch.rotated, v), None);
+    input.state_mut(table)[2 * dim + seat] = if evicts { -F::one() } else { F::one() };
+    rotate(k, input.angles(position), F::one(), &mut moving.rotated);
+    write_seat(input, table, seat, (&moving.rotated, v), None);
+}
+
+/// Puts a rotated key and a value into the open slot, or closes that and puts them into the next.
+#[inline(always)]
+fn fill_open_slot<F: Real>(input: &HeadInput<'_, F>, table: &mut HeadTable, evicts: bool, pair: &[F]) {
+    if !evicts {
+        close(input, table);
+        table.slots += 1;
+    }
+    input.state_mut(table)[..pair.len()].copy_from_slice(pair);
 }

@@ -5,6 +5,7 @@ use crate::cli::PplArgs;
 use crate::error::AppError;
 use crate::output;
 use kvfold_eval::{cut, perplexity};
+use kvfold_kernels::paged::CacheDType;
 use kvfold_report::format;
 use serde::Serialize;
 
@@ -16,6 +17,7 @@ struct Output {
     schema: &'static str,
     model: String,
     text: String,
+    cache: CacheDType,
     perplexity: f64,
     tokens: usize,
     windows: usize,
@@ -41,6 +43,7 @@ pub(crate) fn run(args: &PplArgs) -> Result<(), AppError> {
         schema: "kvfold.perplexity/1",
         model: args.model.name(),
         text: args.text.display().to_string(),
+        cache: engine.pool().dtype(),
         perplexity: result.value(),
         tokens: result.predicted,
         windows: windows.len(),
@@ -52,11 +55,12 @@ pub(crate) fn run(args: &PplArgs) -> Result<(), AppError> {
         return output::json(&result);
     }
     output::line(&format!(
-        "perplexity      {:.4}\ntokens          {} predicted, in {} windows of {}\nlogical ratio   {}\nphysical ratio  {}",
+        "perplexity      {:.4}\ntokens          {} predicted, in {} windows of {}\ncache           {}\nlogical ratio   {}\nphysical ratio  {}",
         result.perplexity,
         format::exact(result.tokens as u64),
         result.windows,
         result.window,
+        result.cache.name(),
         format::ratio_and_removed(result.logical_ratio),
         format::ratio_and_removed(result.physical_ratio),
     ))

@@ -4,6 +4,7 @@ use crate::cli::GenerateArgs;
 use crate::error::AppError;
 use crate::output;
 use kvfold_engine::{Options, Sampler, Stop, ensure_fits, generate};
+use kvfold_kernels::paged::CacheDType;
 use kvfold_model::tokenizer::DecodeStream;
 use kvfold_model::{Chat, ChatTemplate, Checkpoint, ModelError};
 use kvfold_report::format;
@@ -25,6 +26,7 @@ struct Output<'a> {
     stopped: bool,
     seed: u64,
     temperature: f64,
+    cache: CacheDType,
     logical_ratio: f64,
     physical_ratio: f64,
     kv_bytes: usize,
@@ -81,6 +83,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<(), AppError> {
         stopped: generation.stopped,
         seed: args.seed,
         temperature: args.temperature,
+        cache: engine.pool().dtype(),
         logical_ratio: held.logical_ratio(),
         physical_ratio: if usage.bytes() == 0 { 1.0 } else { dense as f64 / usage.bytes() as f64 },
         kv_bytes: usage.bytes(),
@@ -92,9 +95,10 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<(), AppError> {
     }
     output::line("")?;
     output::note(&format!(
-        "\n{} tokens at {}; cache {} of {} ({} logical, {} physical)",
+        "\n{} tokens at {}; {} cache {} of {} ({} logical, {} physical)",
         result.new_tokens,
         format::rate(result.tokens_per_second),
+        result.cache.name(),
         format::bytes(result.kv_bytes as u64),
         format::bytes(result.dense_kv_bytes as u64),
         format::ratio(result.logical_ratio),

@@ -27,7 +27,7 @@ fn memory(comparison: &Comparison, context: usize) -> Memory {
     // Mean bytes of a sequence; the parts are rounded, and their sum is what is stated.
     let detail = KvBytes {
         pages: compressed.mean_bytes(|u| u.slot_pages * u.page_bytes).round() as u64,
-        ring: compressed.mean_bytes(|u| u.ring_pages * u.page_bytes).round() as u64,
+        ring: compressed.mean_bytes(|u| u.ring_pages * u.ring_page_bytes).round() as u64,
         open_state: compressed.mean_bytes(|u| u.states * u.state_bytes).round() as u64,
     };
     let original = &comparison.original.measured;

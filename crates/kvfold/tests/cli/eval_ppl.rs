@@ -21,10 +21,22 @@ fn perplexity_is_the_golden_one_and_a_plain_model_keeps_everything() {
     assert!((found / wanted - 1.0).abs() < 1e-4, "{found}, not {wanted}");
     assert_eq!(windows(&json), [256, 16, 16 * 255]);
     assert_eq!((number(&json, "/logical_ratio"), number(&json, "/physical_ratio")), (1.0, 1.0));
-    assert_keys(
-        &json,
-        &["schema", "model", "text", "perplexity", "tokens", "windows", "window", "logical_ratio", "physical_ratio"],
-    );
+    assert_eq!(json["cache"], "f32");
+    let keys = "schema model text cache perplexity tokens windows window logical_ratio physical_ratio";
+    assert_keys(&json, &keys.split(' ').collect::<Vec<_>>());
+}
+
+#[test]
+fn coarser_caches_are_full_caches_of_their_type_and_cost_little() {
+    let dir = Dir::new();
+    let json = |cache| dir.run(&args(HELD_OUT, &["--limit", "2048", "--json", "--cache", cache])).json();
+    let exact = number(&json("f32"), "/perplexity");
+    for (cache, most) in [("bf16", 0.002), ("int8", 0.005)] {
+        let json = json(cache);
+        assert_eq!((&json["cache"], number(&json, "/physical_ratio")), (&Value::from(cache), 1.0));
+        let change = number(&json, "/perplexity") / exact - 1.0;
+        assert!(change != 0.0 && change.abs() < most, "{cache}: {change}");
+    }
 }
 
 #[test]

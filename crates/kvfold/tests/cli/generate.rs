@@ -44,6 +44,7 @@ fn the_json_has_these_keys() {
             "stopped",
             "seed",
             "temperature",
+            "cache",
             "logical_ratio",
             "physical_ratio",
             "kv_bytes",
