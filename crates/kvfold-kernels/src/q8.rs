@@ -61,6 +61,11 @@ impl Panels {
         Self { quants, scales, terms }
     }
 
+    /// Bytes held.
+    pub(crate) fn bytes(&self) -> usize {
+        size_of_val(&self.quants[..]) + size_of_val(&self.scales[..])
+    }
+
     /// The panel of outputs from `32 * index` on.
     pub(crate) fn panel(&self, index: usize) -> Panel<'_> {
         let (quants, scales) = (self.terms * PANEL, self.terms.div_ceil(BLOCK) * PANEL);

@@ -1,5 +1,9 @@
 //! The arguments, with the help a newcomer reads.
 
+mod bench;
+
+pub(crate) use bench::{BenchCommand, KernelsArgs, ModelBenchArgs};
+
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kvfold_engine::Engine;
 use kvfold_kernels::FastCpu;
@@ -69,34 +73,6 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: BenchCommand,
     },
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum BenchCommand {
-    /// Every kernel of training and prefill, beside the machine's best
-    ///
-    /// Shapes are a model's. The machine's best is measured first: products per second from cached operands, and bytes per
-    /// second from memory. Close other programs for numbers worth keeping.
-    Kernels(KernelsArgs),
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct KernelsArgs {
-    /// Model directory, delta, or stories260k, whose shapes are used
-    #[arg(long, value_name = "MODEL", default_value = "stories260k")]
-    pub(crate) model: String,
-
-    /// Tokens of the batch
-    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
-    pub(crate) tokens: u32,
-
-    /// Times that each kernel runs; the median counts
-    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
-    pub(crate) rounds: u32,
-
-    /// Print one JSON document instead of a table
-    #[arg(long)]
-    pub(crate) json: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -198,7 +174,7 @@ pub(crate) struct ExportArgs {
 }
 
 /// A model, whole or as a delta over another.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub(crate) struct ModelArgs {
     /// Model directory, delta, or stories260k
     #[arg(long, value_name = "MODEL")]
@@ -270,9 +246,14 @@ impl ModelArgs {
 
     /// An engine that serves it.
     pub(crate) fn engine(&self, checkpoint: &Checkpoint) -> Engine<FastCpu> {
-        let precision = self.precision.map_or_else(|| checkpoint.precision(), Precision::from);
+        let precision = self.precision(checkpoint);
         let cache = self.cache.map_or_else(|| precision.into(), CacheDType::from);
         Engine::of(Loaded::with_precision(FastCpu::new(), checkpoint, precision)).with_cache_dtype(cache)
+    }
+
+    /// How its weights are held and multiplied.
+    pub(crate) fn precision(&self, checkpoint: &Checkpoint) -> Precision {
+        self.precision.map_or_else(|| checkpoint.precision(), Precision::from)
     }
 
     /// What the user called it.

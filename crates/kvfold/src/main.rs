@@ -39,6 +39,7 @@ fn run(cli: &Cli) -> Result<(), AppError> {
         Command::Export(args) => commands::export::run(args),
         Command::Generate(args) => commands::generate::run(args),
         Command::Eval { command: EvalCommand::Ppl(args) } => commands::eval_ppl::run(args),
+        Command::Bench { command: BenchCommand::Model(args) } => commands::bench_model::run(args),
         Command::Bench { command: BenchCommand::Kernels(args) } => commands::bench_kernels::run(args),
     }
 }

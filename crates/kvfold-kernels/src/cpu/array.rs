@@ -172,6 +172,17 @@ impl<F: Real> Array<F> {
         data
     }
 
+    /// Bytes that a product with this array as the weight reads: of the packing that it reads, or of the numbers.
+    pub fn read_bytes(&self) -> usize {
+        let Packings { floats, panels_of_rows, quantised, .. } = self.packings();
+        match (quantised.get(), panels_of_rows.get(), floats.get()) {
+            (Some(panels), _, _) => panels.bytes(),
+            (_, Some(words), _) => size_of_val(&words[..]),
+            (_, _, Some(panels)) => size_of_val(&panels[..]),
+            _ => size_of_val(&self.buffer.data[..]),
+        }
+    }
+
     /// Whether the numbers themselves are held, and not only a packing.
     pub(super) fn is_whole(&self) -> bool {
         !self.buffer.data.is_empty() || self.shape.contains(&0)

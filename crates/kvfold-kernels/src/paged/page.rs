@@ -53,11 +53,11 @@ impl CacheDType {
 }
 
 impl From<Precision> for CacheDType {
-    /// The type of a model's cache when nothing else is asked for: as its weights are held.
+    /// The type of a model's cache when nothing else is asked for: as its weights are held, but no coarser than bf16.
     fn from(precision: Precision) -> Self {
         match precision {
             Precision::F32 => CacheDType::F32,
-            Precision::Bf16 => CacheDType::Bf16,
+            Precision::Bf16 | Precision::Q8 => CacheDType::Bf16,
         }
     }
 }

@@ -1,9 +1,10 @@
 //! `kvfold bench kernels`.
 
+use super::load::{Load, Others};
 use crate::cli::KernelsArgs;
 use crate::error::AppError;
 use crate::output;
-use kvfold_eval::{KERNEL_GROUPS, KernelTime, KernelWork, Machine, kernel_times};
+use kvfold_eval::{KernelTime, KernelWork, Machine, kernel_times};
 use kvfold_model::Checkpoint;
 use kvfold_model::shape::Shape;
 use kvfold_retrofit::settings::DELAY;
@@ -19,23 +20,28 @@ struct Output<'a> {
     rounds: u32,
     machine: &'a Machine,
     kernels: &'a [KernelTime],
+    others: Option<Others>,
     command: String,
 }
 
 pub(crate) fn run(args: &KernelsArgs) -> Result<(), AppError> {
     let checkpoint = Checkpoint::open(&args.model)?;
     let shape = Shape::of(&checkpoint.config);
-    let bar = output::bar("measuring", KERNEL_GROUPS + 1, "groups", args.json);
+    let before = Load::now();
+    let bar = output::bar("measuring", 0, "groups", args.json);
     let machine = Machine::measure();
-    bar.inc(1);
     let length = shape.context.min(args.tokens as usize);
     let work =
         KernelWork { rows: args.tokens as usize, length, delay: DELAY.min(length), rounds: args.rounds as usize };
-    let kernels = kernel_times(&machine, &shape, work, || bar.inc(1));
+    let kernels = kernel_times(&machine, &shape, work, |done, groups| {
+        bar.set_length(groups as u64);
+        bar.set_position(done as u64);
+    });
     bar.finish_and_clear();
+    let others = before.zip(Load::now()).map(|(before, after)| after.others_since(&before));
     if args.json {
         return output::json(&Output {
-            schema: "kvfold.kernels/1",
+            schema: "kvfold.kernels/2",
             kvfold_version: env!("CARGO_PKG_VERSION"),
             commit: output::COMMIT,
             model: &args.model,
@@ -43,9 +49,17 @@ pub(crate) fn run(args: &KernelsArgs) -> Result<(), AppError> {
             rounds: args.rounds,
             machine: &machine,
             kernels: &kernels,
+            others,
             command: output::command_line(),
         });
     }
+    if let Some(warning) = others.and_then(|others| others.warning()) {
+        output::note(&format!("kvfold: {warning}"));
+    }
+    output::line(&table(&machine, &kernels))
+}
+
+fn table(machine: &Machine, kernels: &[KernelTime]) -> String {
     let giga = |x: f64| x / 1e9;
     let mut lines = vec![
         format!(
@@ -57,15 +71,19 @@ pub(crate) fn run(args: &KernelsArgs) -> Result<(), AppError> {
             giga(machine.bandwidth)
         ),
         String::new(),
-        format!("{:<28} {:<34} {:>9} {:>9} {:>6} {:>7}", "kernel", "shape", "ms", "GFLOP/s", "peak", "GB/s"),
+        format!(
+            "{:<32} {:<34} {:>9} {:>8} {:>5} {:>6} {:>5}  {}",
+            "kernel", "shape", "ms", "GFLOP/s", "peak", "GB/s", "read", "path"
+        ),
     ];
     lines.extend(kernels.iter().map(|k| {
         let speed = match k.of_peak {
-            Some(of_peak) => format!("{:>9.1} {:>5.0}%", giga(k.flops / k.seconds), 100.0 * of_peak),
-            None => format!("{:>9} {:>6}", "-", "-"),
+            Some(of_peak) => format!("{:>8.1} {:>4.0}%", giga(k.flops / k.seconds), 100.0 * of_peak),
+            None => format!("{:>8} {:>5}", "-", "-"),
         };
-        let ms = k.seconds * 1e3;
-        format!("{:<28} {:<34} {ms:>9.3} {speed} {:>7.1}", k.kernel, k.shape, giga(k.bytes / k.seconds))
+        let (ms, read) = (k.seconds * 1e3, giga(k.bytes / k.seconds));
+        let of_read = 100.0 * k.of_bandwidth;
+        format!("{:<32} {:<34} {ms:>9.3} {speed} {read:>6.1} {of_read:>4.0}%  {}", k.kernel, k.shape, k.path)
     }));
-    output::line(&lines.join("\n"))
+    lines.join("\n")
 }

@@ -1,11 +1,13 @@
 //! One file per command, and what they share.
 
 pub(crate) mod bench_kernels;
+pub(crate) mod bench_model;
 pub(crate) mod demo;
 pub(crate) mod eval_ppl;
 pub(crate) mod export;
 pub(crate) mod generate;
 pub(crate) mod import;
+mod load;
 mod measure;
 mod panel;
 mod papers;

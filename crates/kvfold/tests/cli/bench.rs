@@ -1,6 +1,7 @@
-//! `kvfold bench kernels`.
+//! `kvfold bench`: whole models, and kernels one by one.
 
-use crate::common::{Dir, assert_keys, number};
+use crate::common::{Dir, HELD_OUT, assert_keys, number};
+use serde_json::Value;
 
 #[test]
 fn every_kernel_has_a_time_beside_the_machines_best() {
@@ -9,7 +10,7 @@ fn every_kernel_has_a_time_beside_the_machines_best() {
     let json = dir.run_with(&args, &["--json"]).json();
     assert_keys(
         &json,
-        &["schema", "kvfold_version", "commit", "model", "tokens", "rounds", "machine", "kernels", "command"],
+        &["schema", "kvfold_version", "commit", "model", "tokens", "rounds", "machine", "kernels", "others", "command"],
     );
     for best in ["/machine/peak_f32", "/machine/peak_bf16", "/machine/bandwidth"] {
         assert!(number(&json, best) > 1e8, "{best}");
@@ -18,8 +19,28 @@ fn every_kernel_has_a_time_beside_the_machines_best() {
     for kernel in kernels {
         assert!(number(kernel, "/seconds") > 0.0 && number(kernel, "/bytes") > 0.0, "{kernel}");
         assert_eq!(number(kernel, "/flops") > 0.0, kernel["of_peak"].is_f64(), "{kernel}");
+        assert!(kernel["path"].as_str().is_some_and(|path| !path.is_empty()), "{kernel}");
     }
-    for name in ["linear bf16", "linear backward w bf16", "folding attention backward", "pool", "rope"] {
+    for name in [
+        "linear bf16",
+        "linear backward w bf16",
+        "logits f32",
+        "KL loss and gradients f32",
+        "embed bf16",
+        "rms_norm of heads backward",
+        "rope",
+        "swiglu",
+        "head gate",
+        "soft decision backward",
+        "folding attention backward",
+        "pool",
+        "paged attention prefill",
+        "paged attention decode",
+        "paged folding prefill",
+        "paged folding decode",
+        "paged evicting decode",
+        "adamw",
+    ] {
         assert!(kernels.iter().any(|kernel| kernel["kernel"] == name), "no {name}");
     }
     let table = dir.run(&args).ok();
@@ -31,4 +52,92 @@ fn a_batch_of_nothing_is_refused() {
     let ran = Dir::new().run(&["bench", "kernels", "--tokens", "0"]);
     assert_eq!(ran.code, Some(2));
     assert!(ran.err.contains("--tokens"), "{}", ran.err);
+}
+
+/// A quick measurement of the embedded model.
+const MODEL: [&str; 12] = [
+    "bench",
+    "model",
+    "--model",
+    "stories260k",
+    "--prefill",
+    "2x40",
+    "--decode",
+    "1x0",
+    "3x48",
+    "--tokens",
+    "4",
+    "--rounds=2",
+];
+
+fn cells(json: &Value, kind: &str) -> Vec<Value> {
+    let rows = json[kind].as_array().expect("rows");
+    rows.iter().flat_map(|row| row["models"].as_array().expect("models").clone()).collect()
+}
+
+#[test]
+fn a_model_is_measured_beside_what_its_bytes_allow() {
+    let dir = Dir::new();
+    let json = dir.run_with(&MODEL, &["--json"]).json();
+    assert_eq!(json["schema"], "kvfold.bench/1");
+    let depths: Vec<_> =
+        json["decode"].as_array().expect("rows").iter().map(|row| (&row["from"], &row["to"])).collect();
+    assert_eq!(depths, [(&0.into(), &8.into()), (&48.into(), &56.into())]);
+    let weights = number(&json, "/models/0/weight_bytes");
+    let cells = [cells(&json, "prefill"), cells(&json, "decode")].concat();
+    assert_eq!(cells.len(), 3);
+    for cell in &cells {
+        let [median, min, max] =
+            ["median", "min", "max"].map(|key| number(&cell["tokens_per_second"], &format!("/{key}")));
+        assert!(0.0 < min && min <= median && median <= max, "{cell}");
+        assert_eq!(cell["tokens_per_second"]["rounds"].as_array().map(Vec::len), Some(2));
+        assert!(number(cell, "/products_of_peak") > 0.0);
+        assert_eq!((number(cell, "/logical_ratio"), number(cell, "/physical_ratio")), (1.0, 1.0));
+    }
+    // Three caches of 48 to 56 tokens in pages of 16: three or four pages of keys and values, 5 layers of 4 heads of 8.
+    let page = number(&json, "/models/0/page_bytes");
+    assert_eq!((&json["models"][0]["cache"], page), (&"f32".into(), 16.0 * 2.0 * 8.0 * 4.0));
+    assert_eq!(number(&cells[2], "/cache_bytes"), 3.0 * 20.0 * page * (3.0 + 4.0 + 4.0 + 4.0) / 4.0);
+    let bytes = &cells[2]["bytes"];
+    assert_eq!(number(bytes, "/per_step"), weights + number(&cells[2], "/cache_bytes"));
+    let ceiling = 3.0 * number(&json, "/machine/bandwidth") / number(bytes, "/per_step");
+    assert!((number(bytes, "/ceiling") / ceiling - 1.0).abs() < 1e-9, "{bytes}");
+    assert!(bytes.get("speed_up_ceiling").is_none(), "{bytes}");
+    assert!(cells[0].get("bytes").is_none());
+}
+
+#[test]
+fn two_models_take_turns_and_a_compressed_one_states_its_ratios() {
+    let dir = Dir::new();
+    let retrofit = ["retrofit", "--model", "stories260k", "--out", "folded", "--ratio", "2", "--steps", "2"];
+    dir.run_with(&retrofit, &["--length", "64", "--batch", "2", "--samples", "8", "--delay", "4"]).ok();
+    let extra = ["--text", HELD_OUT, "--against", "folded", "--json"];
+    let json = dir.run_with(&MODEL, &extra).json();
+    assert_eq!((&json["models"][0]["policy"], &json["models"][1]["policy"]), (&"dense".into(), &"dmc".into()));
+    assert_eq!((&json["seed"], &json["text"]), (&Value::Null, &HELD_OUT.into()));
+    let row = &json["decode"][1]["models"];
+    assert!(row[0]["bytes"].get("speed_up_ceiling").is_none());
+    let (bytes, weights) = (&row[1]["bytes"], number(&json, "/models/1/weight_bytes"));
+    let held = number(&row[1], "/cache_bytes");
+    let dense = held * number(&row[1], "/physical_ratio");
+    let ceiling = (weights + dense) / (weights + held);
+    assert!((number(bytes, "/speed_up_ceiling") / ceiling - 1.0).abs() < 1e-9, "{bytes}");
+    let table = dir.run_with(&MODEL, &["--text", HELD_OUT, "--against", "folded"]).ok();
+    for phrase in ["A  stories260k: dense cache", "B  folded: dmc cache", "2 x 40", "3 x 48-56", "<="] {
+        assert!(table.contains(phrase), "no {phrase:?} in {table}");
+    }
+}
+
+#[test]
+fn what_cannot_be_measured_is_refused_before_it_is() {
+    let dir = Dir::new();
+    let model = ["bench", "model", "--model", "stories260k"];
+    dir.run_with(&model, &["--prefill", "1x600"]).fails(3, &["600 tokens long", "context is 512"]);
+    dir.run_with(&model, &["--decode", "1x500"]).fails(3, &["596 tokens long"]);
+    for wrong in ["8", "0x8", "1x0", "ax8"] {
+        dir.run_with(&model, &["--prefill", wrong]).fails(2, &["--prefill"]);
+    }
+    dir.write("short.txt", "Once upon a time");
+    dir.run_with(&model, &["--decode", "1x64", "--text", "short.txt"]).fails(3, &["short.txt", "give more text"]);
+    dir.run_with(&model, &["--text", "short.txt", "--seed", "1"]).fails(2, &["--seed"]);
 }

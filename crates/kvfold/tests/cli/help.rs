@@ -38,6 +38,10 @@ fn every_command_states_units_and_defaults() {
         &["--prompt <TEXT>", "[default: 256, or what the model's context leaves]", "0 takes the most likely token"],
     );
     assert_says(&help(&["bench", "kernels", "--help"]), &["--tokens <N>", "[default: 1024]", "per second from memory"]);
+    assert_says(
+        &help(&["bench", "model", "--help"]),
+        &["--against <MODEL>", "SxN", "[default: random tokens]", "byte ceiling", "[default: 32]"],
+    );
     assert_says(&help(&["eval", "--help"]), &["ppl"]);
     assert_says(
         &help(&["eval", "ppl", "--help"]),

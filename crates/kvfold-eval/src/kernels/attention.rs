@@ -1,0 +1,40 @@
+//! Attention and pooling over whole sequences, as training runs them.
+
+use super::{Bench, Cost};
+use kvfold_kernels::ops::{Heads, Keys, PoolInput, PoolShape, Pooled, Precision, Spans, Visible};
+use kvfold_kernels::{Grad, Ops};
+
+impl Bench<'_> {
+    pub(super) fn attention(&mut self, heads: Heads, spans: &Spans) {
+        let rows = self.work.rows;
+        let Heads { query, kv, dim } = heads;
+        let (q, d) = (self.array(rows, query * dim), self.array(rows, query * dim));
+        let keys = Keys { k: self.array(rows, kv * dim), v: self.array(rows, kv * dim), mass: None };
+        let close = self.ops.tensor(&[rows, kv], &vec![-0.5; rows * kv]);
+        let plain = Visible { exact: Some(keys.clone()), pooled: None, delay: 0 };
+        let pooled = Some(Pooled { keys: keys.clone(), close: close.clone() });
+        let folding = Visible { exact: Some(keys.clone()), pooled, delay: self.work.delay };
+        let pairs: usize = spans.iter().map(|span| span.len * (span.len + 1) / 2).sum();
+        let flops = 4.0 * (pairs * query * dim) as f64;
+        let numbers = rows * dim * (2 * query + 2 * kv);
+        let longest = spans.iter().map(|span| span.len).max().unwrap_or(0);
+        let shape = || format!("{} x {longest} tokens, {query}/{kv} heads of {dim}", spans.len());
+        for (name, visible) in [("attention", &plain), ("folding attention", &folding)] {
+            let cost = |factor: f64| Cost::of_products(Precision::F32, flops * factor, numbers);
+            self.time(name, shape(), cost(1.0), |ops| drop(ops.attention(&q, visible, spans, heads)));
+            let saved = self.ops.attention_saving(&q, visible, spans, heads);
+            self.time(&format!("{name} backward"), shape(), cost(2.5), |ops| {
+                drop(ops.attention_grad((&q, visible), &saved, spans, heads, &d));
+            });
+        }
+        let alpha = self.ops.tensor(&[rows, kv], &vec![0.5; rows * kv]);
+        let input = PoolInput { k: keys.k, v: keys.v, omega: alpha.clone(), alpha };
+        let pool = PoolShape { heads, window: None };
+        let numbers = 4 * rows * kv * dim;
+        self.time("pool", shape(), Cost::of_numbers(numbers), |ops| drop(ops.pool(&input, spans, pool)));
+        let d = self.ops.pool(&input, spans, pool);
+        self.time("pool backward", shape(), Cost::of_numbers(2 * numbers), |ops| {
+            drop(ops.pool_grad(&input, spans, pool, &d));
+        });
+    }
+}
