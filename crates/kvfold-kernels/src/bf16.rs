@@ -11,8 +11,8 @@
 //! | `panels_of_columns` | `[C/32][R/2][32]` | right or left factor, outputs are the columns, terms along the rows |
 //!
 //! Odd ends are filled up with zeros. Each output is one chain of additions over the terms in ascending order, whatever
-//! is computed beside it (promise I3). With `vdpbf16ps` a step of the chain takes two terms at once; without, one by
-//! one, so instruction sets differ in rounding as they do in f32.
+//! is computed beside it (promise I3). With `vdpbf16ps` a step of the chain takes two terms at once, with `tdpbf16ps`
+//! 32 (see `amx.rs`); without, one by one, so instruction sets differ in rounding as they do in f32.
 
 use crate::real::Real;
 use crate::simd::{Level, PANEL, Vector};
@@ -171,6 +171,8 @@ pub(crate) unsafe fn gemm(level: Level, g: GemmBf16<'_>, c: *mut f32) {
             Level::Avx512 => gemm_avx512(g, c),
             #[cfg(target_arch = "x86_64")]
             Level::Avx512Bf16 => gemm_avx512_bf16(g, c),
+            #[cfg(target_arch = "x86_64")]
+            Level::AmxBf16 => crate::amx::gemm(g, c),
             #[cfg(not(target_arch = "x86_64"))]
             _ => unreachable!("not an x86-64 machine"),
         }

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `simd.rs` | instruction sets, the matrix product's register tile, a vectorisable exponential |
 //! | `bf16.rs` | packing to bf16, and the tile of its products |
+//! | `amx.rs` | the same products on the tile registers of AMX |
 //! | `q8.rs` | 8-bit weights, and the tile of their products |
 //! | `norm.rs`, `rope.rs`, `loss.rs` | RMS norm, rotary embedding, cross-entropy and KL |
 //! | `gate.rs` | decisions and importances, their relaxation, the hinge |
@@ -17,6 +18,8 @@
 //! | `machine.rs` | the speeds that kernels are judged by |
 //! | `noise.rs` | counter-based noise |
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attention;
 pub mod bf16;
 pub mod cpu;

@@ -5,8 +5,9 @@
 //! threads of the pool that kernels run on, in many short rounds of which the fastest counts: what else runs on the machine
 //! only ever slows a round down, and of rounds this short some are left alone on a machine that is seldom idle for long.
 
+use crate::bf16::{self, GemmBf16};
 use crate::ops::Precision;
-use crate::simd::{Level, Vector};
+use crate::simd::{Level, PANEL, Vector};
 use rayon::prelude::*;
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
@@ -30,13 +31,14 @@ pub fn path(level: Level, work: Work) -> &'static str {
         (Work::Plain, _) => "one plain loop",
         (_, Level::Portable) => "portable",
         (Work::Product(Precision::F32), Level::Avx2) => "avx2 fma",
-        (Work::Product(Precision::F32), Level::Avx512 | Level::Avx512Bf16) => "avx512 fma",
+        (Work::Product(Precision::F32), Level::Avx512 | Level::Avx512Bf16 | Level::AmxBf16) => "avx512 fma",
         (Work::Product(Precision::Bf16 | Precision::Q8), Level::Avx2) => "avx2 fma, widened",
         (Work::Product(Precision::Bf16), Level::Avx512) => "avx512 fma, widened",
-        (Work::Product(Precision::Q8), Level::Avx512 | Level::Avx512Bf16) => "avx512 fma, widened",
+        (Work::Product(Precision::Q8), Level::Avx512 | Level::Avx512Bf16 | Level::AmxBf16) => "avx512 fma, widened",
         (Work::Product(Precision::Bf16), Level::Avx512Bf16) => "avx512 vdpbf16ps",
+        (Work::Product(Precision::Bf16), Level::AmxBf16) => "amx tdpbf16ps",
         (Work::Elementwise, Level::Avx2) => "avx2",
-        (Work::Elementwise, Level::Avx512 | Level::Avx512Bf16) => "avx512",
+        (Work::Elementwise, Level::Avx512 | Level::Avx512Bf16 | Level::AmxBf16) => "avx512",
     }
 }
 
@@ -57,10 +59,14 @@ pub fn peak(level: Level, precision: Precision) -> f64 {
         (_, Level::Avx2) => || unsafe { chains_avx2() },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
-        (Precision::F32 | Precision::Q8, Level::Avx512Bf16) | (_, Level::Avx512) => || unsafe { chains_avx512() },
+        (Precision::F32 | Precision::Q8, Level::Avx512Bf16 | Level::AmxBf16) | (_, Level::Avx512) => {
+            || unsafe { chains_avx512() }
+        }
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         (Precision::Bf16, Level::Avx512Bf16) => || unsafe { chains_avx512_bf16() },
+        #[cfg(target_arch = "x86_64")]
+        (Precision::Bf16, Level::AmxBf16) => products_amx,
         #[cfg(not(target_arch = "x86_64"))]
         _ => unreachable!("not an x86-64 machine"),
     };
@@ -134,6 +140,25 @@ unsafe fn chains_avx512_bf16() -> usize {
         black_box(&mut sink);
     }
     2 * 2 * N * LANES * STEPS
+}
+
+/// Products of four tiles of sums from operands that fit the first-level cache. Setting the tiles up takes a share of the
+/// time, so this is a little less than tiles alone would reach.
+#[cfg(target_arch = "x86_64")]
+fn products_amx() -> usize {
+    const ROWS: usize = 32;
+    const WORDS: usize = 128;
+    const TIMES: usize = STEPS / WORDS;
+    let (a, b) = (vec![0x3f80_3f80; ROWS * WORDS], vec![0x3e80_3e80; WORDS * PANEL]);
+    let mut c = vec![0.0f32; ROWS * PANEL];
+    for _ in 0..TIMES {
+        let (m, n, words, a, b) = (ROWS, PANEL, WORDS, black_box(&a[..]), black_box(&b[..]));
+        let g = GemmBf16 { m, n, words, a, a_row: WORDS, a_word: 1, b, c_row: PANEL, accumulate: false };
+        // SAFETY: `c` is as large as the product.
+        unsafe { bf16::gemm(Level::AmxBf16, g, c.as_mut_ptr()) };
+    }
+    black_box(c);
+    2 * 2 * ROWS * PANEL * WORDS * TIMES
 }
 
 /// Bytes per second that all threads together read from memory, each its own part in order.

@@ -155,7 +155,7 @@ pub(crate) unsafe fn gemm(level: Level, g: GemmQ8<'_, f32>, c: *mut f32) {
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => gemm_avx2(g, c),
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512 | Level::Avx512Bf16 => gemm_avx512(g, c),
+            Level::Avx512 | Level::Avx512Bf16 | Level::AmxBf16 => gemm_avx512(g, c),
             #[cfg(not(target_arch = "x86_64"))]
             _ => unreachable!("not an x86-64 machine"),
         }

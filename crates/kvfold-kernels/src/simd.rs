@@ -20,6 +20,8 @@ pub enum Level {
     Avx512,
     /// AVX-512 with bf16 dot products (BF16); for f32 the same as [`Level::Avx512`].
     Avx512Bf16,
+    /// [`Level::Avx512Bf16`] with tiles of bf16 (AMX), which only products of bf16 use.
+    AmxBf16,
 }
 
 impl Level {
@@ -33,8 +35,11 @@ impl Level {
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl")
             {
-                let bf16 = is_x86_feature_detected!("avx512bf16");
-                return if bf16 { Level::Avx512Bf16 } else { Level::Avx512 };
+                return match is_x86_feature_detected!("avx512bf16") {
+                    true if crate::amx::detect() => Level::AmxBf16,
+                    true => Level::Avx512Bf16,
+                    false => Level::Avx512,
+                };
             } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
                 return Level::Avx2;
             }
@@ -44,7 +49,7 @@ impl Level {
 
     /// Every instruction set this machine can run, for tests that compare them.
     pub fn available() -> Vec<Self> {
-        let all = [Level::Portable, Level::Avx2, Level::Avx512, Level::Avx512Bf16];
+        let all = [Level::Portable, Level::Avx2, Level::Avx512, Level::Avx512Bf16, Level::AmxBf16];
         all.into_iter().filter(|&level| level <= Self::detect()).collect()
     }
 
@@ -59,7 +64,7 @@ impl Level {
             Level::Avx2 => unsafe { run_avx2(f) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512 | Level::Avx512Bf16 => unsafe { run_avx512(f) },
+            Level::Avx512 | Level::Avx512Bf16 | Level::AmxBf16 => unsafe { run_avx512(f) },
             #[cfg(not(target_arch = "x86_64"))]
             _ => unreachable!("not an x86-64 machine"),
         }
@@ -160,7 +165,7 @@ pub(crate) unsafe fn gemm(level: Level, g: Gemm<'_, f32>, c: *mut f32) {
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => gemm_avx2(g, c),
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512 | Level::Avx512Bf16 => gemm_avx512(g, c),
+            Level::Avx512 | Level::Avx512Bf16 | Level::AmxBf16 => gemm_avx512(g, c),
             #[cfg(not(target_arch = "x86_64"))]
             _ => unreachable!("not an x86-64 machine"),
         }

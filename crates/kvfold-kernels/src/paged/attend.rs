@@ -73,7 +73,7 @@ pub(crate) fn decode(level: Level, job: DecodeJob<'_, f32>) {
             || one::<f32, Fast, Vectors<std::arch::x86_64::__m256>>(job),
         ),
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 | Level::Avx512Bf16 => Level::Avx512.run(
+        Level::Avx512 | Level::Avx512Bf16 | Level::AmxBf16 => Level::Avx512.run(
             #[inline(always)]
             || one::<f32, Fast, Vectors<std::arch::x86_64::__m512>>(job),
         ),
