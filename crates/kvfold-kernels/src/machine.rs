@@ -42,11 +42,14 @@ pub fn path(level: Level, work: Work) -> &'static str {
     }
 }
 
-/// Repetitions, of about 10 milliseconds each.
-const ROUNDS: usize = 40;
+/// Rounds of multiply-adds, of about a millisecond each.
+const SHORT_ROUNDS: usize = 300;
+
+/// Rounds of reading, of about 20 milliseconds each.
+const LONG_ROUNDS: usize = 30;
 
 /// Multiply-adds of each chain in a round.
-const STEPS: usize = 1 << 21;
+const STEPS: usize = 1 << 18;
 
 /// Floating-point operations per second, a product and its addition being two, that a product of this precision can reach.
 /// Where the machine has no multiply-adds of bf16, such products are f32's.
@@ -58,8 +61,8 @@ pub fn peak(level: Level, precision: Precision) -> f64 {
         // SAFETY: the assertion above says that the machine has these features.
         (_, Level::Avx2) => || unsafe { chains_avx2() },
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: as above.
         (Precision::F32 | Precision::Q8, Level::Avx512Bf16 | Level::AmxBf16) | (_, Level::Avx512) => {
+            // SAFETY: as above.
             || unsafe { chains_avx512() }
         }
         #[cfg(target_arch = "x86_64")]
@@ -70,7 +73,7 @@ pub fn peak(level: Level, precision: Precision) -> f64 {
         #[cfg(not(target_arch = "x86_64"))]
         _ => unreachable!("not an x86-64 machine"),
     };
-    fastest(|| rayon::broadcast(|_| chains()).into_iter().sum())
+    fastest(SHORT_ROUNDS, || rayon::broadcast(|_| chains()).into_iter().sum())
 }
 
 /// Runs `N` chains of multiply-adds; returns their floating-point operations. `N` vectors must fit the registers, and be
@@ -168,7 +171,7 @@ pub fn read_bandwidth() -> f64 {
     let data = vec![1u64; BYTES / 8];
     let part = data.len().div_ceil(rayon::current_num_threads());
     let level = Level::detect();
-    fastest(|| {
+    fastest(LONG_ROUNDS, || {
         let sums = data.par_chunks(part).map(|part| {
             level.run(
                 #[inline(always)]
@@ -181,8 +184,8 @@ pub fn read_bandwidth() -> f64 {
 }
 
 /// What `work` returns, per second of its fastest round.
-fn fastest(work: impl Fn() -> usize) -> f64 {
-    let rates = (0..ROUNDS).map(|_| {
+fn fastest(rounds: usize, work: impl Fn() -> usize) -> f64 {
+    let rates = (0..rounds).map(|_| {
         let started = Instant::now();
         let amount = work();
         amount as f64 / started.elapsed().as_secs_f64()

@@ -627,6 +627,16 @@ pub(crate) struct RetrofitArgs {
     #[arg(long, value_name = "X", allow_negative_numbers = true, help_heading = "How to train")]
     pub(crate) lr: Option<f64>,
 
+    /// Factor on the learning rate of the decision heads [default: 10]
+    #[arg(
+        long,
+        value_name = "X",
+        allow_negative_numbers = true,
+        conflicts_with = "kv_heads",
+        help_heading = "How to train"
+    )]
+    pub(crate) decide_factor: Option<f64>,
+
     /// Direction of the distillation's divergence
     #[arg(long, value_enum, default_value_t = Kl::Forward, help_heading = "How to train")]
     pub(crate) kl: Kl,

@@ -30,7 +30,7 @@ impl Layer {
         let ops = &bench.ops;
         let shape = CacheShape { layers: 1, heads, rule, dtype };
         let logits: Vec<f32> =
-            (0..rows * heads.kv).map(|i| if i / heads.kv % APPENDED == 0 { -1.0 } else { 1.0 }).collect();
+            (0..rows * heads.kv).map(|i| if (i / heads.kv).is_multiple_of(APPENDED) { -1.0 } else { 1.0 }).collect();
         // The deepest cache is decoded from once per round, and once more to warm up.
         let positions = bench.work.length + bench.work.rounds + 1;
         Self {

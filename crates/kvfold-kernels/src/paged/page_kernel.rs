@@ -302,8 +302,9 @@ impl<T: Copy + Default> Weighted<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel_set::{Fast, KernelSet};
     use crate::paged::{CacheDType, PageLayout};
-    use crate::simd::{Gemm, Level, gemm};
+    use crate::simd::{Gemm, Level};
     use proptest::prelude::*;
     #[cfg(target_arch = "x86_64")]
     use std::arch::x86_64::{__m256, __m512};
@@ -391,7 +392,7 @@ mod tests {
                 c_row: STRIDE,
                 accumulate: false,
             };
-            gemm(level, product, &mut scores);
+            Fast(level).gemm(product, &mut scores);
             let scaled = |rows: &mut [f32], scales: Option<[f32; PAGE_SLOTS]>| {
                 for row in rows.chunks_mut(STRIDE) {
                     row.iter_mut().zip(scales.iter().flatten()).for_each(|(x, scale)| *x *= scale);
@@ -401,7 +402,7 @@ mod tests {
             scaled(&mut weights, page.numbers.value_scales());
             let (n, k, b) = (dim, self.used, page.floats(1, &mut values));
             let sum = Gemm { n, k, a: &weights, a_row: STRIDE, b, b_row: dim, c_row: dim, accumulate: true, ..product };
-            gemm(level, sum, &mut out);
+            Fast(level).gemm(sum, &mut out);
             [scores, out]
         }
     }

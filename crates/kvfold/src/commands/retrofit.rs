@@ -179,6 +179,7 @@ fn settings(
     settings.pressure.scope = args.scope.into();
     settings.pressure.over = args.over.into();
     settings.learning.rate = args.lr.unwrap_or(settings.learning.rate);
+    settings.learning.decide_factor = args.decide_factor.unwrap_or(settings.learning.decide_factor);
     settings.length = args.length.unwrap_or(settings.length);
     settings.batch = args.batch;
     settings.seed = args.seed;

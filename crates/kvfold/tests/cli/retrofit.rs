@@ -313,3 +313,19 @@ fn a_loss_that_is_no_number_is_code_4() {
     dir.run(&args).fails(4, &["step 2", "NaN", "try a lower --lr"]);
     assert_eq!(dir.list("."), ["out.kvfold-run"]);
 }
+
+#[test]
+fn a_run_goes_on_from_another_towards_a_higher_ratio() {
+    let dir = Dir::new();
+    dir.run_with(TINY, &["--steps", "4", "--train", "decide"]).ok();
+    dir.run(&["export", "--delta", "out", "out.safetensors"]).ok();
+    let onward = ["retrofit", "--model", "stories260k", "--out", "further", "--ratio", "4", "--length", "64"];
+    let sizes = ["--steps", "3", "--batch", "2", "--samples", "6", "--json"];
+    let json = dir.run(&[&onward[..], &sizes, &["--from", "out.safetensors"]].concat()).json();
+    assert_eq!((number(&json, "/ratio_asked"), number(&json, "/delay")), (4.0, 4.0));
+    let config = dir.json("further/config.json");
+    assert_eq!(config["kvfold"]["cache"], dir.json("out/config.json")["kvfold"]["cache"]);
+    let plain = ["retrofit", "--model", "stories260k", "--from", "stories260k", "--out", "no", "--ratio", "4"];
+    dir.run(&plain).fails(3, &["`from` is stories260k, a plain model"]);
+    dir.run(&[&plain[..], &["--delay", "8"]].concat()).fails(2, &["--from", "--delay"]);
+}

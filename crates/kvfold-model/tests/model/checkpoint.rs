@@ -1,12 +1,10 @@
 //! Models opened, refused and saved.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use common::{BORROWED, Fixture, HEAD, compression, refused, says};
+use crate::common::{BORROWED, Fixture, HEAD, compression, refused, says};
 use kvfold_model::{Checkpoint, ModelError, ensure_absent, names};
 use kvfold_tensor::{DType, HostTensor};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};

@@ -1,8 +1,6 @@
 //! Runs that are killed, damaged and resumed (promise I5).
 
-mod common;
-
-use common::{BORROWED, HEAD, LENGTH, bits, corpus, dmc, settings, steps, tiny, trainer};
+use crate::common::{BORROWED, HEAD, LENGTH, bits, corpus, dmc, settings, steps, tiny, trainer};
 use kvfold_kernels::FastCpu;
 use kvfold_kernels::dmc::Decision;
 use kvfold_model::{Checkpoint, Config};

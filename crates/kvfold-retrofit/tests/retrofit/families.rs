@@ -1,8 +1,6 @@
 //! Every family of models can be retrofitted, with what it has beside a plain Llama's weights.
 
-mod common;
-
-use common::{BORROWED, CONTEXT, HEAD, bits, corpus, settings, steps, tensor, tiny_with, trainer_of};
+use crate::common::{BORROWED, CONTEXT, HEAD, bits, corpus, settings, steps, tensor, tiny_with, trainer_of};
 use kvfold_engine::Engine;
 use kvfold_kernels::ops::Spans;
 use kvfold_kernels::{FastCpu, Ops};

@@ -1,5 +1,4 @@
 //! A random model of a few hundred weights, texts for it, and short runs.
-#![allow(dead_code, reason = "each test crate uses a part of it")]
 
 use kvfold_kernels::FastCpu;
 use kvfold_kernels::dmc::{Decision, Dmc, Method, Share};

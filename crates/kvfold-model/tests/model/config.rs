@@ -1,8 +1,6 @@
 //! `config.json`: what is read, what is refused and in which words, what is written back.
 
-mod common;
-
-use common::{BORROWED, CONFIG, HEAD, compression, parse, refused_in, retrofitted, says, set, valid};
+use crate::common::{BORROWED, CONFIG, HEAD, compression, parse, refused_in, retrofitted, says, set, valid};
 use kvfold_model::shape::Shape;
 use kvfold_model::{Config, Family, names};
 use proptest::prelude::*;

@@ -1,8 +1,6 @@
 //! Text to ids and back, at once and piece by piece.
 
-mod common;
-
-use common::{Fixture, TOKENIZER, says};
+use crate::common::{Fixture, TOKENIZER, says};
 use kvfold_model::{Checkpoint, Tokenizer};
 use proptest::prelude::*;
 use serde_json::{Value, json};

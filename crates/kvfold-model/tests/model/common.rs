@@ -1,5 +1,4 @@
 //! A model directory for tests: the embedded model's files, to be spoilt one at a time.
-#![allow(dead_code, reason = "each test crate uses a part of it")]
 
 use std::collections::BTreeMap;
 use std::fs;

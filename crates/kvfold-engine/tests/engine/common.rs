@@ -1,5 +1,4 @@
 //! Tiny random models that fold a lot, and what their training path says of a text.
-#![allow(dead_code, reason = "each test crate uses a part of it")]
 
 use kvfold_cache::{CachePolicy, Dense, policy_of};
 use kvfold_engine::{Engine, Sequence};

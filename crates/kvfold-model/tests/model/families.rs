@@ -1,9 +1,7 @@
 //! Every family of models: its logits are those of an independent implementation (`oracle/golden_families.py`), and its
 //! configuration is read as its class at Hugging Face reads it.
 
-mod common;
-
-use common::{compression, parse, refused_in, says, set, valid};
+use crate::common::{compression, parse, refused_in, says, set, valid};
 use kvfold_kernels::ops::{Precision, Spans};
 use kvfold_kernels::{FastCpu, Ops, Reference};
 use kvfold_model::attend::Plain;
@@ -86,7 +84,7 @@ fn a_weight_that_another_family_has_no_place_for_is_named() {
             std::fs::write(dir.path().join(file), read(file)).unwrap();
         }
         let tensor = format!("model.safetensors: tensor `model.layers.0.self_attn.{tensor}` has no place in a model");
-        says(&common::refused(dir.path().to_str().unwrap()), &[&tensor]);
+        says(&crate::common::refused(dir.path().to_str().unwrap()), &[&tensor]);
     }
 }
 
@@ -131,7 +129,7 @@ fn each_family_has_its_parts() {
 #[test]
 fn a_retrofitted_model_of_each_family_has_a_name_of_its_own() {
     for family in Family::ALL {
-        let config = with(family, json!({})).with_compression(compression(common::HEAD)).unwrap();
+        let config = with(family, json!({})).with_compression(compression(crate::common::HEAD)).unwrap();
         assert_eq!(config.architecture(), format!("Kvfold{}", family.architecture()));
         let written: Value = serde_json::from_str(&config.to_json()).unwrap();
         assert_eq!(written["model_type"], format!("kvfold_{}", family.model_type()));

@@ -1,5 +1,4 @@
 //! Models whose answers are known: what a model says is set through its embedding and output head.
-#![allow(dead_code, reason = "each test crate uses a part of it")]
 
 use kvfold_engine::Engine;
 use kvfold_kernels::FastCpu;

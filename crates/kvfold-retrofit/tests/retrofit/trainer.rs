@@ -1,8 +1,6 @@
 //! Steps: where they start from, what they change, and that nothing but their place in the run decides it.
 
-mod common;
-
-use common::{BORROWED, CONTEXT, HEAD, LENGTH, bits, corpus, dmc, settings, steps, tensor, tiny, trainer};
+use crate::common::{BORROWED, CONTEXT, HEAD, LENGTH, bits, corpus, dmc, settings, steps, tensor, tiny, trainer};
 use kvfold_engine::Engine;
 use kvfold_kernels::dmc::{Borrows, Decision, Share};
 use kvfold_kernels::ops::{KlDirection, MIN_IMPORTANCE, Over, Scope, Spans};
@@ -546,7 +544,7 @@ fn the_lm_loss_predicts_no_token_of_the_next_sequence() {
 
 /// Texts of these lengths, packed.
 fn packed(lengths: &[usize]) -> Corpus {
-    let token = |d: usize, n: usize| ((d * 31 + n * n * 7 + n) % common::VOCAB) as u32;
+    let token = |d: usize, n: usize| ((d * 31 + n * n * 7 + n) % crate::common::VOCAB) as u32;
     let document = |(d, &len): (usize, &usize)| Encoded {
         source: format!("d{d}"),
         tokens: (0..len).map(|n| token(d, n)).collect(),
@@ -604,7 +602,7 @@ fn the_ratio_of_packed_documents_is_tokens_over_slots() {
     ] {
         let mut never = Settings { batch: corpus.len(), ..settings(NEVER, (0, 0, 1)) };
         never.pressure.over = over;
-        let report = common::trainer(&never).step(&corpus).unwrap();
+        let report = crate::common::trainer(&never).step(&corpus).unwrap();
         assert!((report.hinge - expected).abs() < 1e-6, "{over:?}: {} {expected}", report.hinge);
     }
 }
@@ -663,10 +661,11 @@ fn frozen_weights_stay_and_the_others_move_as_they_would() {
                 (trainer, first)
             };
             let (all, _) = run(Train::All);
-            for (train, parts) in [
+            let heads = (decision == HEAD).then_some((Train::Decide, &["decide_proj"][..]));
+            for (train, parts) in heads.into_iter().chain([
                 (Train::Qk, &["q_proj", "k_proj", "decide_proj"][..]),
                 (Train::Attention, &["q_proj", "k_proj", "v_proj", "o_proj", "decide_proj"]),
-            ] {
+            ]) {
                 let (trainer, first) = run(train);
                 let state: BTreeMap<String, HostTensor> = trainer.state().into_iter().collect();
                 let trains = |name: &str| parts.iter().any(|part| name.contains(part));
@@ -683,7 +682,7 @@ fn frozen_weights_stay_and_the_others_move_as_they_would() {
                     let run = Settings { train, recompute, ..settings(decision, (0, 1, 2)) };
                     let run =
                         Settings { learning: kvfold_retrofit::settings::Learning { clip: 1e9, ..run.learning }, ..run };
-                    let mut trainer = common::trainer(&run);
+                    let mut trainer = crate::common::trainer(&run);
                     steps(&mut trainer, &corpus, 1);
                     trainer.state().into_iter().collect::<BTreeMap<_, _>>()
                 };

@@ -4,9 +4,7 @@
 //! sequences and the one over the paged cache. Token t's value is 1 in channel t and 0 elsewhere, so an output says how
 //! much of each token is in what a query sees. Its key is `1 + t/10` in channel 0, whose rotary frequency is 1.
 
-mod common;
-
-use common::{cut, worst};
+use crate::common::{cut, worst};
 use kvfold_cache::{CachePolicy, CacheShape, Folding as FoldingCache, PagePool};
 use kvfold_engine::CachedAttend;
 use kvfold_kernels::dmc::{Decision, Dmc, Method, Share};

@@ -1,8 +1,6 @@
 //! Stages, targets and learning rates by step.
 
-mod common;
-
-use common::{BORROWED, HEAD, settings, tiny};
+use crate::common::{BORROWED, HEAD, settings, tiny};
 use kvfold_model::shape::Shape;
 use kvfold_retrofit::Settings;
 use kvfold_retrofit::schedule::{Stage, place};

@@ -1,8 +1,6 @@
 //! Two models on the same text, and how fast they decode.
 
-mod common;
-
-use common::{VOCAB, broken, dmc, engine, lookup, model, near, random, text};
+use crate::common::{VOCAB, broken, dmc, engine, lookup, model, near, random, text};
 use kvfold_engine::Engine;
 use kvfold_eval::{Comparison, EvalError, Workload, compare, cut, decode_speed, perplexity};
 use kvfold_kernels::FastCpu;

@@ -1,8 +1,6 @@
 //! Chat templates: rendered as transformers renders them (`oracle/golden_chat.py`), and what is said of bad ones.
 
-mod common;
-
-use common::says;
+use crate::common::says;
 use jiff::civil::date;
 use kvfold_model::{Chat, ChatTemplate, Checkpoint, ModelError};
 use serde_json::{Map, Value, json};

@@ -1,8 +1,6 @@
 //! The other methods: DMS, which evicts, and GQA, which merges heads. What they share with DMC is tested elsewhere.
 
-mod common;
-
-use common::{BORROWED, CONTEXT, HEAD, bits, corpus, dmc, settings, steps, tensor, tiny, trainer};
+use crate::common::{BORROWED, CONTEXT, HEAD, bits, corpus, dmc, settings, steps, tensor, tiny, trainer};
 use kvfold_engine::Engine;
 use kvfold_kernels::FastCpu;
 use kvfold_kernels::dmc::{self, Borrows, Decision, Dmc};

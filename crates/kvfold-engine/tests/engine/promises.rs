@@ -1,9 +1,7 @@
 //! Promises I1 to I4 and I7 of the design on random tiny models: every way through the model folds alike, never folding
 //! is the plain model, company changes nothing, every page comes back, and ratios are what the decisions imply.
 
-mod common;
-
-use common::{Case, Decisions, LAYERS, METHODS, Rng, Trained, cut, serve, train, worst};
+use crate::common::{Case, Decisions, LAYERS, METHODS, Rng, Trained, cut, serve, train, worst};
 use kvfold_engine::{Engine, EngineError, Sequence};
 use kvfold_kernels::dmc::{Decision, Dmc, Method, Share};
 use kvfold_kernels::kernel_set::KernelSet;

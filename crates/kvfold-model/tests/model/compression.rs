@@ -1,8 +1,6 @@
 //! The `kvfold` section: read strictly, written so that plain loaders refuse the model.
 
-mod common;
-
-use common::{BORROWED, HEAD, compression, parse, refused_in, retrofitted, says, section, valid};
+use crate::common::{BORROWED, HEAD, compression, parse, refused_in, retrofitted, says, section, valid};
 use kvfold_kernels::dmc::{Decision, Method};
 use kvfold_model::{Compression, Config};
 use proptest::prelude::*;

@@ -1,8 +1,6 @@
 //! Perplexity of models whose answers are known, windows, and what caches held.
 
-mod common;
-
-use common::{CONTEXT, VOCAB, broken, dmc, engine, lookup, model, near, random, text};
+use crate::common::{CONTEXT, VOCAB, broken, dmc, engine, lookup, model, near, random, text};
 use kvfold_eval::{EvalError, Perplexity, cut, perplexity};
 use kvfold_kernels::dmc::Dmc;
 

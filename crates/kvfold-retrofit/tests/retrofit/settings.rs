@@ -1,12 +1,11 @@
 //! What defines a run, and what is refused before it starts.
 
-mod common;
-
-use common::{BORROWED, CONTEXT, HEAD, LENGTH, corpus, dmc, settings, tiny, trainer};
+use crate::common::{BORROWED, CONTEXT, HEAD, LENGTH, corpus, dmc, settings, tiny, trainer};
 use kvfold_kernels::FastCpu;
 use kvfold_kernels::dmc::Decision;
+use kvfold_kernels::ops::Precision;
 use kvfold_model::shape::Shape;
-use kvfold_retrofit::settings::{Stages, default_rate};
+use kvfold_retrofit::settings::{Stages, Train, default_rate};
 use kvfold_retrofit::{RetrofitError, Settings, Trainer};
 use proptest::prelude::*;
 
@@ -38,6 +37,10 @@ fn every_impossible_setting_is_refused_by_name() {
     refused("zeroing steps", "1", |s| s.stages.zeroing = 1);
     refused("pool_window", "0", |s| dmc(s).pool_window = Some(0));
     refused("pool_window", "49", |s| dmc(s).pool_window = Some(CONTEXT + 1));
+    refused("precision", "q8", |s| s.precision = Precision::Q8);
+    refused("train", "decide", |s| {
+        (s.train, dmc(s).decision) = (Train::Decide, BORROWED);
+    });
     refused("temperature", "0", |s| s.temperature = 0.0);
     refused("temperature", "-1", |s| s.temperature = -1.0);
     refused("hinge weight", "-1", |s| s.pressure.weight = -1.0);

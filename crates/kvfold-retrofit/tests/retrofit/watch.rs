@@ -1,8 +1,6 @@
 //! Losses that explode, and losses that only look so.
 
-mod common;
-
-use common::{HEAD, corpus, settings, steps, trainer};
+use crate::common::{HEAD, corpus, settings, steps, trainer};
 use kvfold_retrofit::{RetrofitError, StepReport, Watch};
 
 /// Reports with these task losses.

@@ -1,8 +1,6 @@
 //! Every method with everything a run can be: frozen weights, packed documents, batches in parts, and a resume.
 
-mod common;
-
-use common::{BORROWED, HEAD, LENGTH, VOCAB, bits, settings, steps, tiny, trainer};
+use crate::common::{BORROWED, HEAD, LENGTH, VOCAB, bits, settings, steps, tiny, trainer};
 use kvfold_kernels::dmc::{self, Decision, Dmc};
 use kvfold_kernels::noise::hash;
 use kvfold_model::shape::Shape;

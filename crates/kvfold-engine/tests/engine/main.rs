@@ -1,0 +1,6 @@
+//! The tests of the crate, in one binary: each would be linked, and its generics compiled, anew.
+
+mod common;
+mod goldens;
+mod promises;
+mod worked_example;

@@ -1,0 +1,14 @@
+//! The tests of the crate, in one binary: each would be linked, and its generics compiled, anew.
+
+mod combinations;
+mod common;
+mod corpus;
+mod documents;
+mod families;
+mod methods;
+mod origin;
+mod run;
+mod schedule;
+mod settings;
+mod trainer;
+mod watch;
