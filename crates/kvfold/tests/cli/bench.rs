@@ -23,6 +23,7 @@ fn every_kernel_has_a_time_beside_the_machines_best() {
     }
     for name in [
         "linear bf16",
+        "linear q8",
         "linear backward w bf16",
         "logits f32",
         "KL loss and gradients f32",
@@ -34,11 +35,11 @@ fn every_kernel_has_a_time_beside_the_machines_best() {
         "soft decision backward",
         "folding attention backward",
         "pool",
-        "paged attention prefill",
-        "paged attention decode",
-        "paged folding prefill",
-        "paged folding decode",
-        "paged evicting decode",
+        "paged attention f32 prefill",
+        "paged attention bf16 decode",
+        "paged folding int8 prefill",
+        "paged folding f32 decode",
+        "paged evicting bf16 decode",
         "adamw",
     ] {
         assert!(kernels.iter().any(|kernel| kernel["kernel"] == name), "no {name}");

@@ -77,7 +77,7 @@ fn what_streams_is_what_json_holds() {
     let args = [ONCE, &["--temperature", "1.3", "--seed", "5", "--max-new-tokens", "80"]].concat();
     let json = dir.run_with(&args, &["--json"]).json();
     let streamed = dir.run(&args);
-    assert!(streamed.err.contains("tok/s; cache "), "{}", streamed.err);
+    assert!(streamed.err.contains("tok/s; f32 cache "), "{}", streamed.err);
     assert_eq!(streamed.ok(), format!("Once upon a time{}\n", text(&json)));
 }
 
