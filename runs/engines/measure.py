@@ -99,8 +99,8 @@ class Kvfold(Engine):
         details |= {f"bytes_{key}": value for key, value in cell.get("bytes", {}).items()}
         details |= {key: result["machine"][key] for key in ("level", "peak_f32", "peak_bf16", "bandwidth")}
         self.notes[str(row)] = details
-        bits = 8 * result["models"][0]["cache_element_bytes"]
-        self.cache = f"{bits} bits, {result['models'][0]['policy']}"
+        model = result["models"][0]
+        self.cache = f"{model['cache']}, {model['policy']}"
         return cell["tokens_per_second"]["median"]
 
 
@@ -151,7 +151,8 @@ def cpu_flags() -> set[str]:
 def engines(args: argparse.Namespace) -> list[Engine]:
     version = output_of([KVFOLD, "--version"]).split(maxsplit=1)[1].strip()
     found: list[Engine] = [Kvfold("kvfold bf16", version, "bf16", "")]
-    llama = llama_version(args)
+    # Nothing of an engine that is not asked for has to be there.
+    llama = "" if args.engines and not any("llama" in name for name in args.engines) else llama_version(args)
     for weights, file in (("bf16", "smollm2-bf16.gguf"), ("f16", "smollm2-f16.gguf")):
         found.append(Llama(f"llama.cpp {weights}", llama, weights, "f16", file=file))
     found.append(OpenVino("openvino", "", "f16, computed as noted", "u8, its default"))
