@@ -15,7 +15,7 @@
 //! 32 (see `amx.rs`); without, one by one, so instruction sets differ in rounding as they do in f32.
 
 use crate::real::Real;
-use crate::simd::{Level, PANEL, Vector};
+use crate::simd::{Level, PANEL, STRIP, Vector};
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
@@ -47,6 +47,17 @@ pub(crate) fn widen_rows<F: Real, const W: usize>(words: &[u32], terms: &mut [F]
         let (lower, upper) = terms.split_at_mut(W);
         lower.iter_mut().zip(words).for_each(|(term, word)| *term = of(word << 16));
         upper.iter_mut().zip(words).for_each(|(term, word)| *term = of(word & 0xffff_0000));
+    }
+}
+
+/// A panel of packed words `[K/2][32]` as strips of terms, `[2][K][16]`, with K rounded up to an even number.
+#[inline(always)]
+pub(crate) fn widen_panel<F: Real>(words: &[u32], strips: &mut [F]) {
+    let (left, right) = strips.split_at_mut(strips.len() / 2);
+    let terms = left.chunks_exact_mut(2 * STRIP).zip(right.chunks_exact_mut(2 * STRIP));
+    for (words, (left, right)) in words.chunks_exact(PANEL).zip(terms) {
+        widen_rows::<F, STRIP>(&words[..STRIP], left);
+        widen_rows::<F, STRIP>(&words[STRIP..], right);
     }
 }
 

@@ -7,7 +7,7 @@
 
 use crate::bf16::widen;
 use crate::real::Real;
-use crate::simd::{Level, PANEL, Vector};
+use crate::simd::{Level, PANEL, STRIP, Vector};
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
@@ -83,12 +83,15 @@ impl Panels {
 }
 
 impl Panel<'_> {
-    /// The weights as floats, `[K][32]`.
+    /// The weights as floats in strips, `[2][K][16]`.
     #[inline(always)]
-    pub(crate) fn widen<F: Real>(&self, to: &mut [F]) {
-        let blocks = self.quants.chunks(BLOCK * PANEL).zip(self.scales.chunks_exact(PANEL));
-        for ((quants, scales), to) in blocks.zip(to.chunks_mut(BLOCK * PANEL)) {
-            for (quants, to) in quants.chunks_exact(PANEL).zip(to.chunks_exact_mut(PANEL)) {
+    pub(crate) fn widen<F: Real>(&self, strips: &mut [F]) {
+        let half = strips.len() / 2;
+        for (strip, to) in strips.chunks_exact_mut(half).enumerate() {
+            let columns = |of: usize| of + strip * STRIP..of + (strip + 1) * STRIP;
+            for (term, to) in to.chunks_exact_mut(STRIP).enumerate().take(self.quants.len() / PANEL) {
+                let (quants, scales) =
+                    (&self.quants[columns(term * PANEL)], &self.scales[columns(term / BLOCK * PANEL)]);
                 let terms = to.iter_mut().zip(quants.iter().zip(scales));
                 terms.for_each(|(to, (&quant, &scale))| *to = F::of(f64::from(weight(quant, scale))));
             }
@@ -338,7 +341,7 @@ mod tests {
             unsafe { gemm_scalar(g, expected.as_mut_ptr()) };
             let mut wide = vec![0.0f32; k * PANEL];
             panels.panel(0).widen(&mut wide);
-            let floats = Gemm { m, n, k, a: &a, a_row: k, a_col: 1, b: &wide, b_row: PANEL, c_row: n, accumulate: false };
+            let floats = Gemm { m, n, k, a: &a, a_row: k, a_col: 1, b: &wide, b_row: STRIP, b_strip: k * STRIP, c_row: n, accumulate: false };
             for level in Level::available() {
                 let (mut c, mut widened) = (vec![0.0f32; m * n], vec![0.0f32; m * n]);
                 // SAFETY: as above.

@@ -86,7 +86,13 @@ fn run_avx512<R>(f: impl FnOnce() -> R) -> R {
 /// Columns of a tile, and of a panel of packed weights: two AVX-512 registers.
 pub const PANEL: usize = 32;
 
-/// `c [m,n] (+)= a [m,k] . b [k,n]` on raw row-major blocks; `a` may be read transposed through its strides.
+/// Columns of a strip: a right factor that is laid out for products is strips of columns, `[k][16]` each, so that the rows a
+/// tile reads one after the other are cache lines one after the other.
+pub const STRIP: usize = 16;
+/// Rows of a block of a left factor that is laid out for products, `[k][24]`: every tile's height divides it.
+pub(crate) const BLOCK_ROWS: usize = 24;
+
+/// `c [m,n] (+)= a [m,k] . b [k,n]` on raw blocks; `a` may be read transposed through its strides.
 #[derive(Clone, Copy, Debug)]
 pub struct Gemm<'a, F> {
     /// Rows of the output.
@@ -101,10 +107,12 @@ pub struct Gemm<'a, F> {
     pub a_row: usize,
     /// Distance between its columns.
     pub a_col: usize,
-    /// Right factor, columns adjacent.
+    /// Right factor: strips of 16 columns, which are adjacent.
     pub b: &'a [F],
     /// Distance between its rows.
     pub b_row: usize,
+    /// Distance between its strips: 16 where whole rows are adjacent.
+    pub b_strip: usize,
     /// Distance between the output's rows.
     pub c_row: usize,
     /// Adds to the output instead of replacing it.
@@ -116,7 +124,11 @@ impl<F> Gemm<'_, F> {
     fn check_factors(&self) {
         let last = |rows: usize, row: usize, cols: usize, col: usize| (rows - 1) * row + (cols - 1) * col;
         assert!(last(self.m, self.a_row, self.k, self.a_col) < self.a.len(), "a is too short");
-        assert!(last(self.k, self.b_row, self.n, 1) < self.b.len(), "b is too short");
+        let (strips, rest) = ((self.n - 1) / STRIP, (self.n - 1) % STRIP);
+        let ends = [(strips, rest), (strips.saturating_sub(1), if strips > 0 { STRIP - 1 } else { rest })];
+        for (strip, column) in ends {
+            assert!((self.k - 1) * self.b_row + strip * self.b_strip + column < self.b.len(), "b is too short");
+        }
     }
 
     /// Panics unless every element of the output lies inside a slice of this length.
@@ -136,7 +148,9 @@ pub(crate) unsafe fn gemm_scalar<F: crate::real::Real>(g: Gemm<'_, F>, c: *mut F
             // SAFETY: inside the rows that the caller vouches for.
             let c = unsafe { &mut *c.add(i * g.c_row + j) };
             let start = if g.accumulate { *c } else { F::zero() };
-            *c = (0..g.k).fold(start, |s, p| s + g.a[i * g.a_row + p * g.a_col] * g.b[p * g.b_row + j]);
+            *c = (0..g.k).fold(start, |s, p| {
+                s + g.a[i * g.a_row + p * g.a_col] * g.b[p * g.b_row + j / STRIP * g.b_strip + j % STRIP]
+            });
         }
     }
 }
@@ -203,7 +217,11 @@ unsafe fn gemm_tiles<V: Vector, const NV: usize, const MR: usize>(g: Gemm<'_, f3
         let cols = (g.n - j).min(NV * V::LANES);
         let mut i = 0;
         while i < g.m {
-            let rows = (g.m - i).min(MR);
+            // Two tiles of four rows are faster than one of six and one that is almost empty.
+            let rows = match g.m - i {
+                7 | 8 if MR == 6 => 4,
+                left => left.min(MR),
+            };
             // SAFETY: rows and cols are what is left of the output, so the tile stays inside what was checked.
             unsafe {
                 let at = Tile {
@@ -211,8 +229,9 @@ unsafe fn gemm_tiles<V: Vector, const NV: usize, const MR: usize>(g: Gemm<'_, f3
                     a: g.a.as_ptr().add(i * g.a_row),
                     a_row: g.a_row,
                     a_col: g.a_col,
-                    b: g.b.as_ptr().add(j),
+                    b: g.b.as_ptr().add(j / STRIP * g.b_strip),
                     b_row: g.b_row,
+                    b_strip: g.b_strip,
                     c: c.add(i * g.c_row + j),
                     c_row: g.c_row,
                     cols,
@@ -238,6 +257,9 @@ unsafe fn gemm_tiles<V: Vector, const NV: usize, const MR: usize>(g: Gemm<'_, f3
     }
 }
 
+/// Terms of a sum that are added between two looks at the end of it.
+const UNROLL: usize = 4;
+
 /// Where one tile reads and writes.
 struct Tile {
     k: usize,
@@ -246,6 +268,7 @@ struct Tile {
     a_col: usize,
     b: *const f32,
     b_row: usize,
+    b_strip: usize,
     c: *mut f32,
     c_row: usize,
     cols: usize,
@@ -266,11 +289,43 @@ impl Tile {
         }
     }
 
+    /// Lanes of vector j that are columns of the tile.
+    #[inline(always)]
+    fn valid<V: Vector>(&self, j: usize) -> usize {
+        self.cols.saturating_sub(j * V::LANES).min(V::LANES)
+    }
+
+    /// Adds term p to every sum.
+    ///
+    /// # Safety
+    /// As [`Tile::sum`]; `columns` are where the vectors of the right factor's first row are.
+    #[inline(always)]
+    unsafe fn add<V: Vector, const NV: usize, const MR: usize, const FULL: bool>(
+        &self,
+        columns: &[*const f32; NV],
+        p: usize,
+        acc: &mut [[V; NV]; MR],
+    ) {
+        // SAFETY: the caller's.
+        unsafe {
+            let mut b = [V::zero(); NV];
+            for (j, b) in b.iter_mut().enumerate() {
+                let at = columns[j].wrapping_add(p * self.b_row);
+                *b = if FULL { V::load(at) } else { V::load_part(at, self.valid::<V>(j)) };
+            }
+            for (i, row) in acc.iter_mut().enumerate() {
+                let a = V::splat(*self.a.add(i * self.a_row + p * self.a_col));
+                for (sum, &b) in row.iter_mut().zip(&b) {
+                    *sum = a.mul_add(b, *sum);
+                }
+            }
+        }
+    }
+
     /// # Safety
     /// As [`Tile::compute`]; `FULL` only when every vector is whole.
     #[inline(always)]
     unsafe fn sum<V: Vector, const NV: usize, const MR: usize, const FULL: bool>(self) {
-        let valid = |j: usize| self.cols.saturating_sub(j * V::LANES).min(V::LANES);
         // A vector with no valid lane may begin beyond its array, so places are computed wrapping.
         // SAFETY: partial vectors touch `valid(j)` lanes only, so all accesses stay inside the tile.
         unsafe {
@@ -279,27 +334,31 @@ impl Tile {
                 for (i, row) in acc.iter_mut().enumerate() {
                     for (j, sum) in row.iter_mut().enumerate() {
                         let p = self.c.wrapping_add(i * self.c_row + j * V::LANES);
-                        *sum = if FULL { V::load(p) } else { V::load_part(p, valid(j)) };
+                        *sum = if FULL { V::load(p) } else { V::load_part(p, self.valid::<V>(j)) };
                     }
                 }
             }
-            for p in 0..self.k {
-                let mut b = [V::zero(); NV];
-                for (j, b) in b.iter_mut().enumerate() {
-                    let at = self.b.wrapping_add(p * self.b_row + j * V::LANES);
-                    *b = if FULL { V::load(at) } else { V::load_part(at, valid(j)) };
+            let columns: [_; NV] = std::array::from_fn(|j| {
+                let at = j * V::LANES;
+                self.b.wrapping_add(at / STRIP * self.b_strip + at % STRIP)
+            });
+            // Edges are rare: no code is spent on them.
+            let turn = if FULL && MR >= 4 { UNROLL } else { 1 };
+            let unrolled = self.k - self.k % turn;
+            let mut p = 0;
+            while p < unrolled {
+                for q in 0..turn {
+                    self.add::<V, NV, MR, FULL>(&columns, p + q, &mut acc);
                 }
-                for (i, row) in acc.iter_mut().enumerate() {
-                    let a = V::splat(*self.a.add(i * self.a_row + p * self.a_col));
-                    for (sum, &b) in row.iter_mut().zip(&b) {
-                        *sum = a.mul_add(b, *sum);
-                    }
-                }
+                p += turn;
+            }
+            for p in unrolled..self.k {
+                self.add::<V, NV, MR, FULL>(&columns, p, &mut acc);
             }
             for (i, row) in acc.iter().enumerate() {
                 for (j, &sum) in row.iter().enumerate() {
                     let p = self.c.wrapping_add(i * self.c_row + j * V::LANES);
-                    if FULL { sum.store(p) } else { sum.store_part(p, valid(j)) }
+                    if FULL { sum.store(p) } else { sum.store_part(p, self.valid::<V>(j)) }
                 }
             }
         }
@@ -484,13 +543,15 @@ mod tests {
     proptest! {
         /// Every instruction set computes the definition, for odd sizes, strides and both modes.
         #[test]
-        fn tiles_match_the_definition(m in 1usize..20, n in 1usize..70, k in 0usize..40, pad in 0usize..3, transposed: bool, accumulate: bool, seed: u64) {
+        fn tiles_match_the_definition(m in 1usize..20, n in 1usize..70, k in 0usize..40, pad in 0usize..3, transposed: bool, strips: bool, accumulate: bool, seed: u64) {
             let noise = |i: usize| ((seed.wrapping_add(i as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40) as f32 / 8_388_608.0) - 1.0;
             let (a_row, a_col) = if transposed { (1, m + pad) } else { (k + pad, 1) };
             let a: Vec<f32> = (0..(m + pad) * (k + pad + 1)).map(noise).collect();
-            let b: Vec<f32> = (0..(k + 1) * (n + pad)).map(|i| noise(i + 7000)).collect();
+            let (b_row, b_strip) = if strips { (STRIP, k * STRIP + pad) } else { (n + pad, STRIP) };
+            let b: Vec<f32> = (0..n.div_ceil(STRIP) * (k + 1) * (STRIP + pad)).map(|i| noise(i + 7000)).collect();
+            let b = if strips { b } else { (0..(k + 1) * (n + pad)).map(|i| noise(i + 7000)).collect() };
             let start: Vec<f32> = (0..m * (n + pad)).map(|i| noise(i + 90_000)).collect();
-            let g = Gemm { m, n, k, a: &a, a_row, a_col, b: &b, b_row: n + pad, c_row: n + pad, accumulate };
+            let g = Gemm { m, n, k, a: &a, a_row, a_col, b: &b, b_row, b_strip, c_row: n + pad, accumulate };
             let mut expected = start.clone();
             // SAFETY: the output is as large as the product.
             unsafe { gemm_scalar(g, expected.as_mut_ptr()) };
@@ -510,7 +571,7 @@ mod tests {
             let a: Vec<f32> = (0..rows * k).map(noise).collect();
             let b: Vec<f32> = (0..k * PANEL).map(|i| noise(i + 7000)).collect();
             for level in Level::available() {
-                let all = Gemm { m: rows, n: PANEL, k, a: &a, a_row: k, a_col: 1, b: &b, b_row: PANEL, c_row: PANEL, accumulate: false };
+                let all = Gemm { m: rows, n: PANEL, k, a: &a, a_row: k, a_col: 1, b: &b, b_row: PANEL, b_strip: STRIP, c_row: PANEL, accumulate: false };
                 let mut together = vec![0.0; rows * PANEL];
                 // SAFETY: the output is as large as the product.
                 unsafe { gemm(level, all, together.as_mut_ptr()) };

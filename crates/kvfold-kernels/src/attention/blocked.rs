@@ -6,7 +6,7 @@
 use super::{AttentionJob, AttentionJobGrad, KeyGrad, KeyView, View};
 use crate::kernel_set::KernelSet;
 use crate::real::{self, Real};
-use crate::simd::{Gemm, PANEL};
+use crate::simd::{Gemm, STRIP};
 
 /// Queries of a block.
 const QUERIES: usize = 48;
@@ -15,42 +15,72 @@ const KEYS: usize = 128;
 
 /// `[T,D]` rows of a view, times `factor`.
 fn gather<F: Real>(view: &View<'_, F>, col: usize, (len, dim): (usize, usize), factor: F) -> Vec<F> {
-    let mut rows = Vec::with_capacity(len * dim);
-    for t in 0..len {
-        rows.extend(view.row(t, col, dim).iter().map(|&x| x * factor));
+    let mut rows = vec![F::zero(); len * dim];
+    for (t, row) in rows.chunks_exact_mut(dim).enumerate() {
+        row.iter_mut().zip(view.row(t, col, dim)).for_each(|(to, &x)| *to = x * factor);
     }
     rows
 }
 
-/// `[T,D]` as `[D][T rounded up to a panel]`.
-fn transposed<F: Real>(rows: &[F], len: usize, dim: usize) -> Vec<F> {
-    let stride = len.next_multiple_of(PANEL);
-    let mut out = vec![F::zero(); dim * stride];
-    for (t, row) in rows.chunks_exact(dim).enumerate() {
-        for (d, &x) in row.iter().enumerate() {
-            out[d * stride + t] = x;
+/// `[T,D]` as a right factor whose terms are tokens: strips of 16 channels, `[D/16][T][16]`.
+fn strips_of_channels<F: Real>(rows: &[F], (len, dim): (usize, usize)) -> Vec<F> {
+    let mut strips = vec![F::zero(); dim.div_ceil(STRIP) * len * STRIP];
+    for (n, strip) in strips.chunks_exact_mut(len * STRIP).enumerate() {
+        let width = STRIP.min(dim - n * STRIP);
+        for (to, row) in strip.chunks_exact_mut(STRIP).zip(rows.chunks_exact(dim)) {
+            to[..width].copy_from_slice(&row[n * STRIP..][..width]);
         }
     }
-    out
+    strips
+}
+
+/// `[T,D]` as a right factor whose terms are channels: strips of 16 tokens, `[T/16][D][16]`.
+fn strips_of_tokens<F: Real>(rows: &[F], (len, dim): (usize, usize)) -> Vec<F> {
+    let mut strips = vec![F::zero(); len.div_ceil(STRIP) * dim * STRIP];
+    for (strip, rows) in strips.chunks_exact_mut(dim * STRIP).zip(rows.chunks(dim * STRIP)) {
+        for (t, row) in rows.chunks_exact(dim).enumerate() {
+            row.iter().enumerate().for_each(|(d, &x)| strip[d * STRIP + t] = x);
+        }
+    }
+    strips
 }
 
 /// One set of keys, laid out for the tiles.
 struct Packed<F> {
-    k: Vec<F>,
-    kt: Vec<F>,
-    v: Vec<F>,
+    /// Keys and values, strips of tokens.
+    k_by_token: Vec<F>,
+    v_by_token: Vec<F>,
+    /// Keys and values, strips of channels.
+    k_by_channel: Vec<F>,
+    v_by_channel: Vec<F>,
     mass: Option<Vec<F>>,
     /// For pooled states: spared for the last state a query sees.
     close: Option<Vec<F>>,
 }
 
+/// Which products keys are laid out for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pass {
+    Forward,
+    Backward,
+}
+
 impl<F: Real> Packed<F> {
-    fn new(keys: &KeyView<'_, F>, close: Option<&View<'_, F>>, len: usize, dim: usize) -> Self {
-        let column = |view: &View<'_, F>| (0..len).map(|t| view.at(t)).collect();
-        let k = gather(&keys.k, 0, (len, dim), F::one());
-        let kt = transposed(&k, len, dim);
-        let v = gather(&keys.v, 0, (len, dim), F::one());
-        Self { k, kt, v, mass: keys.mass.as_ref().map(column), close: close.map(column) }
+    fn new(keys: &KeyView<'_, F>, close: Option<&View<'_, F>>, size: (usize, usize), pass: Pass) -> Self {
+        let column = |view: &View<'_, F>| (0..size.0).map(|t| view.at(t)).collect();
+        let (k, v) = (gather(&keys.k, 0, size, F::one()), gather(&keys.v, 0, size, F::one()));
+        let (k_by_channel, v_by_token, v_by_channel) = match pass {
+            Pass::Forward => (Vec::new(), Vec::new(), strips_of_channels(&v, size)),
+            Pass::Backward => (strips_of_channels(&k, size), strips_of_tokens(&v, size), Vec::new()),
+        };
+        Self {
+            k_by_token: strips_of_tokens(&k, size),
+            v_by_token,
+            k_by_channel,
+            v_by_channel,
+            mass: keys.mass.as_ref().map(column),
+            close: close.map(column),
+        }
     }
 }
 
@@ -70,8 +100,8 @@ struct Walk<'a, F> {
 }
 
 impl<'a, F: Real> Walk<'a, F> {
-    fn new(job: &'a AttentionJob<'a, F>) -> Self {
-        let pack = |keys: &KeyView<'_, F>, close: Option<&View<'_, F>>| Packed::new(keys, close, job.len, job.dim);
+    fn new(job: &'a AttentionJob<'a, F>, pass: Pass) -> Self {
+        let pack = |keys: &KeyView<'_, F>, close| Packed::new(keys, close, (job.len, job.dim), pass);
         Self {
             job,
             exact: job.exact.as_ref().map(|keys| pack(keys, None)),
@@ -79,12 +109,12 @@ impl<'a, F: Real> Walk<'a, F> {
         }
     }
 
-    /// Calls `visit` with every block that some query of `i0..i0+rows` sees.
+    /// Calls `visit` with every block that some query of `i0..i0+rows` sees. Blocks begin where strips do.
     fn blocks(&self, i0: usize, rows: usize, mut visit: impl FnMut(&Packed<F>, &Block)) {
         let last = i0 + rows - 1;
         let mut cover = |packed: &Option<Packed<F>>, lo: usize, hi: usize| {
             let Some(packed) = packed else { return };
-            for j0 in (lo..hi).step_by(KEYS) {
+            for j0 in (lo - lo % STRIP..hi).step_by(KEYS) {
                 visit(packed, &Block { i0, rows, j0, width: KEYS.min(hi - j0) });
             }
         };
@@ -92,24 +122,47 @@ impl<'a, F: Real> Walk<'a, F> {
         cover(&self.exact, self.job.exact_range(i0).0, self.job.exact_range(last).1);
     }
 
-    /// The scores of a block into `s`, rows `KEYS` apart; keys that a query does not see get minus infinity.
-    fn scores<K: KernelSet<F>>(&self, set: K, packed: &Packed<F>, block: &Block, q: &[F], s: &mut [F]) {
-        let (job, dim) = (self.job, self.job.dim);
-        let &Block { i0, rows, j0, width } = block;
-        let stride = job.len.next_multiple_of(PANEL);
-        let product = Gemm {
-            m: rows,
-            n: width,
+    /// Products of the rows of queries, or of their gradients, with the keys, or the values, of a block.
+    fn by_token<'b>(&self, block: &Block, rows: &'b [F], strips: &'b [F]) -> Gemm<'b, F> {
+        let dim = self.job.dim;
+        Gemm {
+            m: block.rows,
+            n: block.width,
             k: dim,
-            a: &q[i0 * dim..],
+            a: &rows[block.i0 * dim..],
             a_row: dim,
             a_col: 1,
-            b: &packed.kt[j0..],
-            b_row: stride,
+            b: &strips[block.j0 * dim..],
+            b_row: STRIP,
+            b_strip: dim * STRIP,
             c_row: KEYS,
             accumulate: false,
-        };
-        set.gemm(product, s);
+        }
+    }
+
+    /// Sums over the tokens of a block, from token `first` of `strips` on.
+    fn over_tokens<'b>(&self, (m, k): (usize, usize), a: &'b [F], strips: &'b [F], first: usize) -> Gemm<'b, F> {
+        let Self { job: &AttentionJob { len, dim, .. }, .. } = *self;
+        Gemm {
+            m,
+            n: dim,
+            k,
+            a,
+            a_row: KEYS,
+            a_col: 1,
+            b: &strips[first * STRIP..],
+            b_row: STRIP,
+            b_strip: len * STRIP,
+            c_row: dim,
+            accumulate: true,
+        }
+    }
+
+    /// The scores of a block into `s`, rows `KEYS` apart; keys that a query does not see get minus infinity.
+    fn scores<K: KernelSet<F>>(&self, set: K, packed: &Packed<F>, block: &Block, q: &[F], s: &mut [F]) {
+        let job = self.job;
+        let &Block { i0, rows, j0, width } = block;
+        set.gemm(self.by_token(block, q, &packed.k_by_token), s);
         set.run(
             #[inline(always)]
             || {
@@ -133,20 +186,27 @@ impl<'a, F: Real> Walk<'a, F> {
     }
 }
 
+/// The queries' heads, `[group][T][D]`.
+fn gather_group<F: Real>(job: &AttentionJob<'_, F>, view: &View<'_, F>, factor: F) -> Vec<Vec<F>> {
+    (0..job.group).map(|g| gather(view, g * job.dim, (job.len, job.dim), factor)).collect()
+}
+
 /// Output `[group][T][D]` and log-sum-exp `[group][T]`.
 pub(crate) fn forward<F: Real, K: KernelSet<F>>(set: K, job: &AttentionJob<'_, F>, out: &mut [F], lse: &mut [F]) {
     let (len, dim) = (job.len, job.dim);
-    let walk = Walk::new(job);
+    let walk = Walk::new(job, Pass::Forward);
+    let q = gather_group(job, &job.q, job.scale());
     let mut s = vec![F::zero(); QUERIES * KEYS];
-    for g in 0..job.group {
-        let q = gather(&job.q, g * dim, (len, dim), job.scale());
-        for i0 in (0..len).step_by(QUERIES) {
-            let rows = QUERIES.min(len - i0);
-            let acc = &mut out[(g * len + i0) * dim..][..rows * dim];
-            acc.fill(F::zero());
-            let (mut top, mut total) = ([F::neg_infinity(); QUERIES], [F::zero(); QUERIES]);
-            walk.blocks(i0, rows, |packed, block| {
-                walk.scores(set, packed, block, &q, &mut s);
+    let mut running = vec![([F::zero(); QUERIES], [F::zero(); QUERIES]); job.group];
+    out.fill(F::zero());
+    for i0 in (0..len).step_by(QUERIES) {
+        let rows = QUERIES.min(len - i0);
+        running.fill(([F::neg_infinity(); QUERIES], [F::zero(); QUERIES]));
+        walk.blocks(i0, rows, |packed, block| {
+            // A block's keys stay in cache for all queries of the group.
+            for (g, (top, total)) in running.iter_mut().enumerate() {
+                let acc = &mut out[(g * len + i0) * dim..][..rows * dim];
+                walk.scores(set, packed, block, &q[g], &mut s);
                 set.run(
                     #[inline(always)]
                     || {
@@ -165,23 +225,13 @@ pub(crate) fn forward<F: Real, K: KernelSet<F>>(set: K, job: &AttentionJob<'_, F
                         }
                     },
                 );
-                let product = Gemm {
-                    m: rows,
-                    n: dim,
-                    k: block.width,
-                    a: &s,
-                    a_row: KEYS,
-                    a_col: 1,
-                    b: &packed.v[block.j0 * dim..],
-                    b_row: dim,
-                    c_row: dim,
-                    accumulate: true,
-                };
-                set.gemm(product, acc);
-            });
+                set.gemm(walk.over_tokens((rows, block.width), &s, &packed.v_by_channel, block.j0), acc);
+            }
+        });
+        for (g, (top, total)) in running.iter().enumerate() {
             for r in 0..rows {
                 let share = F::one() / total[r];
-                acc[r * dim..][..dim].iter_mut().for_each(|o| *o *= share);
+                out[(g * len + i0 + r) * dim..][..dim].iter_mut().for_each(|o| *o *= share);
                 lse[g * len + i0 + r] = top[r] + total[r].ln();
             }
         }
@@ -195,41 +245,26 @@ pub(crate) fn backward<F: Real, K: KernelSet<F>>(
     grad: &mut AttentionJobGrad<'_, F>,
 ) {
     let (len, dim) = (job.len, job.dim);
-    let walk = Walk::new(job);
-    let vt = |packed: &Option<Packed<F>>| packed.as_ref().map(|p| transposed(&p.v, len, dim));
-    let (exact_vt, pooled_vt) = (vt(&walk.exact), vt(&walk.pooled));
-    let stride = len.next_multiple_of(PANEL);
+    let walk = Walk::new(job, Pass::Backward);
+    let (q, d) = (gather_group(job, &job.q, job.scale()), gather_group(job, &grad.d, F::one()));
+    let by_channel = |heads: &[Vec<F>]| -> Vec<_> { heads.iter().map(|x| strips_of_channels(x, (len, dim))).collect() };
+    let (q_by_channel, d_by_channel) = (by_channel(&q), by_channel(&d));
     let (mut p, mut ds) = (vec![F::zero(); QUERIES * KEYS], vec![F::zero(); QUERIES * KEYS]);
-    for g in 0..job.group {
-        let q = gather(&job.q, g * dim, (len, dim), job.scale());
-        let d = gather(&grad.d, g * dim, (len, dim), F::one());
-        for i0 in (0..len).step_by(QUERIES) {
-            let rows = QUERIES.min(len - i0);
-            let at = g * len + i0;
-            let (out, lse) = (&grad.out[at * dim..], &grad.lse[at..]);
-            let mut delta = [F::zero(); QUERIES];
-            for (r, delta) in delta.iter_mut().enumerate().take(rows) {
-                *delta = real::dot(&d[(i0 + r) * dim..][..dim], &out[r * dim..][..dim]);
+    let mut deltas = vec![[F::zero(); QUERIES]; job.group];
+    for i0 in (0..len).step_by(QUERIES) {
+        let rows = QUERIES.min(len - i0);
+        for (g, deltas) in deltas.iter_mut().enumerate() {
+            for (r, delta) in deltas.iter_mut().enumerate().take(rows) {
+                *delta = real::dot(&d[g][(i0 + r) * dim..][..dim], &grad.out[(g * len + i0 + r) * dim..][..dim]);
             }
-            walk.blocks(i0, rows, |packed, block| {
-                let &Block { j0, width, .. } = block;
-                let pooled = packed.close.is_some();
-                let vt = if pooled { &pooled_vt } else { &exact_vt }.as_ref().expect("packed with its keys");
-                let to = if pooled { &mut grad.pooled } else { &mut grad.exact };
-                walk.scores(set, packed, block, &q, &mut p);
-                let dp = Gemm {
-                    m: rows,
-                    n: width,
-                    k: dim,
-                    a: &d[i0 * dim..],
-                    a_row: dim,
-                    a_col: 1,
-                    b: &vt[j0..],
-                    b_row: stride,
-                    c_row: KEYS,
-                    accumulate: false,
-                };
-                set.gemm(dp, &mut ds);
+        }
+        walk.blocks(i0, rows, |packed, block| {
+            let &Block { j0, width, .. } = block;
+            let to = if packed.close.is_some() { &mut grad.pooled } else { &mut grad.exact };
+            for (g, delta) in deltas.iter().enumerate() {
+                let (at, lse) = (g * len + i0, &grad.lse[g * len + i0..]);
+                walk.scores(set, packed, block, &q[g], &mut p);
+                set.gemm(walk.by_token(block, &d[g], &packed.v_by_token), &mut ds);
                 set.run(
                     #[inline(always)]
                     || {
@@ -243,24 +278,16 @@ pub(crate) fn backward<F: Real, K: KernelSet<F>>(
                         bias_grads(job, packed, block, &ds, to);
                     },
                 );
-                let back = Gemm {
-                    m: rows,
-                    n: dim,
-                    k: width,
-                    a: &ds,
-                    a_row: KEYS,
-                    a_col: 1,
-                    b: &packed.k[j0 * dim..],
-                    b_row: dim,
-                    c_row: dim,
-                    accumulate: true,
-                };
+                let back = walk.over_tokens((rows, width), &ds, &packed.k_by_channel, j0);
                 set.gemm(back, &mut grad.q[at * dim..][..rows * dim]);
-                let across = |a, b| Gemm { m: width, n: dim, k: rows, a, a_row: 1, a_col: KEYS, b, ..back };
-                set.gemm(across(&ds, &q[i0 * dim..]), &mut to.k[j0 * dim..][..width * dim]);
-                set.gemm(across(&p, &d[i0 * dim..]), &mut to.v[j0 * dim..][..width * dim]);
-            });
-        }
+                let across = |a, strips| {
+                    let sum = walk.over_tokens((width, rows), a, strips, i0);
+                    Gemm { a_row: 1, a_col: KEYS, ..sum }
+                };
+                set.gemm(across(&ds, &q_by_channel[g]), &mut to.k[j0 * dim..][..width * dim]);
+                set.gemm(across(&p, &d_by_channel[g]), &mut to.v[j0 * dim..][..width * dim]);
+            }
+        });
     }
     let scale = job.scale();
     grad.q.iter_mut().for_each(|q| *q *= scale);

@@ -8,7 +8,7 @@ use crate::ops::Precision;
 use crate::paged::Scratch;
 use crate::q8;
 use crate::real::Real;
-use crate::simd::PANEL;
+use crate::simd::{PANEL, STRIP};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -91,7 +91,7 @@ pub(crate) struct Home<F> {
 /// Packings of an array, each made at its first use (see `bf16.rs`).
 #[derive(Debug, Default)]
 pub(super) struct Packings<F> {
-    /// Panels of 32 rows, each `[C][32]`, in the backend's floats.
+    /// Strips of 16 rows, each `[C][16]`, in the backend's floats.
     pub(super) floats: OnceLock<Vec<F>>,
     /// bf16, terms along the columns, as a left factor.
     pub(super) rows: OnceLock<Vec<u32>>,
@@ -99,9 +99,6 @@ pub(super) struct Packings<F> {
     pub(super) panels_of_rows: OnceLock<Vec<u32>>,
     /// bf16, terms along the rows.
     pub(super) panels_of_columns: OnceLock<Vec<u32>>,
-    /// Rounded to bf16, in the backend's floats: row-major, and panels of 32 columns, each `[R][32]`.
-    pub(super) rounded_rows: OnceLock<Vec<F>>,
-    pub(super) rounded_panels: OnceLock<Vec<F>>,
     /// Integers of 8 bits and their scales.
     pub(super) quantised: OnceLock<q8::Panels>,
 }
@@ -125,10 +122,8 @@ impl<F: Real> Drop for Buffer<F> {
 impl<F: Real> Buffer<F> {
     /// Gives the packings back: the numbers are about to change.
     fn forget_packings(&mut self) {
-        let Packings { floats, rows, panels_of_rows, panels_of_columns, rounded_rows, rounded_panels, .. } =
-            std::mem::take(&mut self.packings);
-        let floats = [floats, rounded_rows, rounded_panels].into_iter().filter_map(OnceLock::into_inner);
-        floats.for_each(|floats| self.home.floats.give(floats));
+        let Packings { floats, rows, panels_of_rows, panels_of_columns, .. } = std::mem::take(&mut self.packings);
+        floats.into_inner().into_iter().for_each(|floats| self.home.floats.give(floats));
         let words = [rows, panels_of_rows, panels_of_columns].into_iter().filter_map(OnceLock::into_inner);
         words.for_each(|words| self.home.words.give(words));
     }
@@ -220,19 +215,19 @@ impl<F: Real> Array<F> {
         &mut buffer.data
     }
 
-    /// A weight `[M,K]` as panels of 32 output columns, each `[K][32]`, the last one filled up with zeros.
-    pub(super) fn float_panels(&self) -> &[F] {
+    /// A weight `[M,K]` as strips of 16 output columns, each `[K][16]`, filled up with zeros to a multiple of 32.
+    pub(super) fn float_strips(&self) -> &[F] {
         self.buffer.packings.floats.get_or_init(|| {
             let (m, k) = self.matrix();
-            let mut panels = self.buffer.home.floats.take(m.div_ceil(PANEL) * k * PANEL);
-            panels.chunks_exact_mut(k * PANEL).last().into_iter().for_each(|last| last.fill(F::zero()));
+            let mut strips = self.buffer.home.floats.take(m.div_ceil(PANEL) * k * PANEL);
+            strips.chunks_exact_mut(k * PANEL).last().into_iter().for_each(|last| last.fill(F::zero()));
             for (row, weights) in self.data().chunks_exact(k).enumerate() {
-                let panel = &mut panels[row / PANEL * k * PANEL..][..k * PANEL];
+                let strip = &mut strips[row / STRIP * k * STRIP..][..k * STRIP];
                 for (p, &w) in weights.iter().enumerate() {
-                    panel[p * PANEL + row % PANEL] = w;
+                    strip[p * STRIP + row % STRIP] = w;
                 }
             }
-            panels
+            strips
         })
     }
 }

@@ -3,7 +3,7 @@
 use super::Cpu;
 use crate::kernel_set::KernelSet;
 use crate::real::Real;
-use crate::simd::{Gemm, PANEL};
+use crate::simd::{Gemm, PANEL, STRIP};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -23,24 +23,24 @@ pub(super) struct Sizes {
 }
 
 /// An output whose blocks threads write side by side.
-pub(super) struct Output<F>(*mut F);
+struct Output<F>(*mut F);
 
 // SAFETY: `blocks` hands every thread columns and rows of its own.
 unsafe impl<F: Send> Sync for Output<F> {}
 
 impl<F> Output<F> {
-    pub(super) fn of(data: &mut [F]) -> Self {
+    fn of(data: &mut [F]) -> Self {
         Self(data.as_mut_ptr())
     }
 
     /// Where an element is.
-    pub(super) fn at(&self, index: usize) -> *mut F {
+    fn at(&self, index: usize) -> *mut F {
         self.0.wrapping_add(index)
     }
 }
 
 /// Calls `f` with blocks of rows and panels that cover an output, in parallel where it pays.
-pub(super) fn blocks(Sizes { n, outputs, terms }: Sizes, f: impl Fn(Range<usize>, Range<usize>) + Sync) {
+fn blocks(Sizes { n, outputs, terms }: Sizes, f: impl Fn(Range<usize>, Range<usize>) + Sync) {
     let panels = outputs.div_ceil(PANEL);
     let rows = n.min(ROWS);
     // Blocks of few rows take more panels; few blocks of rows are divided by panels.
@@ -55,14 +55,44 @@ pub(super) fn blocks(Sizes { n, outputs, terms }: Sizes, f: impl Fn(Range<usize>
 }
 
 impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
-    /// Rows `[n, terms]` times panels `[terms][32]` that each block has widened for itself.
-    pub(super) fn widened_product(&self, a: &[F], sizes: Sizes, widen: impl Fn(usize, &mut [F]) + Sync) -> Vec<F> {
-        let Sizes { n, outputs, terms } = sizes;
+    /// An output of which `product` writes a block of rows and a panel of columns at a time: the rows, the panel, the
+    /// columns that it has, and where they begin.
+    pub(super) fn panel_product(
+        &self,
+        sizes: Sizes,
+        product: impl Fn(Range<usize>, usize, usize, *mut F) + Sync,
+    ) -> Vec<F> {
+        let Sizes { n, outputs, .. } = sizes;
         let mut y = self.buffer(n * outputs);
         let out = Output::of(&mut y);
         blocks(sizes, |rows, panels| {
-            // Packed pairs fill an odd end up.
-            let mut wide = self.buffer(terms.next_multiple_of(2) * PANEL);
+            for panel in panels {
+                let (columns, to) = (outputs - panel * PANEL, out.at(rows.start * outputs + panel * PANEL));
+                product(rows.clone(), panel, columns.min(PANEL), to);
+            }
+        });
+        y
+    }
+
+    /// Rows `[n, terms]`, which each block takes in by `take`, times panels that it widens to strips `[2][terms][16]`.
+    pub(super) fn widened_product(
+        &self,
+        a: &[F],
+        sizes: Sizes,
+        take: impl Fn(&[F], &mut [F]) + Sync,
+        widen: impl Fn(usize, &mut [F]) + Sync,
+    ) -> Vec<F> {
+        let Sizes { n, outputs, terms } = sizes;
+        // Packed pairs fill an odd end up.
+        let strip = terms.next_multiple_of(2) * STRIP;
+        let mut y = self.buffer(n * outputs);
+        let out = Output::of(&mut y);
+        blocks(sizes, |rows, panels| {
+            let (mut left, mut wide) = (self.buffer(rows.len() * terms), self.buffer(PANEL / STRIP * strip));
+            self.set.run(
+                #[inline(always)]
+                || take(&a[rows.start * terms..rows.end * terms], &mut left),
+            );
             for panel in panels {
                 self.set.run(
                     #[inline(always)]
@@ -72,17 +102,19 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
                     m: rows.len(),
                     n: PANEL.min(outputs - panel * PANEL),
                     k: terms,
-                    a: &a[rows.start * terms..],
+                    a: &left,
                     a_row: terms,
                     a_col: 1,
                     b: &wide,
-                    b_row: PANEL,
+                    b_row: STRIP,
+                    b_strip: strip,
                     c_row: outputs,
                     accumulate: false,
                 };
                 // SAFETY: these rows and columns are this block's alone.
                 unsafe { self.set.gemm_at(product, out.at(rows.start * outputs + panel * PANEL)) };
             }
+            self.home.floats.give(left);
             self.home.floats.give(wide);
         });
         y

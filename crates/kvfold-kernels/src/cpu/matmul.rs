@@ -4,7 +4,7 @@
 use super::{Array, Cpu};
 use crate::kernel_set::KernelSet;
 use crate::real::Real;
-use crate::simd::{Gemm, PANEL};
+use crate::simd::{Gemm, PANEL, STRIP};
 use rayon::prelude::*;
 
 /// Rows of a task.
@@ -19,7 +19,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     pub(super) fn float_product(&self, x: &Array<F>, w: &Array<F>) -> Array<F> {
         let ((n, k), (m, wk)) = (x.matrix(), w.matrix());
         assert_eq!(k, wk, "linear of {:?} by {:?}", x.shape(), w.shape());
-        let panels = w.float_panels();
+        let strips = w.float_strips();
         let mut y = self.buffer(n * m);
         let tile = |rows: usize, x: &[F], panel: usize, y: &mut [F]| {
             let product = Gemm {
@@ -29,8 +29,9 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
                 a: x,
                 a_row: k,
                 a_col: 1,
-                b: &panels[panel * k * PANEL..][..k * PANEL],
-                b_row: PANEL,
+                b: &strips[panel * k * PANEL..][..k * PANEL],
+                b_row: STRIP,
+                b_strip: k * STRIP,
                 c_row: m,
                 accumulate: false,
             };
@@ -63,6 +64,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
                 a_col: 1,
                 b: w.data(),
                 b_row: k,
+                b_strip: STRIP,
                 c_row: k,
                 accumulate: false,
             };
@@ -88,6 +90,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
                     a_col: m,
                     b: &x.data()[first * k..],
                     b_row: k,
+                    b_strip: STRIP,
                     c_row: k,
                     accumulate: first > 0,
                 };

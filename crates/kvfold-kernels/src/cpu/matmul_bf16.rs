@@ -3,19 +3,39 @@
 //! Which blocks an output is divided into does not touch a sum. A weight is packed once and stays packed until it changes.
 //!
 //! Without bf16 instructions each word costs a shift and a mask before it is multiplied. A few rows pay that gladly for
-//! half the bytes. Many rows are multiplied as floats instead: activations are rounded, and each block widens its panels
-//! of weights once. The sums are the same, term by term.
+//! half the bytes. Many rows are multiplied as floats instead: each block rounds its activations and widens its panels of
+//! weights once. The sums are the same, term by term.
 
-use super::blocks::{MANY, Output, Sizes, blocks};
+use super::blocks::{MANY, Sizes};
 use super::{Array, Cpu, for_rows};
 use crate::bf16::{self, GemmBf16, words};
 use crate::kernel_set::KernelSet;
 use crate::real::Real;
-use crate::simd::{Gemm, PANEL};
+use crate::simd::{BLOCK_ROWS, Gemm, PANEL, STRIP};
 use rayon::prelude::*;
 
 /// Words that a weight gradient sums before it moves on, so that its inputs stay in cache.
 const WORDS: usize = 256;
+/// Terms that it sums where they are floats.
+const TERMS: usize = 128;
+
+/// `W` columns from `first` on of rows `[R, cols]`, rounded to bf16, as `[R][W]`; zeros beyond the last column.
+#[inline(always)]
+fn round_columns<F: Real, const W: usize>(x: &[F], cols: usize, first: usize, to: &mut [F]) {
+    let rows = to.as_chunks_mut::<W>().0.iter_mut().zip(x.chunks_exact(cols));
+    for (to, x) in rows {
+        match x.get(first..).and_then(|x| x.first_chunk::<W>()) {
+            // Of a length that the compiler knows, so that it computes in vectors.
+            Some(x) => to.iter_mut().zip(x).for_each(|(to, &x)| *to = bf16::rounded(x)),
+            None => {
+                let rest = x.get(first..).unwrap_or_default();
+                to[..rest.len()].iter_mut().zip(rest).for_each(|(to, &x)| *to = bf16::rounded(x));
+                to[rest.len()..].fill(F::zero());
+            }
+        }
+    }
+}
+
 impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     /// `x [N,K] . w [M,K]^T`.
     pub(super) fn bf16_product(&self, x: &Array<F>, w: &Array<F>) -> Array<F> {
@@ -38,10 +58,12 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         let y = match self.set.pairs() || n < MANY {
             true => self.word_product(self.packed_rows(x), panels, sizes),
             false => self.widened_product(
-                self.rounded_rows(x),
+                x.data(),
                 sizes,
                 #[inline(always)]
-                |panel, wide| bf16::widen_rows::<F, PANEL>(&panels[panel * words * PANEL..][..words * PANEL], wide),
+                |rows, to| to.iter_mut().zip(rows).for_each(|(to, &x)| *to = bf16::rounded(x)),
+                #[inline(always)]
+                |panel, wide| bf16::widen_panel(&panels[panel * words * PANEL..][..words * PANEL], wide),
             ),
         };
         self.array(&[n, outputs], y)
@@ -49,28 +71,22 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
 
     /// Packed rows times panels.
     fn word_product(&self, a: &[u32], b: &[u32], sizes: Sizes) -> Vec<F> {
-        let Sizes { n, outputs, terms } = sizes;
-        let words = words(terms);
-        let mut y = self.buffer(n * outputs);
-        let out = Output::of(&mut y);
-        blocks(sizes, |rows, panels| {
-            for panel in panels {
-                let product = GemmBf16 {
-                    m: rows.len(),
-                    n: PANEL.min(outputs - panel * PANEL),
-                    words,
-                    a: &a[rows.start * words..],
-                    a_row: words,
-                    a_word: 1,
-                    b: &b[panel * words * PANEL..][..words * PANEL],
-                    c_row: outputs,
-                    accumulate: false,
-                };
-                // SAFETY: these rows and columns are this block's alone.
-                unsafe { self.set.gemm_bf16(product, out.at(rows.start * outputs + panel * PANEL)) };
-            }
-        });
-        y
+        let words = words(sizes.terms);
+        self.panel_product(sizes, |rows, panel, n, to| {
+            let product = GemmBf16 {
+                m: rows.len(),
+                n,
+                words,
+                a: &a[rows.start * words..],
+                a_row: words,
+                a_word: 1,
+                b: &b[panel * words * PANEL..][..words * PANEL],
+                c_row: sizes.outputs,
+                accumulate: false,
+            };
+            // SAFETY: these rows and columns are this call's alone.
+            unsafe { self.set.gemm_bf16(product, to) };
+        })
     }
 
     /// `d [N,M]^T . x [N,K]`.
@@ -111,65 +127,52 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         });
     }
 
-    /// `d^T . x` of rounded columns.
+    /// `d^T . x` of rounded columns: those of `x` are laid out once, those of `d` by the task that needs them.
     fn rounded_product_of_columns(&self, d: &Array<F>, x: &Array<F>, dw: &mut [F]) {
-        let (n, k) = x.matrix();
-        let (a, b) = (self.rounded_panels(d), self.rounded_panels(x));
-        dw.par_chunks_mut(PANEL * k).zip(a.par_chunks_exact(n * PANEL)).for_each(|(dw, a)| {
-            for first in (0..n).step_by(2 * WORDS) {
-                for (panel, b) in b.chunks_exact(n * PANEL).enumerate() {
-                    let product = Gemm {
-                        m: dw.len() / k,
-                        n: PANEL.min(k - panel * PANEL),
-                        k: (2 * WORDS).min(n - first),
-                        a: &a[first * PANEL..],
-                        a_row: 1,
-                        a_col: PANEL,
-                        b: &b[first * PANEL..],
-                        b_row: PANEL,
-                        c_row: k,
-                        accumulate: first > 0,
-                    };
-                    self.set.gemm(product, &mut dw[panel * PANEL..]);
+        let ((n, k), (_, m)) = (x.matrix(), d.matrix());
+        let mut strips = self.buffer(k.next_multiple_of(PANEL) * n);
+        strips.par_chunks_exact_mut(n * STRIP).enumerate().for_each(|(strip, to)| {
+            self.set.run(
+                #[inline(always)]
+                || round_columns::<F, STRIP>(x.data(), k, strip * STRIP, to),
+            );
+        });
+        // Blocks of rows share the reading of x, where there are enough of them for every thread.
+        let together = (m.div_ceil(BLOCK_ROWS) / (2 * rayon::current_num_threads())).clamp(1, 4);
+        let rows = together * BLOCK_ROWS;
+        dw.par_chunks_mut(rows * k).enumerate().for_each(|(task, dw)| {
+            let mut left = self.buffer(TERMS * rows);
+            for first in (0..n).step_by(TERMS) {
+                let terms = TERMS.min(n - first);
+                for (block, left) in left.chunks_exact_mut(TERMS * BLOCK_ROWS).enumerate() {
+                    let (d, column) = (&d.data()[first * m..][..terms * m], task * rows + block * BLOCK_ROWS);
+                    self.set.run(
+                        #[inline(always)]
+                        || round_columns::<F, BLOCK_ROWS>(d, m, column, left),
+                    );
+                }
+                for column in (0..k).step_by(PANEL) {
+                    for (dw, left) in dw.chunks_mut(BLOCK_ROWS * k).zip(left.chunks_exact(TERMS * BLOCK_ROWS)) {
+                        let product = Gemm {
+                            m: dw.len() / k,
+                            n: PANEL.min(k - column),
+                            k: terms,
+                            a: left,
+                            a_row: 1,
+                            a_col: BLOCK_ROWS,
+                            b: &strips[column * n + first * STRIP..],
+                            b_row: STRIP,
+                            b_strip: n * STRIP,
+                            c_row: k,
+                            accumulate: first > 0,
+                        };
+                        self.set.gemm(product, &mut dw[column..]);
+                    }
                 }
             }
+            self.home.floats.give(left);
         });
-    }
-
-    /// The numbers of an array rounded to bf16, made at first use.
-    fn rounded_rows<'a>(&self, x: &'a Array<F>) -> &'a [F] {
-        x.packings().rounded_rows.get_or_init(|| {
-            let mut rows = self.home.floats.take(x.data().len());
-            for_rows(&mut rows, 1, |first, block| {
-                self.set.run(
-                    #[inline(always)]
-                    || block.iter_mut().zip(&x.data()[first..]).for_each(|(to, &x)| *to = bf16::rounded(x)),
-                );
-            });
-            rows
-        })
-    }
-
-    /// Panels of 32 columns of an array, `[R][32]` each, rounded to bf16, made at first use.
-    fn rounded_panels<'a>(&self, x: &'a Array<F>) -> &'a [F] {
-        let (rows, cols) = x.matrix();
-        x.packings().rounded_panels.get_or_init(|| {
-            let mut panels = self.home.floats.take(cols.div_ceil(PANEL) * rows * PANEL);
-            panels.par_chunks_exact_mut(rows * PANEL).enumerate().for_each(|(panel, to)| {
-                let width = PANEL.min(cols - panel * PANEL);
-                self.set.run(
-                    #[inline(always)]
-                    || {
-                        for (to, x) in to.chunks_exact_mut(PANEL).zip(x.data().chunks_exact(cols)) {
-                            let x = &x[panel * PANEL..][..width];
-                            to.iter_mut().zip(x).for_each(|(to, &x)| *to = bf16::rounded(x));
-                            to[width..].fill(F::zero());
-                        }
-                    },
-                );
-            });
-            panels
-        })
+        self.home.floats.give(strips);
     }
 
     /// [`bf16::rows`] of an array, made at first use.

@@ -1,11 +1,10 @@
 //! Products with 8-bit weights: what is served, never what is trained.
 
-use super::blocks::{MANY, Output, Sizes, blocks};
+use super::blocks::{MANY, Sizes};
 use super::{Array, Cpu};
 use crate::kernel_set::KernelSet;
 use crate::q8::{GemmQ8, Panels};
 use crate::real::Real;
-use crate::simd::PANEL;
 
 impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     /// `x [N,K] . w [M,K]^T`.
@@ -18,6 +17,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
             false => self.widened_product(
                 x.data(),
                 sizes,
+                |rows, to| to.copy_from_slice(rows),
                 #[inline(always)]
                 |panel, wide| panels.panel(panel).widen(wide),
             ),
@@ -26,24 +26,13 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     }
 
     fn quantised_product(&self, a: &[F], b: &Panels, sizes: Sizes) -> Vec<F> {
-        let Sizes { n, outputs, terms } = sizes;
-        let mut y = self.buffer(n * outputs);
-        let out = Output::of(&mut y);
-        blocks(sizes, |rows, panels| {
-            for panel in panels {
-                let product = GemmQ8 {
-                    m: rows.len(),
-                    n: PANEL.min(outputs - panel * PANEL),
-                    a: &a[rows.start * terms..],
-                    k: terms,
-                    b: b.panel(panel),
-                    c_row: outputs,
-                };
-                // SAFETY: these rows and columns are this block's alone.
-                unsafe { self.set.gemm_q8(product, out.at(rows.start * outputs + panel * PANEL)) };
-            }
-        });
-        y
+        let Sizes { outputs, terms, .. } = sizes;
+        self.panel_product(sizes, |rows, panel, n, to| {
+            let (a, b) = (&a[rows.start * terms..], b.panel(panel));
+            let product = GemmQ8 { m: rows.len(), n, a, k: terms, b, c_row: outputs };
+            // SAFETY: these rows and columns are this call's alone.
+            unsafe { self.set.gemm_q8(product, to) };
+        })
     }
 
     /// A weight in 8 bits, made at first use.

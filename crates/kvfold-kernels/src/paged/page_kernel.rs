@@ -304,7 +304,7 @@ mod tests {
     use super::*;
     use crate::kernel_set::{Fast, KernelSet};
     use crate::paged::{CacheDType, PageLayout};
-    use crate::simd::{Gemm, Level};
+    use crate::simd::{Gemm, Level, STRIP};
     use proptest::prelude::*;
     #[cfg(target_arch = "x86_64")]
     use std::arch::x86_64::{__m256, __m512};
@@ -389,6 +389,7 @@ mod tests {
                 a_col: 1,
                 b: page.floats(0, &mut keys),
                 b_row: PAGE_SLOTS,
+                b_strip: STRIP,
                 c_row: STRIDE,
                 accumulate: false,
             };

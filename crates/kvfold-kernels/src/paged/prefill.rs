@@ -12,7 +12,7 @@ use super::take::take;
 use super::{HeadInput, HeadTable, PAGE_SLOTS};
 use crate::kernel_set::KernelSet;
 use crate::real::Real;
-use crate::simd::Gemm;
+use crate::simd::{Gemm, STRIP};
 use std::ops::Range;
 
 /// Queries of a block.
@@ -20,7 +20,7 @@ const QUERIES: usize = 16;
 
 /// `c [m,n] (+)= a [m,k] . b [k,n]` with rows of `a` and `b` adjacent to columns.
 fn product<'a, F>([m, n, k]: [usize; 3], (a, a_row): (&'a [F], usize), (b, b_row): (&'a [F], usize)) -> Gemm<'a, F> {
-    Gemm { m, n, k, a, a_row, a_col: 1, b, b_row, c_row: 0, accumulate: false }
+    Gemm { m, n, k, a, a_row, a_col: 1, b, b_row, b_strip: STRIP, c_row: 0, accumulate: false }
 }
 
 /// Half a page as floats: keys for half 0, values for half 1.
