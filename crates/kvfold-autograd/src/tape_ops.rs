@@ -3,8 +3,8 @@
 use crate::tape::{Tape, Var};
 use kvfold_kernels::Grad;
 use kvfold_kernels::ops::{
-    AttentionSaved, Borrowed, Channel, Decided, Gate, Goal, Heads, Hinge, Keys, LossGrad, Ops, PoolInput, PoolOutput,
-    PoolShape, Pooled, Precision, Predictions, Spans, Visible,
+    AttentionSaved, Borrowed, Channel, Decided, Exempt, Gate, Goal, Heads, Hinge, Keys, LossGrad, Ops, PoolInput,
+    PoolOutput, PoolShape, Pooled, Precision, Predictions, Spans, Visible,
 };
 
 /// The backend's tensors behind a set of keys.
@@ -201,31 +201,31 @@ where
         self.one(&[logit], y, move |ops, d, grads| grads.give(ops, id, || ops.scale(d, 1.0 / temperature)))
     }
 
-    fn decide_soft(&self, relaxed: &Self::Tensor, spans: &Spans) -> Decided<Self::Tensor> {
-        let Decided { alpha, close } = self.ops.decide_soft(&relaxed.value, spans);
+    fn decide_soft(&self, relaxed: &Self::Tensor, spans: &Spans, sinks: usize) -> Decided<Self::Tensor> {
+        let Decided { alpha, close } = self.ops.decide_soft(&relaxed.value, spans, sinks);
         let [alpha, close] = self.outputs(&[relaxed], [alpha, close]);
         if alpha.id.is_some() {
             let (saved, spans, outs) = (relaxed.clone(), spans.clone(), [alpha.clone(), close.clone()]);
             self.record(move |ops, grads| {
                 if let Some([alpha, close]) = grads.take_or_zeros(ops, outs) {
                     let d = Decided { alpha, close };
-                    grads.give(ops, saved.id, || ops.decide_soft_grad(&saved.value, &spans, &d));
+                    grads.give(ops, saved.id, || ops.decide_soft_grad(&saved.value, &spans, sinks, &d));
                 }
             });
         }
         Decided { alpha, close }
     }
 
-    fn decide_hard(&self, logit: &Self::Tensor, spans: &Spans) -> Decided<Self::Tensor> {
-        let Decided { alpha, close } = self.ops.decide_hard(&logit.value, spans);
+    fn decide_hard(&self, logit: &Self::Tensor, spans: &Spans, sinks: usize) -> Decided<Self::Tensor> {
+        let Decided { alpha, close } = self.ops.decide_hard(&logit.value, spans, sinks);
         Decided { alpha: Var::constant(alpha), close: Var::constant(close) }
     }
 
-    fn fold_rate(&self, relaxed: &Self::Tensor, spans: &Spans, delay: usize) -> Self::Tensor {
-        let rate = self.ops.fold_rate(&relaxed.value, spans, delay);
+    fn fold_rate(&self, relaxed: &Self::Tensor, spans: &Spans, exempt: Exempt) -> Self::Tensor {
+        let rate = self.ops.fold_rate(&relaxed.value, spans, exempt);
         let (saved, spans) = (relaxed.clone(), spans.clone());
         self.one(&[relaxed], rate, move |ops, d, grads| {
-            grads.give(ops, saved.id, || ops.fold_rate_grad(&saved.value, &spans, delay, d));
+            grads.give(ops, saved.id, || ops.fold_rate_grad(&saved.value, &spans, exempt, d));
         })
     }
 

@@ -14,7 +14,15 @@ const HEADS: Heads = Heads { query: 4, kv: 2, dim: 4 };
 
 fn folding(delay: usize) -> Folding {
     let decision = Decision::Head { scale: 1.0, offset: 0.0 };
-    Folding::new(Dmc { method: Method::Dmc, decision, delay, pool_window: None, log_mass: false, share: Share::Head })
+    Folding::new(Dmc {
+        method: Method::Dmc,
+        decision,
+        delay,
+        sinks: 0,
+        pool_window: None,
+        log_mass: false,
+        share: Share::Head,
+    })
 }
 
 fn pool(policy: &dyn CachePolicy, dtype: CacheDType, limit: usize) -> (Reference<f32>, Pool) {

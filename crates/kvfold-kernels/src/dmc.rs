@@ -7,6 +7,7 @@
 //! A model that was trained with one set of these and run with another diverges silently, so they travel with the
 //! weights (in the `kvfold` section of `config.json`) and every code path reads this one struct.
 
+use crate::ops::Exempt;
 use serde::{Deserialize, Serialize};
 
 /// What becomes of a token that does not get a slot of its own.
@@ -41,6 +42,10 @@ pub struct Dmc {
     /// Tokens that stay exact in a ring before their decision is carried out; 0 folds at once (the DMC paper). DMS's
     /// window.
     pub delay: usize,
+    /// First tokens of a sequence that keep slots of their own, whatever is decided: attention sinks. Models attend to them
+    /// from everywhere and lose much when something is folded into them, or they are evicted.
+    #[serde(default)]
+    pub sinks: usize,
     /// A slot is the mean of at most this many newest tokens of its segment; `None` averages the whole segment. `None`
     /// in DMS, which averages nothing.
     pub pool_window: Option<usize>,
@@ -95,6 +100,11 @@ pub enum Borrows {
 }
 
 impl Dmc {
+    /// Tokens of a sequence that are exempt from folding.
+    pub fn exempt(&self) -> Exempt {
+        Exempt { sinks: self.sinks, delay: self.delay }
+    }
+
     /// Channels that attention cannot use.
     pub fn borrows(&self) -> Borrows {
         match (self.decision, self.method) {

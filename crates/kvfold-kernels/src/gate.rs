@@ -1,7 +1,7 @@
 //! Decisions and importances: where they come from, how they are relaxed, what they cost (spec 1.2, 2.1, 2.5, 2.6).
 
 use crate::kernel_set::KernelSet;
-use crate::ops::{Borrowed, Channel, Heads, Hinge, MIN_IMPORTANCE, Over, Scope, Span, Spans};
+use crate::ops::{Borrowed, Channel, Exempt, Heads, Hinge, MIN_IMPORTANCE, Over, Scope, Span, Spans};
 use crate::real::{Real, sigmoid, softplus};
 
 /// One row of the borrowed gate: `a = scale * k[D-1] - offset`, `omega = sigmoid(mean_g q[D-1] + offset) + eps`.
@@ -82,58 +82,73 @@ fn importance_span<F: Real>() -> F {
     F::of(2.0 - 2.0 * MIN_IMPORTANCE)
 }
 
-/// Soft decisions of one sequence, `[T,G]` each. The first token appends; `close` is shifted by one.
+/// How decisions of one sequence are laid out, and which of them are not free.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Deciding {
+    /// KV heads: columns.
+    pub(crate) kv: usize,
+    /// First tokens whose slots nothing folds into.
+    pub(crate) sinks: usize,
+}
+
+impl Deciding {
+    /// Numbers of the tokens that append whatever they decide, of `len`.
+    fn forced(self, len: usize) -> usize {
+        ((self.sinks + 1) * self.kv).min(len)
+    }
+}
+
+/// Soft decisions of one sequence, `[T,G]` each; `close` is shifted by one.
 #[inline(always)]
-pub(crate) fn decide_soft<F: Real, K: KernelSet<F>>(relaxed: &[F], kv: usize, alpha: &mut [F], close: &mut [F]) {
-    alpha[..kv].fill(F::zero());
-    for (alpha, &l) in alpha.iter_mut().zip(relaxed).skip(kv) {
+pub(crate) fn decide_soft<F: Real, K: KernelSet<F>>(relaxed: &[F], by: Deciding, alpha: &mut [F], close: &mut [F]) {
+    let (forced, kv) = (by.forced(relaxed.len()), by.kv);
+    alpha[..forced].fill(F::zero());
+    for (alpha, &l) in alpha.iter_mut().zip(relaxed).skip(forced) {
         *alpha = sigmoid(K::exp, l);
     }
-    let last = close.len() - kv;
-    for (close, &l) in close.iter_mut().zip(&relaxed[kv..]) {
+    close.fill(F::zero());
+    for (close, &l) in close[forced - kv..].iter_mut().zip(&relaxed[forced..]) {
         *close = -softplus(l);
     }
-    close[last..].fill(F::zero());
 }
 
 /// Gradient of the relaxed logits of one sequence: `d_alpha * alpha (1 - alpha) - d_close[previous] * alpha`.
 #[inline(always)]
 pub(crate) fn decide_soft_grad<F: Real, K: KernelSet<F>>(
     relaxed: &[F],
-    kv: usize,
+    by: Deciding,
     (d_alpha, d_close): (&[F], &[F]),
     d: &mut [F],
 ) {
-    d[..kv].fill(F::zero());
-    for i in kv..relaxed.len() {
+    let forced = by.forced(relaxed.len());
+    d[..forced].fill(F::zero());
+    for i in forced..relaxed.len() {
         let alpha = sigmoid(K::exp, relaxed[i]);
-        d[i] = d_alpha[i] * alpha * (F::one() - alpha) - d_close[i - kv] * alpha;
+        d[i] = d_alpha[i] * alpha * (F::one() - alpha) - d_close[i - by.kv] * alpha;
     }
 }
 
 /// Hard decisions of one sequence: fold where the logit is above 0; ties append.
 #[inline(always)]
-pub(crate) fn decide_hard<F: Real>(logit: &[F], kv: usize, alpha: &mut [F], close: &mut [F]) {
-    let folds = |l: F| l > F::zero();
-    for (i, (alpha, &l)) in alpha.iter_mut().zip(logit).enumerate() {
-        *alpha = if i >= kv && folds(l) { F::one() } else { F::zero() };
-    }
-    for (i, close) in close.iter_mut().enumerate() {
-        let next_folds = logit.get(i + kv).is_some_and(|&l| folds(l));
-        *close = if next_folds { F::neg_infinity() } else { F::zero() };
+pub(crate) fn decide_hard<F: Real>(logit: &[F], by: Deciding, alpha: &mut [F], close: &mut [F]) {
+    let forced = by.forced(logit.len());
+    let folds = |i: usize| i >= forced && logit.get(i).is_some_and(|&l| l > F::zero());
+    for (i, (alpha, close)) in alpha.iter_mut().zip(close).enumerate() {
+        *alpha = if folds(i) { F::one() } else { F::zero() };
+        *close = if folds(i + by.kv) { F::neg_infinity() } else { F::zero() };
     }
 }
 
-/// Rows of a span whose decisions have been carried out when it ends: tokens 1 to T-W-1.
-pub(crate) fn carried_out(span: &Span, delay: usize) -> std::ops::Range<usize> {
-    let end = span.len.saturating_sub(delay);
-    span.start + 1..span.start + end.max(1)
+/// Rows of a span whose decisions have been carried out when it ends.
+pub(crate) fn carried_out(span: &Span, exempt: Exempt) -> std::ops::Range<usize> {
+    let tokens = exempt.foldable(span.len);
+    span.start + tokens.start..span.start + tokens.end
 }
 
 /// Folds per token seen of one sequence and every KV head.
-pub(crate) fn fold_rate<F: Real>(relaxed: &[F], kv: usize, span: &Span, delay: usize, rate: &mut [F]) {
+pub(crate) fn fold_rate<F: Real>(relaxed: &[F], kv: usize, (span, exempt): (&Span, Exempt), rate: &mut [F]) {
     for (g, rate) in rate.iter_mut().enumerate() {
-        let folds = carried_out(span, delay).filter(|t| relaxed[t * kv + g] > F::zero()).count();
+        let folds = carried_out(span, exempt).filter(|t| relaxed[t * kv + g] > F::zero()).count();
         *rate = F::of(folds as f64 / span.len as f64);
     }
 }
@@ -141,12 +156,12 @@ pub(crate) fn fold_rate<F: Real>(relaxed: &[F], kv: usize, span: &Span, delay: u
 /// The straight-through gradient of [`fold_rate`], into zeros.
 pub(crate) fn fold_rate_grad<F: Real, K: KernelSet<F>>(
     relaxed: &[F],
-    (span, delay): (&Span, usize),
+    (span, exempt): (&Span, Exempt),
     d_rate: &[F],
     d: &mut [F],
 ) {
     let kv = d_rate.len();
-    for t in carried_out(span, delay) {
+    for t in carried_out(span, exempt) {
         for g in 0..kv {
             let alpha = sigmoid(K::exp, relaxed[t * kv + g]);
             d[t * kv + g] = d_rate[g] / F::of(span.len as f64) * alpha * (F::one() - alpha);

@@ -240,14 +240,31 @@ impl Hinge {
     }
 }
 
-/// A length at which a target is stated. A shorter sequence, of which as many tokens stay exact, cannot fold as much: it is
+/// Tokens of a sequence that are exempt from folding.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Exempt {
+    /// First tokens, whose slots nothing folds into.
+    pub sinks: usize,
+    /// W, newest tokens, which stay exact.
+    pub delay: usize,
+}
+
+impl Exempt {
+    /// Tokens of a sequence of `len` that may fold. The first never does: there is no slot before it.
+    pub fn foldable(self, len: usize) -> std::ops::Range<usize> {
+        let first = self.sinks.saturating_add(1);
+        first..len.saturating_sub(self.delay).max(first)
+    }
+}
+
+/// A length at which a target is stated. A shorter sequence, of which as many tokens are exempt, cannot fold as much: it is
 /// asked for the same share of what may fold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StatedAt {
     /// Tokens of a sequence.
     pub length: usize,
-    /// W, newest tokens that stay exact.
-    pub delay: usize,
+    /// Tokens that do not fold.
+    pub exempt: Exempt,
 }
 
 impl StatedAt {
@@ -256,8 +273,7 @@ impl StatedAt {
         if len == self.length {
             return target;
         }
-        // Neither the newest W tokens nor the first fold.
-        let foldable = |len: usize| len.saturating_sub(self.delay + 1) as f64;
+        let foldable = |len: usize| self.exempt.foldable(len).len() as f64;
         let (ours, all) = (foldable(len), foldable(self.length));
         if ours == 0.0 { 0.0 } else { target * (self.length as f64 / all) * (ours / len as f64) }
     }
@@ -406,15 +422,17 @@ pub trait Ops: std::fmt::Debug {
     /// `(logit + noise) / temperature`.
     fn relax(&self, logit: &Self::Tensor, noise: &Self::Tensor, temperature: f64) -> Self::Tensor;
 
-    /// Soft decisions from relaxed logits `[N,G]` (spec 2.1, 2.5).
-    fn decide_soft(&self, relaxed: &Self::Tensor, spans: &Spans) -> Decided<Self::Tensor>;
+    /// Soft decisions from relaxed logits `[N,G]` (spec 2.1, 2.5). The first `sinks + 1` tokens of a sequence append.
+    fn decide_soft(&self, relaxed: &Self::Tensor, spans: &Spans, sinks: usize) -> Decided<Self::Tensor>;
 
-    /// Hard decisions from logits `[N,G]`: fold where the logit is above 0; closed keys get minus infinity.
-    fn decide_hard(&self, logit: &Self::Tensor, spans: &Spans) -> Decided<Self::Tensor>;
+    /// Hard decisions from logits `[N,G]`: fold where the logit is above 0; closed keys get minus infinity. The first
+    /// `sinks + 1` tokens of a sequence append.
+    fn decide_hard(&self, logit: &Self::Tensor, spans: &Spans, sinks: usize) -> Decided<Self::Tensor>;
 
-    /// Folds per token seen, `[S,G]`, counting hard decisions (`logit > 0`) of tokens 1 to T-W-1: those carried out
-    /// when the sequence ends. Slots held are `T * (1 - rate)`. Gradients pass straight through to the soft decision.
-    fn fold_rate(&self, relaxed: &Self::Tensor, spans: &Spans, delay: usize) -> Self::Tensor;
+    /// Folds per token seen, `[S,G]`, counting hard decisions (`logit > 0`) of the tokens that are not exempt: those
+    /// carried out when the sequence ends. Slots held are `T * (1 - rate)`. Gradients pass straight through to the soft
+    /// decision.
+    fn fold_rate(&self, relaxed: &Self::Tensor, spans: &Spans, exempt: Exempt) -> Self::Tensor;
 
     /// The hinge over the layers' fold rates, each `[S,G]`: mean over units of `max(0, target - rate)`, `[1]`.
     fn hinge(&self, rates: &[Self::Tensor], spans: &Spans, hinge: Hinge) -> Self::Tensor;
@@ -559,9 +577,15 @@ pub trait Grad: Ops {
     /// Gradient of `r` in [`Ops::head_gate`].
     fn head_gate_grad(&self, r: &Self::Tensor, scale: f64, d: &Gate<Self::Tensor>) -> Self::Tensor;
     /// Gradient of the relaxed logits in [`Ops::decide_soft`].
-    fn decide_soft_grad(&self, relaxed: &Self::Tensor, spans: &Spans, d: &Decided<Self::Tensor>) -> Self::Tensor;
+    fn decide_soft_grad(
+        &self,
+        relaxed: &Self::Tensor,
+        spans: &Spans,
+        sinks: usize,
+        d: &Decided<Self::Tensor>,
+    ) -> Self::Tensor;
     /// Gradient of the relaxed logits in [`Ops::fold_rate`], straight through.
-    fn fold_rate_grad(&self, relaxed: &Self::Tensor, spans: &Spans, delay: usize, d: &Self::Tensor) -> Self::Tensor;
+    fn fold_rate_grad(&self, relaxed: &Self::Tensor, spans: &Spans, exempt: Exempt, d: &Self::Tensor) -> Self::Tensor;
     /// Gradients of the rates in [`Ops::hinge`].
     fn hinge_grad(&self, rates: &[Self::Tensor], spans: &Spans, hinge: Hinge, d: &Self::Tensor) -> Vec<Self::Tensor>;
     /// Gradients of the inputs of [`Ops::pool`].

@@ -3,7 +3,7 @@
 
 use kvfold_kernels::noise::{hash, unit};
 use kvfold_kernels::ops::{
-    AdamW, Borrowed, Channel, Decided, Gate, Goal, Heads, Hinge, Keys, KlDirection, Moments, NO_TARGET, Over,
+    AdamW, Borrowed, Channel, Decided, Exempt, Gate, Goal, Heads, Hinge, Keys, KlDirection, Moments, NO_TARGET, Over,
     PoolInput, PoolOutput, PoolShape, Pooled, Precision, Predictions, Scope, Spans, Visible,
 };
 use kvfold_kernels::simd::Level;
@@ -59,6 +59,7 @@ struct Case {
     /// Model dim, feed-forward dim, vocabulary.
     sizes: [usize; 3],
     delay: usize,
+    sinks: usize,
     window: usize,
     /// Place of the first row in the batch that this one is taken from.
     first: usize,
@@ -67,7 +68,7 @@ struct Case {
 impl Case {
     fn new(lengths: &[usize], (query, kv, dim): (usize, usize, usize), sizes: [usize; 3], delay: usize) -> Self {
         let heads = Heads { query, kv, dim };
-        Self { lengths: lengths.to_vec(), heads, sizes, delay, window: 3, first: 0 }
+        Self { lengths: lengths.to_vec(), heads, sizes, delay, sinks: 0, window: 3, first: 0 }
     }
 
     /// Any sizes, all of them odd ones.
@@ -81,7 +82,7 @@ impl Case {
         let (kv, group, dim) = (draw(1, 4), draw(1, 5), 2 * draw(1, 20));
         let heads = Heads { query: kv * group, kv, dim };
         let sizes = [draw(1, 100), draw(1, 100), draw(2, 100)];
-        Self { lengths, heads, sizes, delay: draw(0, 40), window: draw(1, 20), first: 0 }
+        Self { lengths, heads, sizes, delay: draw(0, 40), sinks: draw(0, 3), window: draw(1, 20), first: 0 }
     }
 
     /// Sizes that cross the borders of blocks, tiles and tasks, and enough elements for threads to share.
@@ -253,6 +254,7 @@ impl<O: Grad> Bench<'_, O> {
 
     fn gates(&mut self, spans: &Spans) {
         let (ops, heads @ Heads { query, kv, dim }, delay) = (self.ops, self.case.heads, self.case.delay);
+        let sinks = self.case.sinks;
         let logits = (-9.0, 9.0);
         let (q, k) = (self.tokens("gate q", query * dim, logits), self.tokens("gate k", kv * dim, logits));
         let by = Borrowed { scale: 1.3, offset: 0.4 };
@@ -271,16 +273,16 @@ impl<O: Grad> Bench<'_, O> {
         let (logit, noise) = (self.tokens("logit", kv, logits), self.units("noise", kv));
         self.keep("share_columns", true, &ops.share_columns(&logit));
         self.keep("relax", true, &ops.relax(&logit, &noise, 0.3));
-        let (soft, hard) = (ops.decide_soft(&logit, spans), ops.decide_hard(&logit, spans));
+        let (soft, hard) = (ops.decide_soft(&logit, spans, sinks), ops.decide_hard(&logit, spans, sinks));
         self.keep_tokens("decide", [&soft.alpha, &soft.close, &hard.alpha, &hard.close]);
         let d = Decided { alpha: d.logit, close: d.omega };
-        self.keep("decide_grad", true, &ops.decide_soft_grad(&logit, spans, &d));
+        self.keep("decide_grad", true, &ops.decide_soft_grad(&logit, spans, sinks, &d));
 
-        let rate = ops.fold_rate(&logit, spans, delay);
+        let rate = ops.fold_rate(&logit, spans, Exempt { sinks, delay });
         self.keep("fold_rate", false, &rate);
         let d = self.weight("d rate", &[spans.len(), kv]);
-        self.keep("fold_rate grad", false, &ops.fold_rate_grad(&logit, spans, delay, &d));
-        let rates = [rate, ops.fold_rate(&ops.share_columns(&logit), spans, 0)];
+        self.keep("fold_rate grad", false, &ops.fold_rate_grad(&logit, spans, Exempt { sinks, delay }, &d));
+        let rates = [rate, ops.fold_rate(&ops.share_columns(&logit), spans, Exempt::default())];
         for (scope, over) in [(Scope::Global, Over::Sequence), (Scope::Layer, Over::Batch), (Scope::Head, Over::Batch)]
         {
             let hinge = Hinge { target: 0.47, scope, over, stated_at: None };
@@ -292,11 +294,11 @@ impl<O: Grad> Bench<'_, O> {
     }
 
     fn memory(&mut self, spans: &Spans, hard: bool) {
-        let (ops, heads @ Heads { kv, dim, .. }) = (self.ops, self.case.heads);
+        let (ops, sinks, heads @ Heads { kv, dim, .. }) = (self.ops, self.case.sinks, self.case.heads);
         let name = if hard { "hard" } else { "soft" };
         let logit = self.tokens("fold", kv, (-3.0, 3.0));
         let Decided { alpha, close } =
-            if hard { ops.decide_hard(&logit, spans) } else { ops.decide_soft(&logit, spans) };
+            if hard { ops.decide_hard(&logit, spans, sinks) } else { ops.decide_soft(&logit, spans, sinks) };
         let (k, v) = (self.units("k", kv * dim), self.units("v", kv * dim));
         let omega = self.tokens("omega", kv, (0.1, 1.0));
         let d =

@@ -2,7 +2,9 @@
 //! worked example (T8), the limit of cold decisions (T11), and the parallel form against a cache that streams (T4).
 
 use kvfold_kernels::noise::{hash, unit};
-use kvfold_kernels::ops::{Decided, Heads, Keys, PoolInput, PoolOutput, PoolShape, Pooled, Span, Spans, Visible};
+use kvfold_kernels::ops::{
+    Decided, Exempt, Heads, Keys, PoolInput, PoolOutput, PoolShape, Pooled, Span, Spans, Visible,
+};
 use kvfold_kernels::{Array, Ops, Reference};
 
 /// Rounding in f64, and no more.
@@ -142,7 +144,7 @@ fn visible_keys(close: &Array<f64>, delay: usize) -> Vec<Vec<usize>> {
 #[test]
 fn the_worked_example_shows_these_keys() {
     let logits = ops().array(&[5, 1], vec![-1.0, 1.0, -1.0, 1.0, -1.0]);
-    let close = ops().decide_hard(&logits, &Spans::of_lengths(&[5])).close;
+    let close = ops().decide_hard(&logits, &Spans::of_lengths(&[5]), 0).close;
     assert_eq!(visible_keys(&close, 0), [&[0][..], &[1], &[1, 2], &[1, 3], &[1, 3, 4]]);
     assert_eq!(visible_keys(&close, 1), [&[5][..], &[0, 6], &[1, 7], &[1, 2, 8], &[1, 3, 9]]);
     assert_eq!(visible_keys(&close, 3), [&[5][..], &[5, 6], &[5, 6, 7], &[0, 6, 7, 8], &[1, 7, 8, 9]]);
@@ -154,21 +156,40 @@ fn the_first_token_of_every_sequence_appends() {
     let logits = ops().array(&[6, 2], vec![9.0; 12]);
     let by_row = |x: &Array<f64>| x.data().chunks_exact(2).map(<[f64]>::to_vec).collect::<Vec<_>>();
     let both = |x: [f64; 6]| x.map(|x| vec![x; 2]);
-    let hard = ops().decide_hard(&logits, &spans);
+    let hard = ops().decide_hard(&logits, &spans, 0);
     let closed = f64::NEG_INFINITY;
     assert_eq!(by_row(&hard.alpha), both([0.0, 1.0, 1.0, 0.0, 0.0, 1.0]));
     assert_eq!(by_row(&hard.close), both([closed, closed, 0.0, 0.0, closed, 0.0]));
-    let soft = ops().decide_soft(&logits, &spans);
+    let soft = ops().decide_soft(&logits, &spans, 0);
     for (first, last) in [(0, 2), (3, 3), (4, 5)] {
         assert_eq!(by_row(&soft.alpha)[first], [0.0; 2]);
         assert_eq!(by_row(&soft.close)[last], [0.0; 2]);
     }
 }
 
+/// The tokens after a sink append as the first token does, so that nothing is folded into its slot.
+#[test]
+fn nothing_is_folded_into_a_sink() {
+    let spans = Spans::of_lengths(&[4, 2]);
+    let logits = ops().array(&[6, 1], vec![9.0; 6]);
+    let hard = ops().decide_hard(&logits, &spans, 1);
+    let closed = f64::NEG_INFINITY;
+    assert_eq!(hard.alpha.data(), [0.0, 0.0, 1.0, 1.0, 0.0, 0.0]);
+    assert_eq!(hard.close.data(), [0.0, closed, closed, 0.0, 0.0, 0.0]);
+    let soft = ops().decide_soft(&logits, &spans, 1);
+    let free = |x: &Array<f64>| x.data().iter().map(|&x| x != 0.0).collect::<Vec<_>>();
+    assert_eq!(free(&soft.alpha), [false, false, true, true, false, false]);
+    assert_eq!(free(&soft.close), [false, true, true, false, false, false]);
+    let rates = ops().fold_rate(&logits, &spans, Exempt { sinks: 1, delay: 1 });
+    assert_eq!(rates.data(), [0.25, 0.0]);
+    let all = ops().decide_hard(&logits, &spans, 9);
+    assert!(all.alpha.data().iter().chain(all.close.data()).all(|&x| x == 0.0));
+}
+
 #[test]
 fn ties_append() {
     let logits = ops().array(&[3, 1], vec![0.0, 0.0, 1e-300]);
-    assert_eq!(ops().decide_hard(&logits, &Spans::of_lengths(&[3])).alpha.data(), [0.0, 0.0, 1.0]);
+    assert_eq!(ops().decide_hard(&logits, &Spans::of_lengths(&[3]), 0).alpha.data(), [0.0, 0.0, 1.0]);
 }
 
 /// T11: alpha and the survival of every key go to the hard decision, nearer with every colder temperature.
@@ -180,10 +201,10 @@ fn soft_decisions_freeze_into_hard_ones() {
     let numbers = |decided: &Decided<Array<f64>>| -> Vec<f64> {
         decided.alpha.data().iter().copied().chain(decided.close.data().iter().map(|c| c.exp())).collect()
     };
-    let hard = numbers(&ops().decide_hard(&logit, &spans));
+    let hard = numbers(&ops().decide_hard(&logit, &spans, 0));
     let mut errors = vec![f64::INFINITY; hard.len()];
     for temperature in [4.0, 2.0, 1.0, 0.5, 0.1, 0.03, 0.001, 1e-5] {
-        let soft = numbers(&ops().decide_soft(&ops().relax(&logit, &noise, temperature), &spans));
+        let soft = numbers(&ops().decide_soft(&ops().relax(&logit, &noise, temperature), &spans, 0));
         for (i, error) in errors.iter_mut().enumerate() {
             let new = (soft[i] - hard[i]).abs();
             assert!(new < *error || new == 0.0, "element {i} at {temperature}: {new} after {error}");
@@ -198,7 +219,8 @@ fn slots_are_tokens_less_folds_carried_out() {
     // Folds at tokens 1, 2, 4, 5, 6 and 8; token 0 appends whatever it says.
     let logits = [1.0, 1.0, 1.0, -1.0, 1.0, 1.0, 1.0, -1.0, 1.0, 0.0];
     let relaxed = ops().array(&[10, 1], logits.to_vec());
-    let slots = |delay: usize| 10.0 * (1.0 - ops().fold_rate(&relaxed, &Spans::of_lengths(&[10]), delay).data()[0]);
+    let spans = Spans::of_lengths(&[10]);
+    let slots = |delay: usize| 10.0 * (1.0 - ops().fold_rate(&relaxed, &spans, Exempt { sinks: 0, delay }).data()[0]);
     for (delay, expected) in [(0, 4.0), (1, 4.0), (2, 5.0), (3, 5.0), (4, 6.0), (8, 9.0), (9, 10.0), (30, 10.0)] {
         assert_close("slots", &[slots(delay)], &[expected]);
     }
@@ -263,7 +285,7 @@ fn the_parallel_form_is_a_streaming_cache() {
         let q = uniform(13, &[rows, heads.query * dim], (-2.0, 2.0));
         let (logit, omega) = (uniform(14, &[rows, 2], (-0.2, 1.0)), uniform(15, &[rows, 2], (0.2, 1.0)));
 
-        let decided = ops().decide_hard(&logit, &spans);
+        let decided = ops().decide_hard(&logit, &spans, 0);
         let input = PoolInput { k: k.clone(), v: v.clone(), alpha: decided.alpha, omega: omega.clone() };
         let pooled = ops().pool(&input, &spans, PoolShape { heads, window });
         let states = Keys { k: pooled.k, v: pooled.v, mass: Some(ops().ln(&pooled.mass)) };
@@ -271,7 +293,7 @@ fn the_parallel_form_is_a_streaming_cache() {
         let pooled = Some(Pooled { keys: states, close: decided.close });
         let visible = Visible { exact: (delay > 0).then_some(exact), pooled, delay };
         let out = ops().attention(&q, &visible, &spans, heads);
-        let rates = ops().fold_rate(&logit, &spans, delay);
+        let rates = ops().fold_rate(&logit, &spans, Exempt { sinks: 0, delay });
 
         for (s, span) in spans.iter().enumerate() {
             for g in 0..2 {

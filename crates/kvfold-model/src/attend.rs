@@ -184,16 +184,16 @@ impl<O: Ops> Attend<O> for Folding<O::Tensor> {
         let (logit, decided) = match &self.mode {
             Mode::Soft { temperature, noise } => {
                 let relaxed = ops.relax(&logit, &self.noise(pass, layer, noise), *temperature);
-                let decided = ops.decide_soft(&relaxed, spans);
+                let decided = ops.decide_soft(&relaxed, spans, self.dmc.sinks);
                 (relaxed, decided)
             }
             Mode::Hard => {
-                let decided = ops.decide_hard(&logit, spans);
+                let decided = ops.decide_hard(&logit, spans, self.dmc.sinks);
                 (logit, decided)
             }
         };
         let delay = self.dmc.delay;
-        self.rates.push(ops.fold_rate(&logit, spans, delay));
+        self.rates.push(ops.fold_rate(&logit, spans, self.dmc.exempt()));
 
         let turn = |k: &O::Tensor| ops.rope(k, angles, spans);
         let (exact, pooled) = match omega {

@@ -122,6 +122,8 @@ impl Compression {
             "at most {context}, the model's `max_position_embeddings`: no token of a longer delay is ever folded"
         );
         check(&format!("{cache}.delay"), self.dmc.delay <= context, self.dmc.delay.to_string(), &limit)?;
+        let limit = format!("less than {context}, the model's `max_position_embeddings`, or nothing is ever folded");
+        check(&format!("{cache}.sinks"), self.dmc.sinks < context, self.dmc.sinks.to_string(), &limit)?;
         if let Some(window) = self.dmc.pool_window {
             let limit = format!(
                 "1 to {context}, the model's `max_position_embeddings`, or null for the mean of the whole segment"

@@ -48,6 +48,8 @@ pub struct Recipe {
     pub context_tokens: u64,
     /// How many of the most recent tokens are held exactly.
     pub delay: u64,
+    /// How many first tokens keep slots of their own.
+    pub sinks: u64,
     /// Where the decision to append or to fold comes from; none where nothing
     /// is decided.
     pub decision: Option<Decision>,
@@ -159,6 +161,11 @@ impl Card {
             (0, Method::Dms) => "0: tokens are evicted at once".to_owned(),
             (delay, _) => format!("{delay}: that many recent tokens are held exactly"),
         };
+        let sinks = match (recipe.sinks, recipe.method) {
+            (_, Method::Gqa) => "none: every token keeps its slot".to_owned(),
+            (0, _) => "0: first tokens are as any other".to_owned(),
+            (sinks, _) => format!("{sinks}: that many first tokens keep slots of their own"),
+        };
         let method = match recipe.method {
             Method::Dmc => "Dynamic Memory Compression",
             Method::Dms => "Dynamic Memory Sparsification",
@@ -176,6 +183,7 @@ impl Card {
                 ["physical ratio measured", &measured(|m| m.physical_ratio)],
                 ["sequence length", &format!("{} tokens", format::exact(recipe.context_tokens))],
                 ["delay", &delay],
+                ["sinks", &sinks],
                 ["decision", decision],
                 ["loss", &recipe.loss],
                 ["steps", &format::exact(recipe.steps)],
@@ -312,6 +320,7 @@ mod tests {
                 context_tokens: 512,
                 method: Method::Dmc,
                 delay: 16,
+                sinks: 1,
                 decision: Some(Decision::Head),
                 loss: "distill".to_owned(),
                 steps: 150,
@@ -370,6 +379,7 @@ mod tests {
         | physical ratio measured | 3.64x (72.5 % removed) |
         | sequence length | 512 tokens |
         | delay | 16: that many recent tokens are held exactly |
+        | sinks | 1: that many first tokens keep slots of their own |
         | decision | `head`: a linear layer of its own in every layer |
         | loss | distill |
         | steps | 150 |

@@ -40,6 +40,9 @@ pub struct Receipt {
     /// How many of the most recent tokens are always held exactly; 0 is the
     /// DMC of the paper.
     pub delay: u64,
+    /// How many first tokens keep slots of their own.
+    #[serde(default)]
+    pub sinks: u64,
     /// Where the decision to append or to fold comes from.
     pub decision: Decision,
     /// What the cache took.
@@ -358,6 +361,7 @@ mod tests {
           "seed": 7,
           "method": "dmc",
           "delay": 16,
+          "sinks": 1,
           "decision": "head",
           "context_tokens": 512,
           "logical_ratio": 3.841205083947906,

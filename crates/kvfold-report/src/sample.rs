@@ -26,6 +26,7 @@ pub(crate) fn receipt() -> Receipt {
         seed: 7,
         method: Method::Dmc,
         delay: 16,
+        sinks: 1,
         decision: Decision::Head,
         memory: Memory {
             context_tokens: 512,

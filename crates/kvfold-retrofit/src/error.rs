@@ -1,5 +1,6 @@
 //! What can go wrong with a retrofit.
 
+use kvfold_kernels::ops::Exempt;
 use kvfold_model::ModelError;
 
 /// An error of a retrofit run.
@@ -36,14 +37,16 @@ pub enum RetrofitError {
     },
     /// No document is long enough to fold anything.
     #[error(
-        "the longest document has {longest} tokens, of which the {delay} newest stay exact and one is a slot, so nothing is \
-         ever folded; give longer documents or a smaller --delay, or join them with --no-reset"
+        "the longest document has {longest} tokens, of which the {} newest stay exact and the {} first have slots, so nothing \
+         is ever folded; give longer documents or a smaller --delay, or join them with --no-reset",
+        exempt.delay,
+        exempt.sinks + 1
     )]
     ShortDocuments {
         /// Tokens of the longest document or part of one.
         longest: usize,
-        /// Tokens that stay exact.
-        delay: usize,
+        /// Tokens that do not fold.
+        exempt: Exempt,
     },
     /// The loss or a gradient is not a number.
     #[error(

@@ -3,7 +3,7 @@
 use crate::error::RetrofitError;
 use crate::origin::Origin;
 use kvfold_kernels::dmc::{self, Borrows, Decision, Dmc, Share};
-use kvfold_kernels::ops::{Heads, KlDirection, Over, Precision, Scope, StatedAt};
+use kvfold_kernels::ops::{Exempt, Heads, KlDirection, Over, Precision, Scope, StatedAt};
 use kvfold_model::names;
 use kvfold_model::shape::Shape;
 use serde::{Deserialize, Serialize};
@@ -36,9 +36,9 @@ impl Method {
         self.dynamic().map_or(Borrows::Nothing, Dmc::borrows)
     }
 
-    /// Tokens that stay exact at the end of a sequence whatever is decided.
-    pub fn delay(&self) -> usize {
-        self.dynamic().map_or(0, |dmc| dmc.delay)
+    /// Tokens of a sequence that do not fold, whatever is decided.
+    pub fn exempt(&self) -> Exempt {
+        self.dynamic().map_or(Exempt::default(), Dmc::exempt)
     }
 
     /// Its name on the command line and in reports.
@@ -222,6 +222,9 @@ pub struct Settings {
 
 /// Newest tokens that stay exact: most of what delaying gives (`docs/LOG.md`).
 pub const DELAY: usize = 32;
+/// First tokens that keep slots of their own: one spares most of what folding costs before anything is learned
+/// (`docs/LOG.md`).
+pub const SINKS: usize = 1;
 /// Subtracted from the decision logit; smaller than the paper's 5, where the gate sees almost no gradient.
 pub const OFFSET: f64 = 3.0;
 /// Factor on a decision head's outputs.
@@ -239,6 +242,7 @@ pub fn default_dmc() -> Dmc {
         method: dmc::Method::Dmc,
         decision: Decision::Head { scale: HEAD_SCALE, offset: OFFSET },
         delay: DELAY,
+        sinks: SINKS,
         pool_window: None,
         log_mass: false,
         share: Share::Head,
@@ -311,11 +315,14 @@ impl Settings {
         (self.ratio * (1.0 + self.pressure.margin)).min(self.highest_ratio())
     }
 
-    /// The highest ratio that the delay leaves possible at this length: the ring and one slot. Heads that are merged are
-    /// as many as they are.
+    /// The highest ratio that is possible at this length: what is exempt, and nothing else, is held. Heads that are merged
+    /// are as many as they are.
     pub fn highest_ratio(&self) -> f64 {
         match &self.method {
-            Method::Dynamic(dmc) => self.length as f64 / (dmc.delay.min(self.length.saturating_sub(1)) + 1) as f64,
+            Method::Dynamic(dmc) => {
+                let held = self.length - dmc.exempt().foldable(self.length).len();
+                self.length as f64 / held.max(1) as f64
+            }
             Method::Gqa { .. } => self.ratio,
         }
     }
@@ -327,7 +334,7 @@ impl Settings {
 
     /// Where the ratio is stated: at a sequence's full length.
     pub fn stated_at(&self) -> StatedAt {
-        StatedAt { length: self.length, delay: self.method.delay() }
+        StatedAt { length: self.length, exempt: self.method.exempt() }
     }
 
     /// The sizes of the model that is trained, for an original of these.
@@ -350,9 +357,9 @@ impl Settings {
             folds += self.stated_at().target(1.0 - 1.0 / self.ratio, length) * length as f64;
             longest = longest.max(length);
         }
-        match longest > dmc.delay + 1 {
-            true => Ok(tokens / (tokens - folds)),
-            false => Err(RetrofitError::ShortDocuments { longest, delay: dmc.delay }),
+        match dmc.exempt().foldable(longest).is_empty() {
+            false => Ok(tokens / (tokens - folds)),
+            true => Err(RetrofitError::ShortDocuments { longest, exempt: dmc.exempt() }),
         }
     }
 
@@ -371,13 +378,16 @@ impl Settings {
         let (context, length) = (shape.context, self.length);
         let in_context = (2..=context).contains(&length);
         must(in_context, "length", length.to_string(), format!("2 to {context}, the model's context"))?;
-        let (delay, highest) = (self.method.delay(), self.highest_ratio());
+        let (Exempt { sinks, delay }, highest) = (self.method.exempt(), self.highest_ratio());
         let expected =
             format!("less than {length}, the tokens of a sequence: no token of a longer delay is ever folded");
         must(delay < length, "delay", delay.to_string(), expected)?;
+        let expected = format!("less than {}, the tokens of a sequence that do not stay exact", length - delay);
+        must(sinks < length - delay, "sinks", sinks.to_string(), expected)?;
         // Rounded down, since what the message states has to be accepted.
         let stated = (highest * 100.0).floor() / 100.0;
-        let expected = format!("at most {stated:.2}: of {length} tokens, {delay} stay exact and a slot is needed");
+        let expected =
+            format!("at most {stated:.2}: of {length} tokens, {delay} stay exact and {} have slots", sinks + 1);
         must(self.ratio <= highest, "ratio", self.ratio.to_string(), expected)?;
         let sequences = (1..=MAX_BATCH).contains(&self.batch);
         must(sequences, "batch", self.batch.to_string(), format!("1 to {MAX_BATCH} sequences"))?;

@@ -484,7 +484,7 @@ pub(crate) struct RetrofitArgs {
     ///
     /// It keeps its own way to compress. So one training passes through several ratios, each of which can be kept.
     #[arg(long, value_name = "MODEL", conflicts_with_all = [
-        "kv_heads", "method", "decision", "delay", "pool_window", "log_mass", "share", "decision_scale", "decision_offset",
+        "kv_heads", "method", "decision", "delay", "sinks", "pool_window", "log_mass", "share", "decision_scale", "decision_offset",
     ])]
     pub(crate) from: Option<PathBuf>,
 
@@ -546,6 +546,16 @@ pub(crate) struct RetrofitArgs {
         help_heading = "How to compress"
     )]
     pub(crate) delay: usize,
+
+    /// First tokens that keep slots of their own, whatever is decided (attention sinks); 0 as in the papers
+    #[arg(
+        long,
+        value_name = "TOKENS",
+        default_value_t = settings::SINKS,
+        conflicts_with = "kv_heads",
+        help_heading = "How to compress"
+    )]
+    pub(crate) sinks: usize,
 
     /// A slot averages this many newest tokens at most; 0 averages all (the paper's code: 12)
     #[arg(

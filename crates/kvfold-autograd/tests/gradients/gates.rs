@@ -3,7 +3,7 @@
 use crate::check::{Tensor, check, check_against, gradients, ragged, uniform};
 use kvfold_autograd::Var;
 use kvfold_kernels::Reference;
-use kvfold_kernels::ops::{Borrowed, Heads, Hinge, Ops, Over, Scope, Spans, StatedAt};
+use kvfold_kernels::ops::{Borrowed, Exempt, Heads, Hinge, Ops, Over, Scope, Spans, StatedAt};
 
 const LOGITS: (f64, f64) = (-3.0, 3.0);
 
@@ -51,10 +51,12 @@ fn relax() {
 #[test]
 fn decide_soft() {
     let spans = ragged();
-    check("decide_soft", &[uniform(1, &[spans.rows(), 3], LOGITS)], |t, x| {
-        let decided = t.decide_soft(&x[0], &spans);
-        vec![decided.alpha, decided.close]
-    });
+    for sinks in [0, 2, 20] {
+        check("decide_soft", &[uniform(1, &[spans.rows(), 3], LOGITS)], |t, x| {
+            let decided = t.decide_soft(&x[0], &spans, sinks);
+            vec![decided.alpha, decided.close]
+        });
+    }
 }
 
 #[test]
@@ -62,7 +64,7 @@ fn hard_decisions_get_no_gradient() {
     let spans = ragged();
     let tape = crate::check::recorder();
     let logit = tape.param(uniform(1, &[spans.rows(), 3], LOGITS));
-    let alpha = tape.decide_hard(&logit, &spans).alpha;
+    let alpha = tape.decide_hard(&logit, &spans, 0).alpha;
     let seed = alpha.value.clone();
     assert!(tape.backward_seeded(&[(&alpha, seed)]).get(&logit).is_none());
 }
@@ -71,12 +73,12 @@ fn hard_decisions_get_no_gradient() {
 #[test]
 fn fold_rate_is_straight_through() {
     let (spans, kv) = (ragged(), 3);
-    for delay in [0, 1, 4, 6, 20] {
+    for (delay, sinks) in [(0, 0), (1, 2), (4, 0), (6, 1), (20, 0)] {
         let soft_mean = |x: &[Tensor]| {
             let mut rates = Vec::new();
             for span in &spans {
                 for g in 0..kv {
-                    let carried_out = 1..span.len.saturating_sub(delay).max(1);
+                    let carried_out = sinks + 1..span.len.saturating_sub(delay).max(sinks + 1);
                     let sigmoid = |t: usize| 1.0 / (1.0 + (-x[0].data()[(span.start + t) * kv + g]).exp());
                     rates.push(carried_out.map(sigmoid).sum::<f64>() / span.len as f64);
                 }
@@ -84,13 +86,18 @@ fn fold_rate_is_straight_through() {
             vec![Reference::reference().array(&[spans.len(), kv], rates)]
         };
         let relaxed = [uniform(1, &[spans.rows(), kv], LOGITS)];
-        check_against("fold_rate", &relaxed, |t, x| vec![t.fold_rate(&x[0], &spans, delay)], soft_mean);
+        check_against(
+            "fold_rate",
+            &relaxed,
+            |t, x| vec![t.fold_rate(&x[0], &spans, Exempt { sinks, delay })],
+            soft_mean,
+        );
     }
 }
 
 fn hinges(target: f64) -> impl Iterator<Item = Hinge> {
     let scopes = [Scope::Global, Scope::Layer, Scope::Head];
-    let lengths = [None, Some(StatedAt { length: 11, delay: 2 })];
+    let lengths = [None, Some(StatedAt { length: 11, exempt: Exempt { sinks: 1, delay: 2 } })];
     scopes.into_iter().flat_map(move |scope| {
         [Over::Sequence, Over::Batch]
             .into_iter()

@@ -134,7 +134,7 @@ fn attend(
 ) -> Vec<Variable> {
     let heads = shape.heads;
     let noise = Var::constant(uniform(77, &[spans.rows(), heads.kv], (-1.0, 1.0)));
-    let decided = t.decide_soft(&t.relax(&t.share_columns(logit), &noise, 0.7), spans);
+    let decided = t.decide_soft(&t.relax(&t.share_columns(logit), &noise, 0.7), spans, 1);
     let input = PoolInput { k: k.clone(), v: v.clone(), alpha: decided.alpha, omega: omega.clone() };
     let pooled = t.pool(&input, spans, shape);
     let table = t.rope_table(&[1.0, 0.1], 16);
@@ -178,7 +178,7 @@ fn an_evicting_block_end_to_end() {
             let logit = t.query_logit(&x[0], heads, Borrowed { scale: 1.3, offset: 0.4 });
             let q = t.scale_channel(&x[0], Channel::last_of_first_query(heads), 0.0);
             let noise = Var::constant(uniform(77, &[spans.rows(), heads.kv], (-1.0, 1.0)));
-            let close = t.decide_soft(&t.relax(&logit, &noise, 0.7), &spans).close;
+            let close = t.decide_soft(&t.relax(&logit, &noise, 0.7), &spans, 1).close;
             let table = t.rope_table(&[1.0, 0.1], 16);
             let keys = Keys { k: t.rope(&x[1], &table, &spans), v: x[2].clone(), mass: None };
             let visible =

@@ -23,7 +23,7 @@ impl CachePolicy for Evicting {
     }
 
     fn rule(&self) -> Rule {
-        Rule::Evict { delay: self.dmc.delay }
+        Rule::Evict { sinks: self.dmc.sinks, delay: self.dmc.delay }
     }
 
     fn decisions(&self) -> Option<&Dmc> {

@@ -23,8 +23,8 @@ impl CachePolicy for Folding {
     }
 
     fn rule(&self) -> Rule {
-        let Dmc { delay, pool_window, log_mass, .. } = self.dmc;
-        Rule::Fold { delay, pool_window, log_mass }
+        let Dmc { sinks, delay, pool_window, log_mass, .. } = self.dmc;
+        Rule::Fold { sinks, delay, pool_window, log_mass }
     }
 
     fn decisions(&self) -> Option<&Dmc> {

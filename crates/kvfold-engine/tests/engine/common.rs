@@ -89,6 +89,7 @@ impl Case {
                 false => Decision::Head { scale: rng.pick(&[1.0, 2.5]), offset },
             },
             delay: rng.pick(&[0, 0, 1, 5, 16, 33]),
+            sinks: rng.pick(&[0, 0, 1, 4]),
             pool_window: rng.pick(&[None, Some(1), Some(3), Some(12)]),
             log_mass: rng.pick(&[true, false]),
             share: rng.pick(&[Share::Head, Share::Head, Share::Layer]),
@@ -197,7 +198,7 @@ impl Decisions {
     /// Slots outside the ring once `tokens` tokens are seen: those that left it and did not fold.
     pub(crate) fn closed(&self, tokens: usize) -> Vec<Vec<usize>> {
         let gone = tokens.saturating_sub(self.delay);
-        let count = |folds: &Vec<bool>| (0..gone).filter(|&t| t == 0 || !folds[t]).count();
+        let count = |folds: &Vec<bool>| (0..gone).filter(|&t| !folds[t]).count();
         self.folds.iter().map(|heads| heads.iter().map(count).collect()).collect()
     }
 
@@ -213,7 +214,7 @@ impl Decisions {
         let gone = tokens.saturating_sub(self.delay);
         let longest = |folds: &Vec<bool>| {
             let runs = (0..gone).scan(0, |run, t| {
-                *run = if t > 0 && folds[t] { *run + 1 } else { 1 };
+                *run = if folds[t] { *run + 1 } else { 1 };
                 Some(*run)
             });
             runs.max().unwrap_or(0)
@@ -262,7 +263,7 @@ pub(crate) fn train<F: Real, K: KernelSet<F>>(model: &Loaded<Cpu<F, K>>, texts: 
         let heads: Vec<Vec<Vec<F>>> =
             watched.logits.iter().map(|layer| (0..kv).map(|g| of_head(layer, g)).collect()).collect();
         let margin = heads.iter().flatten().flatten().map(|l| l.f64().abs()).fold(f64::INFINITY, f64::min);
-        let folds = |head: &Vec<F>| head.iter().map(|&l| l > F::zero()).collect();
+        let folds = |head: &Vec<F>| head.iter().enumerate().map(|(t, &l)| t > dmc.sinks && l > F::zero()).collect();
         Trained {
             logits: logits.data()[span.start * vocab..][..span.len * vocab].to_vec(),
             decisions: Decisions {

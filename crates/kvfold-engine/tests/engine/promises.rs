@@ -236,6 +236,7 @@ fn large() -> Case {
         method: Method::Dmc,
         decision: Decision::Head { scale: 1.0, offset: -0.5 },
         delay: 5,
+        sinks: 1,
         pool_window: Some(12),
         log_mass: true,
         share: Share::Head,

@@ -52,8 +52,15 @@ const KEEP: f64 = -0.5;
 impl Scene {
     /// One KV head that folds where `alpha` is 1, at once and over whole segments.
     fn of(decision: Decision, alpha: &[u8]) -> Self {
-        let dmc =
-            Dmc { method: Method::Dmc, decision, delay: 0, pool_window: None, log_mass: false, share: Share::Head };
+        let dmc = Dmc {
+            method: Method::Dmc,
+            decision,
+            delay: 0,
+            sinks: 0,
+            pool_window: None,
+            log_mass: false,
+            share: Share::Head,
+        };
         let logit = |&a: &u8| vec![if a == 1 { FOLD } else { KEEP }];
         Self { dmc, group: 2, logits: alpha.iter().map(logit).collect() }
     }

@@ -1,7 +1,7 @@
 //! Who folds: logits and importances, from a decision head or a borrowed channel, and what is made of them.
 
 use super::{Bench, Cost};
-use kvfold_kernels::ops::{Borrowed, Decided, Gate, Heads, Spans};
+use kvfold_kernels::ops::{Borrowed, Decided, Exempt, Gate, Heads, Spans};
 use kvfold_kernels::{Grad, Ops};
 
 impl Bench<'_> {
@@ -29,11 +29,13 @@ impl Bench<'_> {
         self.time("query logit", of(), Cost::of_plain(2 * rows * kv), |ops| drop(ops.query_logit(&q, heads, by)));
 
         let d = Decided { alpha: x.clone(), close: x.clone() };
-        self.time("soft decision", of(), Cost::of_numbers(3 * rows * kv), |ops| drop(ops.decide_soft(&x, spans)));
+        self.time("soft decision", of(), Cost::of_numbers(3 * rows * kv), |ops| drop(ops.decide_soft(&x, spans, 0)));
         self.time("soft decision backward", of(), Cost::of_numbers(4 * rows * kv), |ops| {
-            drop(ops.decide_soft_grad(&x, spans, &d));
+            drop(ops.decide_soft_grad(&x, spans, 0, &d));
         });
-        self.time("hard decision", of(), Cost::of_numbers(3 * rows * kv), |ops| drop(ops.decide_hard(&x, spans)));
-        self.time("fold rate", of(), Cost::of_plain(rows * kv), |ops| drop(ops.fold_rate(&x, spans, delay)));
+        self.time("hard decision", of(), Cost::of_numbers(3 * rows * kv), |ops| drop(ops.decide_hard(&x, spans, 0)));
+        self.time("fold rate", of(), Cost::of_plain(rows * kv), |ops| {
+            drop(ops.fold_rate(&x, spans, Exempt { sinks: 0, delay }))
+        });
     }
 }

@@ -88,9 +88,12 @@ impl Layer {
 impl Bench<'_> {
     pub(super) fn paged(&mut self, heads: Heads) {
         let delay = self.work.delay;
-        let folding = Rule::Fold { delay, pool_window: None, log_mass: false };
-        let rules =
-            [("paged attention", Rule::Keep), ("paged folding", folding), ("paged evicting", Rule::Evict { delay })];
+        let folding = Rule::Fold { sinks: 0, delay, pool_window: None, log_mass: false };
+        let rules = [
+            ("paged attention", Rule::Keep),
+            ("paged folding", folding),
+            ("paged evicting", Rule::Evict { sinks: 0, delay }),
+        ];
         for (name, rule) in rules {
             for dtype in CacheDType::ALL {
                 let name = format!("{name} {}", dtype.name());

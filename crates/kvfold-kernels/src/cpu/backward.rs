@@ -4,12 +4,12 @@ use super::heads::{JobLayout, split_jobs, view};
 use super::loss::Gradients;
 use super::{Array, Cpu, PARALLEL};
 use crate::attention::{AttentionJobGrad, KeyGrad};
-use crate::gate;
+use crate::gate::{self, Deciding};
 use crate::kernel_set::KernelSet;
 use crate::norm;
 use crate::ops::{
-    AdamW, AttentionGrad, AttentionSaved, Borrowed, Decided, Gate, Goal, Grad, Heads, Hinge, Keys, LossGrad, Moments,
-    PoolInput, PoolOutput, PoolShape, Pooled, Precision, Predictions, Span, Spans, Visible,
+    AdamW, AttentionGrad, AttentionSaved, Borrowed, Decided, Exempt, Gate, Goal, Grad, Heads, Hinge, Keys, LossGrad,
+    Moments, PoolInput, PoolOutput, PoolShape, Pooled, Precision, Predictions, Span, Spans, Visible,
 };
 use crate::pool::{self, PoolJob, PoolJobGrad};
 use crate::real::{self, Real};
@@ -179,7 +179,7 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
         )
     }
 
-    fn decide_soft_grad(&self, relaxed: &Array<F>, spans: &Spans, d: &Decided<Array<F>>) -> Array<F> {
+    fn decide_soft_grad(&self, relaxed: &Array<F>, spans: &Spans, sinks: usize, d: &Decided<Array<F>>) -> Array<F> {
         let (_, kv) = relaxed.matrix();
         let mut grad = self.buffer(relaxed.data().len());
         for &Span { start, len, .. } in spans {
@@ -188,18 +188,18 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
             let l = &relaxed.data()[at.clone()];
             self.set.run(
                 #[inline(always)]
-                || gate::decide_soft_grad::<F, K>(l, kv, d, &mut grad[at.clone()]),
+                || gate::decide_soft_grad::<F, K>(l, Deciding { kv, sinks }, d, &mut grad[at.clone()]),
             );
         }
         self.array(relaxed.shape(), grad)
     }
 
-    fn fold_rate_grad(&self, relaxed: &Array<F>, spans: &Spans, delay: usize, d: &Array<F>) -> Array<F> {
+    fn fold_rate_grad(&self, relaxed: &Array<F>, spans: &Spans, exempt: Exempt, d: &Array<F>) -> Array<F> {
         let (_, kv) = relaxed.matrix();
         let mut grad = self.zeros(relaxed.shape());
         let to = grad.data_mut();
         for (span, d) in spans.iter().zip(d.data().chunks_exact(kv)) {
-            gate::fold_rate_grad::<F, K>(relaxed.data(), (span, delay), d, to);
+            gate::fold_rate_grad::<F, K>(relaxed.data(), (span, exempt), d, to);
         }
         grad
     }

@@ -3,11 +3,11 @@
 use super::heads::{JobLayout, key_view, split_jobs, view};
 use super::{Array, Cpu};
 use crate::attention::AttentionJob;
-use crate::gate;
+use crate::gate::{self, Deciding};
 use crate::kernel_set::KernelSet;
 use crate::ops::{
-    Borrowed, Channel, Decided, Gate, Goal, Grad, Heads, Hinge, Ops, PoolInput, PoolOutput, PoolShape, Precision,
-    Predictions, Span, Spans, Visible,
+    Borrowed, Channel, Decided, Exempt, Gate, Goal, Grad, Heads, Hinge, Ops, PoolInput, PoolOutput, PoolShape,
+    Precision, Predictions, Span, Spans, Visible,
 };
 use crate::pool::{self, PoolJob};
 use crate::real::{self, Real};
@@ -232,19 +232,19 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
         )
     }
 
-    fn decide_soft(&self, relaxed: &Array<F>, spans: &Spans) -> Decided<Array<F>> {
-        self.decide(relaxed, spans, gate::decide_soft::<F, K>)
+    fn decide_soft(&self, relaxed: &Array<F>, spans: &Spans, sinks: usize) -> Decided<Array<F>> {
+        self.decide(relaxed, (spans, sinks), gate::decide_soft::<F, K>)
     }
 
-    fn decide_hard(&self, logit: &Array<F>, spans: &Spans) -> Decided<Array<F>> {
-        self.decide(logit, spans, gate::decide_hard)
+    fn decide_hard(&self, logit: &Array<F>, spans: &Spans, sinks: usize) -> Decided<Array<F>> {
+        self.decide(logit, (spans, sinks), gate::decide_hard)
     }
 
-    fn fold_rate(&self, relaxed: &Array<F>, spans: &Spans, delay: usize) -> Array<F> {
+    fn fold_rate(&self, relaxed: &Array<F>, spans: &Spans, exempt: Exempt) -> Array<F> {
         let (_, kv) = relaxed.matrix();
         let mut rates = vec![F::zero(); spans.len() * kv];
         for (span, rate) in spans.iter().zip(rates.chunks_exact_mut(kv)) {
-            gate::fold_rate(relaxed.data(), kv, span, delay, rate);
+            gate::fold_rate(relaxed.data(), kv, (span, exempt), rate);
         }
         self.array(&[spans.len(), kv], rates)
     }
@@ -310,14 +310,19 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         Gate { logit: self.array(&[rows, kv], logit), omega: self.array(&[rows, kv], omega) }
     }
 
-    fn decide(&self, l: &Array<F>, spans: &Spans, f: impl Fn(&[F], usize, &mut [F], &mut [F])) -> Decided<Array<F>> {
+    fn decide(
+        &self,
+        l: &Array<F>,
+        (spans, sinks): (&Spans, usize),
+        f: impl Fn(&[F], Deciding, &mut [F], &mut [F]),
+    ) -> Decided<Array<F>> {
         let (rows, kv) = l.matrix();
         let (mut alpha, mut close) = (self.buffer(rows * kv), self.buffer(rows * kv));
         for &Span { start, len, .. } in spans {
             let at = start * kv..(start + len) * kv;
             self.set.run(
                 #[inline(always)]
-                || f(&l.data()[at.clone()], kv, &mut alpha[at.clone()], &mut close[at.clone()]),
+                || f(&l.data()[at.clone()], Deciding { kv, sinks }, &mut alpha[at.clone()], &mut close[at.clone()]),
             );
         }
         Decided { alpha: self.array(&[rows, kv], alpha), close: self.array(&[rows, kv], close) }

@@ -46,6 +46,8 @@ pub enum Rule {
     Keep,
     /// A token is appended or folded into the newest slot, `delay` tokens after it was seen.
     Fold {
+        /// First tokens that keep slots of their own.
+        sinks: usize,
         /// Tokens that stay exact in the ring.
         delay: usize,
         /// Newest tokens that a slot averages at most.
@@ -55,6 +57,8 @@ pub enum Rule {
     },
     /// A token is appended or takes the newest slot, evicting what is there, `delay` tokens after it was seen.
     Evict {
+        /// First tokens that keep slots of their own.
+        sinks: usize,
         /// Tokens that stay exact in the ring.
         delay: usize,
     },
@@ -65,7 +69,15 @@ impl Rule {
     pub fn delay(self) -> usize {
         match self {
             Rule::Keep => 0,
-            Rule::Fold { delay, .. } | Rule::Evict { delay } => delay,
+            Rule::Fold { delay, .. } | Rule::Evict { delay, .. } => delay,
+        }
+    }
+
+    /// First tokens that keep slots of their own.
+    fn sinks(self) -> usize {
+        match self {
+            Rule::Keep => 0,
+            Rule::Fold { sinks, .. } | Rule::Evict { sinks, .. } => sinks,
         }
     }
 
@@ -101,7 +113,7 @@ impl Rule {
             Rule::Fold { delay, pool_window, .. } => {
                 open + 2 * dim + 2 + delay + pool_window.unwrap_or(0) * (2 * dim + 1)
             }
-            Rule::Evict { delay } => open + delay,
+            Rule::Evict { delay, .. } => open + delay,
         }
     }
 }

@@ -35,7 +35,7 @@ pub(super) fn take<F: Real>(input: &HeadInput<'_, F>, table: &mut HeadTable, t: 
             table.slots += 1;
             return;
         }
-        Rule::Evict { delay } => return evict::take(input, table, (t, delay), moving),
+        Rule::Evict { delay, .. } => return evict::take(input, table, (t, delay), moving),
         Rule::Fold { delay, log_mass, .. } => (delay, log_mass),
     };
     let folds = folds(input, position, t);
@@ -119,10 +119,10 @@ fn absorb<F: Real>(
     open_v.copy_from_slice(v);
 }
 
-/// Whether token t of the input, at a position, gets no slot of its own. The first token of a sequence always does.
+/// Whether token t of the input, at a position, gets no slot of its own. The first token of a sequence, and those after sinks, always do.
 #[inline(always)]
 pub(super) fn folds<F: Real>(input: &HeadInput<'_, F>, position: usize, t: usize) -> bool {
-    position > 0 && input.logit.expect("a rule that decides comes with logits").at(t) > F::zero()
+    position > input.rule.sinks() && input.logit.expect("a rule that decides comes with logits").at(t) > F::zero()
 }
 
 /// Writes the open slot, when there is one, to its page.

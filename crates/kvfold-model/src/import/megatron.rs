@@ -347,6 +347,7 @@ impl<'a> Args<'a> {
             method: Method::Dmc,
             decision: Decision::Borrowed { scale: 1.0, offset: self.number("dmc_init_val", 5.0)? },
             delay: 0,
+            sinks: 0,
             pool_window: (window > 0).then_some(window),
             log_mass: false,
             share: Share::Head,

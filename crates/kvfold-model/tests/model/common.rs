@@ -67,8 +67,15 @@ pub(crate) fn says(message: &str, parts: &[&str]) {
 
 /// Settings of a retrofitted model whose decisions come from `decision`.
 pub(crate) fn compression(decision: Decision) -> Compression {
-    let dmc =
-        Dmc { method: Method::Dmc, decision, delay: 16, pool_window: Some(12), log_mass: true, share: Share::Head };
+    let dmc = Dmc {
+        method: Method::Dmc,
+        decision,
+        delay: 16,
+        sinks: 1,
+        pool_window: Some(12),
+        log_mass: true,
+        share: Share::Head,
+    };
     Compression { dmc, ratio: 4.0, trained_length: 512, base_model: "stories260k".into() }
 }
 

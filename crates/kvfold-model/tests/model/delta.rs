@@ -22,6 +22,7 @@ fn retrofitted(base: &Checkpoint, by: f32) -> Checkpoint {
             method: Method::Dmc,
             decision: Decision::Head { scale: 4.0, offset: 3.0 },
             delay: 32,
+            sinks: 1,
             pool_window: None,
             log_mass: false,
             share: Share::Head,

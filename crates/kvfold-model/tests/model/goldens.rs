@@ -112,7 +112,7 @@ fn dmc_case(name: &str) {
     let case: Case = serde_json::from_str(&metadata["case"]).expect("a case");
     let file = SafeTensors::deserialize(&bytes).expect("a golden");
     let Dmc_ { method, decision, delay, pool_window, log_mass, share } = case.dmc;
-    let dmc = Dmc { method, decision, delay, pool_window, log_mass, share };
+    let dmc = Dmc { method, decision, delay, sinks: 0, pool_window, log_mass, share };
     let shape = Shape { decide_outputs: dmc.decide_outputs(TINY.heads.kv), ..TINY };
     let kv = shape.heads.kv;
 

@@ -45,7 +45,8 @@ fn two_ranks_of_a_dmc_model_compute_the_golden_logits() {
     let compression = imported.checkpoint.config.compression.clone().expect("a DMC model");
     let decision = Decision::Borrowed { scale: 1.0, offset: 5.0 };
     let pool_window = Some(12);
-    let settings = Dmc { method: Method::Dmc, decision, delay: 0, pool_window, log_mass: false, share: Share::Head };
+    let settings =
+        Dmc { method: Method::Dmc, decision, delay: 0, sinks: 0, pool_window, log_mass: false, share: Share::Head };
     assert_eq!((compression.dmc, compression.ratio, compression.trained_length), (settings.clone(), 4.0, 64));
     assert_eq!(imported.checkpoint.config.eos_token_ids, [2], "from the tokenizer's configuration");
 

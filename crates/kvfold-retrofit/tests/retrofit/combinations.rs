@@ -38,8 +38,15 @@ fn runs() -> Vec<Settings> {
         for (decision, zeroing) in [(HEAD, 0), (BORROWED, 1), (BORROWED, 0)] {
             let averages = method == dmc::Method::Dmc;
             let window = averages.then_some(5);
-            let how =
-                Dmc { method, decision, delay: 3, pool_window: window, log_mass: averages, share: Default::default() };
+            let how = Dmc {
+                method,
+                decision,
+                delay: 3,
+                sinks: 1,
+                pool_window: window,
+                log_mass: averages,
+                share: Default::default(),
+            };
             runs.push(run_of(how.into(), zeroing));
         }
     }

@@ -68,6 +68,7 @@ pub(crate) fn settings(decision: Decision, (zeroing, ramp, hold): (u64, u64, u64
             method: Method::Dmc,
             decision,
             delay: 3,
+            sinks: 0,
             pool_window: Some(5),
             log_mass: true,
             share: Share::Head,

@@ -33,11 +33,14 @@ fn a_run_begins_with_the_weights_and_the_ratio_of_its_origin() {
     let run = onward(&model);
     let trainer = going_on(&model, &run);
     let state: BTreeMap<_, _> = trainer.state().into_iter().filter(|(name, _)| !name.contains("v.model")).collect();
+    let mut compared = 0;
     for (name, tensor) in &model.tensors {
         if let Some(trains) = state.get(name) {
             assert_eq!(trains.to_f32(), tensor.to_f32(), "{name}");
+            compared += 1;
         }
     }
+    assert_eq!(compared, model.tensors.len(), "everything trains");
     let ratios: Vec<f64> = (0..5).map(|step| place(&run, step).ratio).collect();
     assert!(ratios.windows(2).all(|pair| pair[0] <= pair[1]) && ratios[0] > 2.0 && ratios[2] == 4.0, "{ratios:?}");
 }

@@ -3,7 +3,7 @@
 use crate::common::{BORROWED, CONTEXT, HEAD, LENGTH, bits, corpus, dmc, settings, steps, tensor, tiny, trainer};
 use kvfold_engine::Engine;
 use kvfold_kernels::dmc::{Borrows, Decision, Share};
-use kvfold_kernels::ops::{KlDirection, MIN_IMPORTANCE, Over, Scope, Spans};
+use kvfold_kernels::ops::{Exempt, KlDirection, MIN_IMPORTANCE, Over, Scope, Spans};
 use kvfold_kernels::{FastCpu, Ops};
 use kvfold_model::attend::{Fading, Folding, Gated, Mode, Plain, gated};
 use kvfold_model::block::{Attend, Pass, Projected};
@@ -590,7 +590,10 @@ fn the_ratio_of_packed_documents_is_tokens_over_slots() {
     assert!((report.ratio_target - asked).abs() < 1e-9, "{} {asked}", report.ratio_target);
     assert_eq!(report.hinge, 0.0);
     assert!((run.ratio_on(lengths.iter().copied()).unwrap() - asked).abs() < 1e-9);
-    assert!(matches!(run.ratio_on([3, 4].into_iter()), Err(RetrofitError::ShortDocuments { longest: 4, delay: 3 })));
+    assert!(matches!(
+        run.ratio_on([3, 4].into_iter()),
+        Err(RetrofitError::ShortDocuments { longest: 4, exempt: Exempt { sinks: 0, delay: 3 } })
+    ));
 
     // With nothing folded, what is missing is what is asked.
     for (over, expected) in [

@@ -91,6 +91,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), AppError> {
         seed: args.seed,
         method: method(&trainer.settings().method),
         delay: dmc.delay as u64,
+        sinks: dmc.sinks as u64,
         decision: decision(dmc.decision),
         memory: memory.clone(),
         quality,

@@ -61,7 +61,8 @@ impl Papers<'_> {
                 ratio_trained: self.trained.reports.last().map_or(1.0, |report| report.ratio),
                 context_tokens: settings.length as u64,
                 method: method(&settings.method),
-                delay: settings.method.delay() as u64,
+                delay: settings.method.exempt().delay as u64,
+                sinks: settings.method.exempt().sinks as u64,
                 decision: settings.method.dynamic().map(|dmc| decision(dmc.decision)),
                 loss: match settings.loss {
                     Loss::Lm => "lm".to_owned(),

@@ -211,6 +211,7 @@ fn dmc(args: &RetrofitArgs, method: dmc::Method) -> Dmc {
             DecisionSource::Borrowed => Decision::Borrowed { scale, offset },
         },
         delay: args.delay,
+        sinks: args.sinks,
         pool_window: (args.pool_window > 0).then_some(args.pool_window),
         log_mass: args.log_mass,
         share: args.share.into(),

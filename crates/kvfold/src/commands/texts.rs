@@ -84,7 +84,7 @@ pub(crate) fn check(corpus: &Corpus, settings: &Settings) -> Result<(), AppError
             format::ratio(settings.ratio),
             settings.length,
             format::ratio(asked),
-            settings.method.delay(),
+            settings.method.exempt().delay,
         ));
     }
     Ok(())

@@ -233,7 +233,7 @@ const IMPOSSIBLE: &[(&[&str], &[&str])] = &[
     (&["--ratio", "-2"], &["`ratio` is -2", "at least 1"]),
     (&["--ratio", "NaN"], &["`ratio` is NaN"]),
     (&["--ratio", "inf"], &["`ratio` is inf"]),
-    (&["--ratio", "12.9"], &["`ratio` is 12.9", "at most 12.80", "4 stay exact"]),
+    (&["--ratio", "10.7"], &["`ratio` is 10.7", "at most 10.66", "4 stay exact and 2 have slots"]),
     (&["--steps", "0"], &["`steps` is 0"]),
     (&["--batch", "0"], &["`batch` is 0"]),
     (&["--accumulate", "0"], &["`accumulate` is 0", "1 to 2, the sequences of a step"]),
@@ -245,6 +245,8 @@ const IMPOSSIBLE: &[(&[&str], &[&str])] = &[
     (&["--length", "1"], &["`length` is 1"]),
     (&["--delay", "64"], &["`delay` is 64", "less than 64"]),
     (&["--delay", "18446744073709551615"], &["`delay` is"]),
+    (&["--sinks", "60"], &["`sinks` is 60", "less than 60"]),
+    (&["--sinks", "18446744073709551615"], &["`sinks` is"]),
     (&["--pool-window", "513"], &["`pool_window` is 513", "1 to 512"]),
     (&["--lr", "-1"], &["`lr` is -1"]),
     (&["--lr", "NaN"], &["`lr` is NaN"]),
@@ -267,8 +269,8 @@ fn impossible_settings_are_refused_and_leave_nothing() {
 #[test]
 fn the_highest_ratio_that_is_stated_is_accepted() {
     let dir = Dir::new();
-    let args: Vec<&str> = TINY.iter().map(|&arg| if arg == "2" { "12.80" } else { arg }).collect();
-    // The batch is `2` as well, and cannot be 12.80.
+    let args: Vec<&str> = TINY.iter().map(|&arg| if arg == "2" { "10.66" } else { arg }).collect();
+    // The batch is `2` as well, and cannot be 10.66.
     let batch = args.iter().position(|&arg| arg == "--batch").expect("a batch");
     let args = [&args[..=batch], &["2"], &args[batch + 2..]].concat();
     dir.run_with(&args, &["--steps", "1"]).ok();

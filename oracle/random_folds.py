@@ -1,0 +1,118 @@
+"""What folding costs before anything is learned, and how much of it is the attention sink's: a numpy forward pass of a plain
+Llama in which every KV head folds tokens at random, with and without first tokens that nothing is folded into.
+
+    python oracle/random_folds.py --model models/smollm2-135m-instruct --text a.txt b.txt --out results/random-folds.json
+
+For every text: its first T tokens, hard folds with probability `fold` for each layer, KV head and token, plain means, after
+a delay of W tokens (spec 2.5); KL(original || folded) in nats per token. The same draws serve all numbers of sinks.
+"""
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer
+
+
+class Model:
+    def __init__(self, folder, length):
+        self.config = json.loads((folder / "config.json").read_text())
+        self.weights = {k: v.astype(np.float32) for k, v in load_file(folder / "model.safetensors").items()}
+        self.heads, self.kv = self.config["num_attention_heads"], self.config["num_key_value_heads"]
+        self.layers, self.dim = self.config["num_hidden_layers"], self.config["hidden_size"] // self.heads
+        angles = np.arange(length)[:, None] * self.config["rope_theta"] ** (-np.arange(0, self.dim, 2) / self.dim)
+        self.cos, self.sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+    def norm(self, x, name):
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + self.config["rms_norm_eps"]) * self.weights[name]
+
+    def rope(self, x):
+        a, b = np.split(x, 2, -1)
+        return np.concatenate([a * self.cos - b * self.sin, b * self.cos + a * self.sin], -1)
+
+    def log_probabilities(self, ids, folds=None, delay=0):
+        """[T, V]; `folds` [L, G, T] says which tokens fold into the slot before them, `delay` tokens later."""
+        w, length = self.weights, len(ids)
+        x = w["model.embed_tokens.weight"][ids]
+        age = np.arange(length)[:, None] - np.arange(length)[None]
+        for layer in range(self.layers):
+            p = f"model.layers.{layer}."
+            y = self.norm(x, p + "input_layernorm.weight")
+            q, k, v = (
+                (y @ w[f"{p}self_attn.{name}_proj.weight"].T).reshape(length, -1, self.dim).swapaxes(0, 1)
+                for name in "qkv"
+            )
+            q, exact = self.rope(q) / np.sqrt(self.dim), self.rope(k)
+            out = np.empty((self.heads, length, self.dim), np.float32)
+            for h in range(self.heads):
+                g = h * self.kv // self.heads
+                scores = np.where(age >= 0, q[h] @ exact[g].T, -np.inf)
+                if folds is None:
+                    out[h] = softmax(scores) @ v[g]
+                    continue
+                fold = folds[layer, g]
+                pooled_k, pooled_v = running_means(k[g], fold), running_means(v[g], fold)
+                superseded = np.append(fold[1:], False)
+                gone = age >= delay
+                seen = gone & (~superseded[None] | (age == delay))
+                scores = np.where(gone, np.where(seen, q[h] @ self.rope(pooled_k).T, -np.inf), scores)
+                shares = softmax(scores)
+                out[h] = np.where(gone, 0, shares) @ v[g] + np.where(gone, shares, 0) @ pooled_v
+            x = x + out.swapaxes(0, 1).reshape(length, -1) @ w[p + "self_attn.o_proj.weight"].T
+            y = self.norm(x, p + "post_attention_layernorm.weight")
+            gate = y @ w[p + "mlp.gate_proj.weight"].T
+            up = y @ w[p + "mlp.up_proj.weight"].T
+            x = x + (gate / (1 + np.exp(-gate)) * up) @ w[p + "mlp.down_proj.weight"].T
+        logits = self.norm(x, "model.norm.weight") @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T
+        logits -= logits.max(-1, keepdims=True)
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def softmax(x):
+    x = np.exp(x - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+def running_means(x, fold):
+    """[T, D]: of every token, the mean of its slot once the token is in it."""
+    means, total, count = np.empty_like(x), x[0], 1
+    for t in range(len(x)):
+        total, count = (total + x[t], count + 1) if fold[t] and t > 0 else (x[t], 1)
+        means[t] = total / count
+    return means
+
+
+def main():
+    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parse.add_argument("--model", type=Path, required=True)
+    parse.add_argument("--text", type=Path, nargs="+", required=True)
+    parse.add_argument("--out", type=Path, required=True)
+    parse.add_argument("--tokens", type=int, default=512)
+    parse.add_argument("--delay", type=int, default=32)
+    parse.add_argument("--seed", type=int, default=0)
+    args = parse.parse_args()
+    model, draw = Model(args.model, args.tokens), np.random.default_rng(args.seed)
+    tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
+    tokenizer.no_truncation()
+    rows = []
+    for text in args.text:
+        ids = tokenizer.encode(text.read_text(errors="replace")).ids[: args.tokens]
+        assert len(ids) == args.tokens, f"{text} has {len(ids)} tokens, {args.tokens} are needed"
+        original = model.log_probabilities(ids)
+        for fold in (0.05, 0.5):
+            folds = draw.random((model.layers, model.kv, args.tokens)) < fold
+            kl = {}
+            for sinks in (0, 1, 4):
+                kept = folds.copy()
+                kept[:, :, : sinks + 1] = False
+                folded = model.log_probabilities(ids, kept, args.delay)
+                kl[sinks] = round(float((np.exp(original) * (original - folded)).sum(-1).mean()), 4)
+            rows.append(dict(text=text.name, fold=fold, kl_by_sinks=kl))
+            print(json.dumps(rows[-1]), flush=True)
+    settings = dict(model=args.model.name, tokens=args.tokens, delay=args.delay, seed=args.seed)
+    args.out.write_text(json.dumps(dict(schema="kvfold.random_folds/1", **settings, rows=rows), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
