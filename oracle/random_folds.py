@@ -11,17 +11,34 @@ import json
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file
 from tokenizers import Tokenizer
+
+
+def load_file(path):
+    """Tensors of a safetensors file as float32; numpy has no bf16, so its words are widened."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    tensors = {}
+    for name, entry in json.loads(data[8:start]).items():
+        if name == "__metadata__":
+            continue
+        low, high = (start + at for at in entry["data_offsets"])
+        if entry["dtype"] == "BF16":
+            x = (np.frombuffer(data[low:high], "<u2").astype("<u4") << 16).view("<f4")
+        else:
+            x = np.frombuffer(data[low:high], {"F32": "<f4", "F16": "<f2"}[entry["dtype"]]).astype("<f4")
+        tensors[name] = x.reshape(entry["shape"])
+    return tensors
 
 
 class Model:
     def __init__(self, folder, length):
         self.config = json.loads((folder / "config.json").read_text())
-        self.weights = {k: v.astype(np.float32) for k, v in load_file(folder / "model.safetensors").items()}
+        self.weights = load_file(folder / "model.safetensors")
         self.heads, self.kv = self.config["num_attention_heads"], self.config["num_key_value_heads"]
         self.layers, self.dim = self.config["num_hidden_layers"], self.config["hidden_size"] // self.heads
-        angles = np.arange(length)[:, None] * self.config["rope_theta"] ** (-np.arange(0, self.dim, 2) / self.dim)
+        theta = self.config.get("rope_theta") or self.config["rope_parameters"]["rope_theta"]
+        angles = np.arange(length)[:, None] * theta ** (-np.arange(0, self.dim, 2) / self.dim)
         self.cos, self.sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
     def norm(self, x, name):

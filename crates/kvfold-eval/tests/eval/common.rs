@@ -16,7 +16,7 @@ pub(crate) const CONTEXT: usize = 128;
 /// How a compressed model of these tests folds.
 pub(crate) fn dmc(offset: f64) -> Dmc {
     let decision = Decision::Head { scale: 1.0, offset };
-    Dmc { method: Method::Dmc, decision, delay: 5, sinks: 1, pool_window: None, log_mass: true, share: Share::Head }
+    Dmc { method: Method::Dmc, decision, delay: 5, sinks: 0, pool_window: None, log_mass: true, share: Share::Head }
 }
 
 /// A model of 16 tokens and 16 channels whose weights `fill(name, index)` gives, plain or compressed.

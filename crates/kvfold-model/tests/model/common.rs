@@ -71,7 +71,7 @@ pub(crate) fn compression(decision: Decision) -> Compression {
         method: Method::Dmc,
         decision,
         delay: 16,
-        sinks: 1,
+        sinks: 0,
         pool_window: Some(12),
         log_mass: true,
         share: Share::Head,

@@ -34,6 +34,7 @@ fn a_bad_section_names_the_field() {
     let bad = |field: &str, value: Value| refused_in(retrofitted(), field, value);
     says(&bad("kvfold.cache.delay", json!(513)), &["`kvfold.cache.delay` is 513", "at most 512"]);
     says(&bad("kvfold.cache.delay", json!(-1)), &["`kvfold.cache`", "-1"]);
+    says(&bad("kvfold.cache.sinks", json!(512)), &["`kvfold.cache.sinks` is 512", "less than 512"]);
     says(&bad("kvfold.cache.pool_window", json!(0)), &["`kvfold.cache.pool_window` is 0; expected 1 to 512", "null"]);
     says(&bad("kvfold.cache.decision.scale", json!(0.0)), &["`kvfold.cache.decision.scale` is 0; expected", "above 0"]);
     says(&bad("kvfold.cache.decision.scale", json!("1")), &["`kvfold.cache` cannot be read", "string \"1\""]);
@@ -44,6 +45,16 @@ fn a_bad_section_names_the_field() {
     says(&bad("kvfold.ratio", json!(0.5)), &["`kvfold.ratio` is 0.5; expected", "from 1"]);
     says(&bad("kvfold.trained_length", json!(0)), &["`kvfold.trained_length` is 0"]);
     says(&refused_in(retrofitted(), "kvfold.base_model", None), &["`kvfold` cannot be read", "base_model"]);
+}
+
+#[test]
+fn a_section_from_before_there_were_sinks_has_none() {
+    let mut section = retrofitted();
+    section["kvfold"]["cache"].as_object_mut().unwrap().shift_remove("sinks");
+    let sinks = |section: &Value| parse(section).unwrap().compression.unwrap().dmc.sinks;
+    assert_eq!(sinks(&section), 0);
+    section["kvfold"]["cache"]["sinks"] = json!(4);
+    assert_eq!(sinks(&section), 4);
 }
 
 #[test]

@@ -40,7 +40,8 @@ fn a_run_begins_with_the_weights_and_the_ratio_of_its_origin() {
             compared += 1;
         }
     }
-    assert_eq!(compared, model.tensors.len(), "everything trains");
+    let trained = model.tensors.keys().filter(|name| run.train.trains(name)).count();
+    assert!(compared == trained && compared > 0, "{compared} of {trained}");
     let ratios: Vec<f64> = (0..5).map(|step| place(&run, step).ratio).collect();
     assert!(ratios.windows(2).all(|pair| pair[0] <= pair[1]) && ratios[0] > 2.0 && ratios[2] == 4.0, "{ratios:?}");
 }
