@@ -34,9 +34,9 @@ print("%-30s ppl %.3f -> %.3f (%+.1f %%)  KL %.4f  logical %.2f  physical %.2f  
 
 for seed in "${@:-0}"; do
   for ratio in 2 4; do
-    trial "DMC delay 32, ${ratio}x, seed $seed" --method dmc --sinks 0 --delay 32 --ratio "$ratio" --seed "$seed"
-    trial "DMS window 32, ${ratio}x, seed $seed" --method dms --sinks 0 --delay 32 --ratio "$ratio" --seed "$seed"
-    trial "DMC delay 0, ${ratio}x, seed $seed" --method dmc --sinks 0 --delay 0 --ratio "$ratio" --seed "$seed"
+    trial "DMC delay 32, ${ratio}x, seed $seed" --method dmc --sinks 0 --calibrate 0 --delay 32 --ratio "$ratio" --seed "$seed"
+    trial "DMS window 32, ${ratio}x, seed $seed" --method dms --sinks 0 --calibrate 0 --delay 32 --ratio "$ratio" --seed "$seed"
+    trial "DMC delay 0, ${ratio}x, seed $seed" --method dmc --sinks 0 --calibrate 0 --delay 0 --ratio "$ratio" --seed "$seed"
     trial "GQA, ${ratio}x, seed $seed" --method gqa --kv-heads $((4 / ratio)) --seed "$seed"
   done
 done

@@ -15,7 +15,7 @@ trial() {
   local name="$1"
   shift
   rm -rf "$scratch/model"
-  target/release/kvfold retrofit --model stories260k --out "$scratch/model" --ratio 4 --sinks 0 --steps 60 --samples 256 \
+  target/release/kvfold retrofit --model stories260k --out "$scratch/model" --ratio 4 --sinks 0 --calibrate 0 --steps 60 --samples 256 \
     --json "$@" |
     python3 -c '
 import datetime, json, os, platform, sys
@@ -31,7 +31,7 @@ print("%-36s ppl %.3f -> %.3f  KL %.4f  logical %.2f  physical %.2f"
       % (r["trial"], p["dense"], p["compressed"], kl, r["logical_ratio"], r["physical_ratio"]))'
 }
 
-# Without sinks, as in the paper: only what a trial names differs.
+# Without sinks and with heads that begin at zero, as in the paper: only what a trial names differs.
 trial "head, delay 32"
 trial "delay 0 (the paper)" --delay 0
 trial "borrowed channel" --decision borrowed

@@ -74,6 +74,9 @@ pub enum Decision {
         scale: f64,
         /// Subtracted from the decision logit.
         offset: f64,
+        /// Whether the linear has a bias. The papers' have none; one that is fitted (`--calibrate`) has one.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        bias: bool,
     },
 }
 
@@ -112,6 +115,11 @@ impl Dmc {
             (Decision::Borrowed { .. }, Method::Dmc) => Borrows::KeysAndQueries,
             (Decision::Borrowed { .. }, Method::Dms) => Borrows::FirstQueries,
         }
+    }
+
+    /// Whether decision heads have biases.
+    pub fn decide_bias(&self) -> bool {
+        matches!(self.decision, Decision::Head { bias: true, .. })
     }
 
     /// Outputs of each layer's decision head for `kv` KV heads: logits, and importances where there are means; 0

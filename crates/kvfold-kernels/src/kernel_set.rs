@@ -50,6 +50,9 @@ pub trait KernelSet<F: Real>: Copy + std::fmt::Debug + Send + Sync + 'static {
     /// Attention of one KV head's queries in one sequence.
     fn attention(self, job: &AttentionJob<'_, F>, out: &mut [F], lse: &mut [F]);
 
+    /// Sums of squared shares that later queries give each key, `[group][T]`; of plain attention.
+    fn late_reads(self, job: &AttentionJob<'_, F>, lse: &[F], later: usize, reads: &mut [F]);
+
     /// The adjoint of [`KernelSet::attention`].
     fn attention_grad(self, job: &AttentionJob<'_, F>, grad: &mut AttentionJobGrad<'_, F>);
 
@@ -93,6 +96,10 @@ impl<F: Real> KernelSet<F> for Scalar {
 
     fn attention(self, job: &AttentionJob<'_, F>, out: &mut [F], lse: &mut [F]) {
         attention::reference(job, out, lse);
+    }
+
+    fn late_reads(self, job: &AttentionJob<'_, F>, lse: &[F], later: usize, reads: &mut [F]) {
+        attention::reference_reads(job, lse, later, reads);
     }
 
     fn attention_grad(self, job: &AttentionJob<'_, F>, grad: &mut AttentionJobGrad<'_, F>) {
@@ -140,6 +147,10 @@ impl KernelSet<f32> for Fast {
 
     fn attention(self, job: &AttentionJob<'_, f32>, out: &mut [f32], lse: &mut [f32]) {
         attention::blocked::forward(self, job, out, lse);
+    }
+
+    fn late_reads(self, job: &AttentionJob<'_, f32>, lse: &[f32], later: usize, reads: &mut [f32]) {
+        attention::blocked::reads(self, job, lse, later, reads);
     }
 
     fn attention_grad(self, job: &AttentionJob<'_, f32>, grad: &mut AttentionJobGrad<'_, f32>) {

@@ -530,7 +530,8 @@ pub struct Moments<T> {
     pub v: T,
 }
 
-/// The adjoint of every op of [`Ops`], and the optimiser. `d` is the gradient of the op's output.
+/// The adjoint of every op of [`Ops`], the optimiser, and what a run measures before it starts. `d` is the gradient of the
+/// op's output.
 pub trait Grad: Ops {
     /// A weight to train: its numbers in full, its products in `precision`.
     fn master(&self, shape: &[usize], data: &[f32], precision: Precision) -> Self::Tensor;
@@ -604,6 +605,16 @@ pub trait Grad: Ops {
         spans: &Spans,
         heads: Heads,
     ) -> AttentionSaved<Self::Tensor>;
+    /// How strongly each key is read late: the sum of the squared shares that queries at least `later` tokens further on give
+    /// it, by query head, `[N,H]`. Of plain attention that [`Grad::attention_saving`] ran, with its `lse`.
+    fn late_reads(
+        &self,
+        inputs: (&Self::Tensor, &Visible<Self::Tensor>),
+        saved: &AttentionSaved<Self::Tensor>,
+        spans: &Spans,
+        heads: Heads,
+        later: usize,
+    ) -> Self::Tensor;
     /// Gradients of the inputs of [`Ops::attention`].
     fn attention_grad(
         &self,

@@ -90,7 +90,7 @@ pub fn gated<O: Ops>(pass: &Pass<'_, O>, dmc: &Dmc, p: Projected<O::Tensor>) -> 
                 Method::Dms => (ops.query_logit(&q, heads, by), None),
             }
         }
-        Decision::Head { scale, offset } => {
+        Decision::Head { scale, offset, .. } => {
             let r = decide.expect("a model that decides by a head has decision heads: checked when it is loaded");
             match dmc.method {
                 Method::Dmc => with_importance(ops.head_gate(&r, scale, offset)),

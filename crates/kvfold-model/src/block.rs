@@ -49,7 +49,7 @@ impl<O: Ops> Pass<'_, O> {
             q: self.query(self.head_norm(self.linear(&y, &w.q, &w.q_bias), &w.q_norm)), // [N, H*D]
             k: self.head_norm(self.linear(&y, &w.k, &w.k_bias), &w.k_norm),             // [N, G*D]
             v: self.linear(&y, &w.v, &w.v_bias),                                        // [N, G*D]
-            decide: w.decide.as_ref().map(|decide| ops.linear(&y, decide)),             // [N, 2G]
+            decide: w.decide.as_ref().map(|decide| self.linear(&y, decide, &w.decide_bias)), // [N, 2G]
         };
         let y = attend.attend(layer, self, projected); // [N, H*D]
         let x = ops.add(x, &self.linear(&y, &w.o, &w.o_bias), 1.0); // [N, C]

@@ -113,7 +113,7 @@ impl Compression {
                 expected: expected.into(),
             }),
         };
-        let (Decision::Borrowed { scale, offset } | Decision::Head { scale, offset }) = self.dmc.decision;
+        let (Decision::Borrowed { scale, offset } | Decision::Head { scale, offset, .. }) = self.dmc.decision;
         let positive = |x: f64| x.is_finite() && x > 0.0;
         check(&format!("{cache}.decision.scale"), positive(scale), scale.to_string(), "a finite number above 0")?;
         check(&format!("{cache}.decision.offset"), offset.is_finite(), offset.to_string(), "a finite number")?;

@@ -52,6 +52,12 @@ pub const O_BIAS: &str = "self_attn.o_proj.bias";
 /// head of their own.
 pub const DECIDE_PROJ: &str = "self_attn.decide_proj.weight";
 
+/// Added to the decision head's outputs, `[2*G]`, in DMS `[G]`; in models whose decisions say so.
+pub const DECIDE_BIAS: &str = "self_attn.decide_proj.bias";
+
+/// What the names of a decision head's weights have in common.
+pub const DECIDE: &str = "self_attn.decide_proj.";
+
 /// The gain of the norm before the MLP, `[C]`.
 pub const POST_ATTENTION_NORM: &str = "post_attention_layernorm.weight";
 
@@ -67,7 +73,7 @@ pub const DOWN_PROJ: &str = "mlp.down_proj.weight";
 /// The precision in which a weight is multiplied when the model's is `precision`: norms are not multiplied by, and a
 /// decision is a threshold, so its logit is worth more bits.
 pub fn precision(name: &str, dims: &[usize], precision: Precision) -> Precision {
-    if dims.len() < 2 || name.contains(DECIDE_PROJ) { Precision::F32 } else { precision }
+    if dims.len() < 2 || name.contains(DECIDE) { Precision::F32 } else { precision }
 }
 
 /// The name of a weight of layer `index`, such as `model.layers.3.self_attn.q_proj.weight` for [`Q_PROJ`].

@@ -34,6 +34,8 @@ pub struct Shape {
     pub tied: bool,
     /// Outputs of each block's decision head; 0 without one.
     pub decide_outputs: usize,
+    /// Whether decision heads have biases.
+    pub decide_bias: bool,
 }
 
 impl Shape {
@@ -54,6 +56,7 @@ impl Shape {
             qk_norm: config.qk_norm,
             tied: config.tie_word_embeddings,
             decide_outputs: config.compression.as_ref().map_or(0, |c| c.dmc.decide_outputs(kv)),
+            decide_bias: config.compression.as_ref().is_some_and(|c| c.dmc.decide_bias()),
         }
     }
 

@@ -30,6 +30,8 @@ pub struct Block<T> {
     pub o_bias: Option<T>,
     /// Decision head, `[2G, C]`: logits, then importances; `[G, C]` in DMS. Only in models that decide by a head.
     pub decide: Option<T>,
+    /// Added to the decision head's outputs, `[2G]`; `[G]` in DMS. Only where the configuration says so.
+    pub decide_bias: Option<T>,
     /// Norm before the feed-forward layer, `[C]`.
     pub post_norm: T,
     /// Feed-forward gate, `[F, C]`.
@@ -74,6 +76,7 @@ impl<T> Block<T> {
                 0 => None,
                 outputs => Some(make(names::DECIDE_PROJ, &[outputs, hidden])?),
             },
+            decide_bias: shape.decide_bias.then(|| make(names::DECIDE_BIAS, &[shape.decide_outputs])).transpose()?,
             post_norm: make(names::POST_ATTENTION_NORM, &[hidden])?,
             gate: make(names::GATE_PROJ, &[ffn, hidden])?,
             up: make(names::UP_PROJ, &[ffn, hidden])?,
@@ -84,18 +87,18 @@ impl<T> Block<T> {
     /// The weights in the order of [`Block::build`].
     pub fn list(&self) -> Vec<&T> {
         let Self { input_norm, q, k, v, q_bias, k_bias, v_bias, q_norm, k_norm, .. } = self;
-        let Self { o, o_bias, decide, post_norm, gate, up, down, .. } = self;
+        let Self { o, o_bias, decide, decide_bias, post_norm, gate, up, down, .. } = self;
         let projections = [input_norm, q, k, v].into_iter().chain(q_bias).chain(k_bias).chain(v_bias);
-        let attention = projections.chain(q_norm).chain(k_norm).chain([o]).chain(o_bias).chain(decide);
-        attention.chain([post_norm, gate, up, down]).collect()
+        let attention = projections.chain(q_norm).chain(k_norm).chain([o]).chain(o_bias);
+        attention.chain(decide).chain(decide_bias).chain([post_norm, gate, up, down]).collect()
     }
 
     fn list_mut(&mut self) -> Vec<&mut T> {
         let Self { input_norm, q, k, v, q_bias, k_bias, v_bias, q_norm, k_norm, .. } = self;
-        let Self { o, o_bias, decide, post_norm, gate, up, down, .. } = self;
+        let Self { o, o_bias, decide, decide_bias, post_norm, gate, up, down, .. } = self;
         let projections = [input_norm, q, k, v].into_iter().chain(q_bias).chain(k_bias).chain(v_bias);
-        let attention = projections.chain(q_norm).chain(k_norm).chain([o]).chain(o_bias).chain(decide);
-        attention.chain([post_norm, gate, up, down]).collect()
+        let attention = projections.chain(q_norm).chain(k_norm).chain([o]).chain(o_bias);
+        attention.chain(decide).chain(decide_bias).chain([post_norm, gate, up, down]).collect()
     }
 }
 

@@ -42,8 +42,8 @@ pub struct Recipe {
     pub method: Method,
     /// The logical ratio asked for.
     pub ratio_asked: f64,
-    /// The logical ratio at the end of training, on training text.
-    pub ratio_trained: f64,
+    /// The logical ratio at the end of training, on training text; none without training.
+    pub ratio_trained: Option<f64>,
     /// The length of the sequences trained on.
     pub context_tokens: u64,
     /// How many of the most recent tokens are held exactly.
@@ -53,6 +53,8 @@ pub struct Recipe {
     /// Where the decision to append or to fold comes from; none where nothing
     /// is decided.
     pub decision: Option<Decision>,
+    /// Tokens of the original's text that decisions were fitted on before training; none where they began at zero.
+    pub fitted_tokens: Option<u64>,
     /// The loss, such as `distill` or `lm`.
     pub loss: String,
     /// Steps of the optimiser.
@@ -155,6 +157,13 @@ impl Card {
             }
             (Some(Decision::Borrowed), _) => "`borrowed`: the last channel of each key, given up for it",
         };
+        let decision = match recipe.fitted_tokens {
+            Some(tokens) => {
+                format!("{decision}; it began as a fit to what folding costs, on {} tokens", format::exact(tokens))
+            }
+            None => decision.to_owned(),
+        };
+        let trained = recipe.ratio_trained.map_or_else(|| "not trained".to_owned(), format::ratio_and_removed);
         let delay = match (recipe.delay, recipe.method) {
             (_, Method::Gqa) => "none: every token keeps its slot".to_owned(),
             (0, Method::Dmc) => "0: tokens are folded at once".to_owned(),
@@ -178,13 +187,13 @@ impl Card {
             &[
                 ["method", method],
                 ["ratio asked for", &format::ratio_and_removed(recipe.ratio_asked)],
-                ["logical ratio at the end of training", &format::ratio_and_removed(recipe.ratio_trained)],
+                ["logical ratio at the end of training", &trained],
                 ["logical ratio measured", &measured(|m| m.logical_ratio)],
                 ["physical ratio measured", &measured(|m| m.physical_ratio)],
                 ["sequence length", &format!("{} tokens", format::exact(recipe.context_tokens))],
                 ["delay", &delay],
                 ["sinks", &sinks],
-                ["decision", decision],
+                ["decision", &decision],
                 ["loss", &recipe.loss],
                 ["steps", &format::exact(recipe.steps)],
                 ["tokens", &format::exact(recipe.tokens)],
@@ -316,12 +325,13 @@ mod tests {
             architecture: "KvfoldLlamaForCausalLM".to_owned(),
             recipe: Recipe {
                 ratio_asked: 4.0,
-                ratio_trained: 4.06,
+                ratio_trained: Some(4.06),
                 context_tokens: 512,
                 method: Method::Dmc,
                 delay: 16,
                 sinks: 1,
                 decision: Some(Decision::Head),
+                fitted_tokens: None,
                 loss: "distill".to_owned(),
                 steps: 150,
                 tokens: 1_228_800,

@@ -48,6 +48,17 @@ pub enum RetrofitError {
         /// Tokens that do not fold.
         exempt: Exempt,
     },
+    /// No document is long enough to show what folding costs.
+    #[error(
+        "the longest document that decisions would be fitted on has {longest} tokens, and {needed} are needed to see what \
+         later tokens read of the first ones; give longer documents or more of them, or begin without: --calibrate 0"
+    )]
+    NothingToCalibrate {
+        /// Tokens of the longest document or part of one.
+        longest: usize,
+        /// Tokens of the shortest one that shows anything.
+        needed: usize,
+    },
     /// The loss or a gradient is not a number.
     #[error(
         "step {step}: {what} is {value} on {documents} (sequences {sequences:?} of the corpus); the weights before this \

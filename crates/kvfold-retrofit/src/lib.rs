@@ -7,6 +7,7 @@
 //! * [`schedule`]: stages, compression targets and learning rates by step;
 //! * [`documents`]: texts from files and folders;
 //! * [`corpus`]: sequences, packed from documents, and which of them make which batch;
+//! * `calibrate`: decision heads that begin where folding costs little;
 //! * `gqa`: a model with fewer KV heads, where a student of GQA starts;
 //! * `origin`: a retrofitted model, where a run to a higher ratio starts;
 //! * [`trainer`]: one step, from ids to new weights;
@@ -14,6 +15,7 @@
 //! * [`watch`]: whether the loss is beyond hope;
 //! * [`plan`]: what a run takes, before it starts.
 
+mod calibrate;
 pub mod corpus;
 pub mod documents;
 mod error;
@@ -27,6 +29,7 @@ pub mod settings;
 pub mod trainer;
 pub mod watch;
 
+pub use calibrate::Fit;
 pub use corpus::Corpus;
 pub use error::RetrofitError;
 pub use gqa::mean_pooled;

@@ -120,12 +120,21 @@ impl Train {
     pub fn trains(self, name: &str) -> bool {
         let of = |parts: &[&str]| parts.iter().any(|part| name.contains(part));
         match self {
-            Train::Decide => of(&[names::DECIDE_PROJ]),
-            Train::Qk => of(&[".self_attn.q_", ".self_attn.k_", names::DECIDE_PROJ]),
+            Train::Decide => of(&[names::DECIDE]),
+            Train::Qk => of(&[".self_attn.q_", ".self_attn.k_", names::DECIDE]),
             Train::Attention => of(&[".self_attn."]),
             Train::All => true,
         }
     }
+}
+
+/// How decision heads are fitted before the first step.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Calibration {
+    /// Tokens of the training text that are read for it.
+    pub tokens: usize,
+    /// Logit per unit of the logarithm of the cost: how steep decisions are, beside noise of scale 1.
+    pub gain: f64,
 }
 
 /// The pressure to compress.
@@ -192,6 +201,9 @@ pub struct Settings {
     /// The retrofitted model that the run begins at; `None` for the original.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<Origin>,
+    /// How decision heads begin; `None` for zero, where every logit is minus the offset.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<Calibration>,
     /// What the model is asked to keep.
     pub loss: Loss,
     /// Where the training text comes from.
@@ -236,11 +248,18 @@ pub const DMS_BORROWED: (f64, f64) = (100.0, 5.0);
 /// Optimiser steps that teach a small model 4x.
 pub const STEPS: u64 = 120;
 
+/// Tokens of text that decision heads are fitted on.
+pub const CALIBRATION_TOKENS: usize = 16_384;
+/// Logit per unit of the logarithm of a cost.
+const CALIBRATION_GAIN: f64 = 4.0;
+/// Factor on the learning rate of heads that were fitted: what they know should not be lost in the first steps.
+const CALIBRATED_DECIDE_FACTOR: f64 = 1.0;
+
 /// How a model compresses unless somebody wants it otherwise.
 pub fn default_dmc() -> Dmc {
     Dmc {
         method: dmc::Method::Dmc,
-        decision: Decision::Head { scale: HEAD_SCALE, offset: OFFSET },
+        decision: Decision::Head { scale: HEAD_SCALE, offset: OFFSET, bias: false },
         delay: DELAY,
         sinks: SINKS,
         pool_window: None,
@@ -274,6 +293,7 @@ impl Settings {
             method,
             ratio,
             from: None,
+            calibration: None,
             loss: Loss::Distill { direction: KlDirection::Forward },
             text: Text::Given { digest: String::new(), max_tokens: None, reset: true },
             pressure: Pressure { scope: Scope::Global, over: Over::Batch, weight: 2.0, margin: 0.03 },
@@ -303,6 +323,19 @@ impl Settings {
     pub fn beginning_at(mut self, origin: Origin) -> Self {
         self.stages.ramp += std::mem::take(&mut self.stages.zeroing);
         Self { from: Some(origin), ..self }
+    }
+
+    /// The same run with decision heads that are fitted before its first step, for the full ratio: there is no ramp. The
+    /// heads of a model that the run begins at stay of the form they have.
+    pub fn calibrated(mut self, tokens: usize) -> Self {
+        if self.from.is_none()
+            && let Method::Dynamic(Dmc { decision: Decision::Head { bias, .. }, .. }) = &mut self.method
+        {
+            *bias = true;
+        }
+        self.stages.hold += std::mem::take(&mut self.stages.ramp);
+        self.learning.decide_factor = CALIBRATED_DECIDE_FACTOR;
+        Self { calibration: Some(Calibration { tokens, gain: CALIBRATION_GAIN }), ..self }
     }
 
     /// The ratio from which the target rises.
@@ -340,11 +373,11 @@ impl Settings {
     /// The sizes of the model that is trained, for an original of these.
     pub fn shape(&self, original: &Shape) -> Shape {
         let Heads { kv: all, .. } = original.heads;
-        let (kv, decide_outputs) = match &self.method {
-            Method::Dynamic(dmc) => (all, dmc.decide_outputs(all)),
-            Method::Gqa { kv_heads } => (*kv_heads, 0),
+        let (kv, decide_outputs, decide_bias) = match &self.method {
+            Method::Dynamic(dmc) => (all, dmc.decide_outputs(all), dmc.decide_bias()),
+            Method::Gqa { kv_heads } => (*kv_heads, 0, false),
         };
-        Shape { heads: Heads { kv, ..original.heads }, decide_outputs, ..original.clone() }
+        Shape { heads: Heads { kv, ..original.heads }, decide_outputs, decide_bias, ..original.clone() }
     }
 
     /// The ratio that is asked of documents of these lengths; an error if nothing of them is ever folded. Merged heads are
@@ -393,10 +426,18 @@ impl Settings {
         must(sequences, "batch", self.batch.to_string(), format!("1 to {MAX_BATCH} sequences"))?;
         let (parts, expected) = (self.accumulate, format!("1 to {}, the sequences of a step", self.batch));
         must((1..=self.batch).contains(&parts), "accumulate", parts.to_string(), expected)?;
-        must(self.stages.total() > 0, "steps", "0".into(), "at least 1 step".into())?;
+        let something = self.stages.total() > 0 || self.calibration.is_some();
+        must(something, "steps", "0".into(), "at least 1 step, or decisions that are fitted (--calibrate)".into())?;
         let heads = self.shape(shape).decide_outputs > 0;
         let expected = "qk, attention or all: without decision heads nothing would train".into();
         must(heads || self.train != Train::Decide, "train", self.train.name().into(), expected)?;
+        if let Some(Calibration { tokens, gain }) = self.calibration {
+            let fits = self.method.dynamic().is_some_and(Dmc::decide_bias);
+            let expected = "0: only decision heads with biases can be fitted".into();
+            must(fits, "calibrate", tokens.to_string(), expected)?;
+            must(tokens > 0, "calibrate", "0".into(), "at least 1 token".into())?;
+            number(gain, 1e-6, "calibration gain")?;
+        }
         let (borrows, zeroing) = (self.method.borrows() != Borrows::Nothing, self.stages.zeroing);
         let expected = "0: no channel is borrowed".into();
         must(borrows || zeroing == 0, "zeroing steps", zeroing.to_string(), expected)?;
@@ -424,7 +465,7 @@ impl Settings {
                     must(window == 0, "pool_window", window.to_string(), "none: DMS averages nothing".into())?;
                     must(!dmc.log_mass, "log_mass", "true".into(), "false: DMS has no importances".into())?;
                 }
-                let (Decision::Borrowed { scale, offset } | Decision::Head { scale, offset }) = dmc.decision;
+                let (Decision::Borrowed { scale, offset } | Decision::Head { scale, offset, .. }) = dmc.decision;
                 number(scale, 1e-6, "decision scale")?;
                 must(offset.is_finite(), "decision offset", offset.to_string(), "a finite number".into())?;
             }

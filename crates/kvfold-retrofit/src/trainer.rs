@@ -1,5 +1,6 @@
 //! One step, from ids to new weights.
 
+use crate::calibrate::{self, Fit, Reader};
 use crate::corpus::Corpus;
 use crate::error::RetrofitError;
 use crate::gqa::mean_pooled;
@@ -10,7 +11,7 @@ use crate::settings::{Loss, Method, Pressure, Settings};
 use kvfold_autograd::{Optimizer, Rates, Tape, Var};
 use kvfold_kernels::Grad;
 use kvfold_kernels::dmc::{Borrows, Dmc};
-use kvfold_kernels::ops::{Goal, Hinge, Moments, NO_TARGET, Ops, Over, Predictions, Spans};
+use kvfold_kernels::ops::{Goal, Hinge, Moments, NO_TARGET, Ops, Over, Precision, Predictions, Spans};
 use kvfold_model::attend::{Fading, Folding, Mode, Noise, Plain};
 use kvfold_model::block::Pass;
 use kvfold_model::shape::Shape;
@@ -234,6 +235,26 @@ where
         self.steps() >= self.settings.stages.total()
     }
 
+    /// Fits the decision heads to the corpus, where that is how the run begins: before its first step. `progress` is told how
+    /// many layers are done.
+    pub fn calibrate(&mut self, corpus: &Corpus, progress: impl FnMut(usize)) -> Result<Option<Fit>, RetrofitError> {
+        let (Some(calibration), Some(dmc)) = (self.settings.calibration, self.settings.method.dynamic()) else {
+            return Ok(None);
+        };
+        if self.steps() > 0 {
+            return Ok(None);
+        }
+        let Self { ops, shape, angles, weights, .. } = &*self;
+        let reader = Reader { ops, shape, angles, weights };
+        let (heads, fit) = calibrate::fit(&reader, (&self.settings, dmc, calibration), corpus, progress)?;
+        for (block, (weights, biases)) in self.weights.blocks.iter_mut().zip(heads) {
+            let outputs = self.shape.decide_outputs;
+            block.decide = Some(self.ops.master(&[outputs, self.shape.hidden], &weights, Precision::F32));
+            block.decide_bias = Some(self.ops.master(&[outputs], &biases, Precision::F32));
+        }
+        Ok(Some(fit))
+    }
+
     /// Tokens seen per slot held in the last step's batch, by layer and KV head; empty while nothing is folded.
     pub fn heads(&self) -> &[Vec<f64>] {
         &self.heads
@@ -448,7 +469,7 @@ where
             weight_decay: learning.weight_decay,
             clip: learning.clip,
         };
-        let group = |name: &Name| if name.name.contains(names::DECIDE_PROJ) { learning.decide_factor } else { 1.0 };
+        let group = |name: &Name| if name.name.contains(names::DECIDE) { learning.decide_factor } else { 1.0 };
         let groups = self.names.iter().filter(|name| name.trains).map(group);
         let params = trained(&self.names, self.weights.list_mut()).into_iter().zip(groups).collect();
         self.optimizer.step(&self.ops, params, grads, (rates, norm));

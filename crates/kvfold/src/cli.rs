@@ -511,7 +511,14 @@ pub(crate) struct RetrofitArgs {
     #[arg(long, value_enum, default_value_t = DecisionSource::Head, conflicts_with = "kv_heads")]
     pub(crate) decision: DecisionSource,
 
-    /// Optimiser steps
+    /// Tokens of text that decision heads are fitted on before training; 0 begins without [default: 16384, without --from]
+    ///
+    /// The original model shows what folding a token would cost: who reads it later, and how far its value is from the one
+    /// before it. Heads that predict this begin at the full ratio; without them the target rises step by step.
+    #[arg(long, value_name = "TOKENS", conflicts_with = "kv_heads")]
+    pub(crate) calibrate: Option<usize>,
+
+    /// Optimiser steps; 0 leaves the model as it was fitted
     #[arg(long, default_value_t = settings::STEPS, value_name = "N")]
     pub(crate) steps: u64,
 
@@ -567,9 +574,17 @@ pub(crate) struct RetrofitArgs {
     )]
     pub(crate) pool_window: usize,
 
-    /// Add the log of a slot's mass to its score; costs a float per slot
-    #[arg(long, conflicts_with = "kv_heads", help_heading = "How to compress")]
-    pub(crate) log_mass: bool,
+    /// Add the log of a slot's mass to its score; costs a float per slot [default: with dmc decisions that are fitted]
+    #[arg(
+        long,
+        value_name = "BOOL",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        conflicts_with = "kv_heads",
+        help_heading = "How to compress"
+    )]
+    pub(crate) log_mass: Option<bool>,
 
     /// Who decides together
     #[arg(

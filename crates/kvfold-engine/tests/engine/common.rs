@@ -86,7 +86,7 @@ impl Case {
             method: Method::Dmc,
             decision: match rng.pick(&[true, false]) {
                 true => Decision::Borrowed { scale: rng.pick(&[1.0, 2.5]), offset },
-                false => Decision::Head { scale: rng.pick(&[1.0, 2.5]), offset },
+                false => Decision::Head { scale: rng.pick(&[1.0, 2.5]), offset, bias: rng.pick(&[true, false]) },
             },
             delay: rng.pick(&[0, 0, 1, 5, 16, 33]),
             sinks: rng.pick(&[0, 0, 1, 4]),
@@ -126,6 +126,7 @@ impl Case {
             qk_norm: false,
             tied: seed.is_multiple_of(2),
             decide_outputs: dmc.decide_outputs(heads.kv),
+            decide_bias: dmc.decide_bias(),
         };
         Self { seed, shape, dmc, decide: 1.0 }
     }
@@ -150,6 +151,7 @@ impl Case {
                 (0..len).map(|_| (centre + spread * rng.signed()) as f32).collect::<Vec<f32>>()
             };
             let data = match name {
+                _ if name.contains("decide_proj.bias") => draw(0.0, 0.3 * self.decide),
                 _ if name.ends_with("bias") => draw(0.0, 0.3),
                 _ if dims.len() == 1 => draw(1.0, 0.3),
                 _ if name.contains("embed") => draw(0.0, 1.7),

@@ -44,7 +44,7 @@ fn slots(lists: &[&[usize]]) -> Vec<Slot> {
     lists.iter().map(slot).collect()
 }
 
-const HEAD: Decision = Decision::Head { scale: 2.0, offset: 0.75 };
+const HEAD: Decision = Decision::Head { scale: 2.0, offset: 0.75, bias: false };
 const BORROWED: Decision = Decision::Borrowed { scale: 2.0, offset: 5.0 };
 const FOLD: f64 = 0.5;
 const KEEP: f64 = -0.5;
@@ -112,7 +112,7 @@ impl Scene {
                 k.extend(channels(1.0 + t as f64 / 10.0, last));
                 v.extend((0..DIM).map(|d| f64::from(u8::from(d == t))));
             }
-            if let Decision::Head { scale, offset } = self.dmc.decision {
+            if let Decision::Head { scale, offset, .. } = self.dmc.decision {
                 decide.extend((0..kv).map(|g| (self.logits[t][g] + offset) / scale));
                 decide.extend((0..kv).map(|_| Self::u(t)));
             }
@@ -157,6 +157,7 @@ impl Scene {
             qk_norm: false,
             tied: true,
             decide_outputs: self.dmc.decide_outputs(kv),
+            decide_bias: false,
         };
         let ops = Reference::<f64>::reference();
         let angles = ops.rope_table(&shape.inv_freq(), shape.context);

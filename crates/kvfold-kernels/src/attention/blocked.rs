@@ -238,6 +238,42 @@ pub(crate) fn forward<F: Real, K: KernelSet<F>>(set: K, job: &AttentionJob<'_, F
     }
 }
 
+/// Sums of squared shares that queries at least `later` tokens further on give each key, `[group][T]`; of plain attention.
+pub(crate) fn reads<F: Real, K: KernelSet<F>>(
+    set: K,
+    job: &AttentionJob<'_, F>,
+    lse: &[F],
+    later: usize,
+    reads: &mut [F],
+) {
+    let len = job.len;
+    let walk = Walk::new(job, Pass::Forward);
+    let q = gather_group(job, &job.q, job.scale());
+    let mut s = vec![F::zero(); QUERIES * KEYS];
+    reads.fill(F::zero());
+    for i0 in (0..len).step_by(QUERIES) {
+        walk.blocks(i0, QUERIES.min(len - i0), |packed, block| {
+            for (g, q) in q.iter().enumerate() {
+                walk.scores(set, packed, block, q, &mut s);
+                let to = &mut reads[g * len + block.j0..][..block.width];
+                set.run(
+                    #[inline(always)]
+                    || {
+                        for (r, s) in s.chunks_exact(KEYS).take(block.rows).enumerate() {
+                            let (i, lse) = (block.i0 + r, lse[g * len + block.i0 + r]);
+                            let late = (i + 1).saturating_sub(later).clamp(block.j0, block.j0 + block.width) - block.j0;
+                            for (to, &s) in to[..late].iter_mut().zip(s) {
+                                let share = K::exp(s - lse);
+                                *to += share * share;
+                            }
+                        }
+                    },
+                );
+            }
+        });
+    }
+}
+
 /// The adjoint of [`forward`].
 pub(crate) fn backward<F: Real, K: KernelSet<F>>(
     set: K,

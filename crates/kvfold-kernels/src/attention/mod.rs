@@ -17,7 +17,7 @@ mod reference;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use reference::{reference, reference_grad};
+pub(crate) use reference::{reference, reference_grad, reference_reads};
 
 use crate::real::Real;
 

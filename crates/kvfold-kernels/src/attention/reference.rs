@@ -54,6 +54,19 @@ pub(crate) fn reference<F: Real>(job: &AttentionJob<'_, F>, out: &mut [F], lse: 
     }
 }
 
+/// Sums of squared shares that queries at least `later` tokens further on give each key, `[group][T]`; of plain attention.
+pub(crate) fn reference_reads<F: Real>(job: &AttentionJob<'_, F>, lse: &[F], later: usize, reads: &mut [F]) {
+    reads.fill(F::zero());
+    for g in 0..job.group {
+        for i in later..job.len {
+            for s in seen(job, g, i).iter().filter(|s| s.j + later <= i) {
+                let share = (s.score - lse[g * job.len + i]).exp();
+                reads[g * job.len + s.j] += share * share;
+            }
+        }
+    }
+}
+
 /// The adjoint of [`reference`].
 pub(crate) fn reference_grad<F: Real>(job: &AttentionJob<'_, F>, grad: &mut AttentionJobGrad<'_, F>) {
     let (dim, scale) = (job.dim, job.scale());

@@ -126,6 +126,33 @@ fn blocks_compute_the_definition_at_every_border() {
 }
 
 #[test]
+fn late_reads_are_the_definition_at_every_border() {
+    let plain = Shape { len: 0, dim: 6, group: 2, delay: 0, exact: true, pooled: false, mass: false, hard: false };
+    for len in [1, 2, 33, 48, 97, 128, 260] {
+        for (later, mass) in [(0, false), (1, true), (17, false), (64, true), (127, false), (300, false)] {
+            let shape = Shape { len, mass, ..plain };
+            let data = Data::new(shape, 4);
+            let job = data.job(shape);
+            let rows = job.group * len;
+            let (mut out, mut lse) = (vec![0.0; rows * job.dim], vec![0.0; rows]);
+            reference(&job, &mut out, &mut lse);
+            let (mut expected, mut got) = (vec![f64::NAN; rows], vec![f64::NAN; rows]);
+            reference_reads(&job, &lse, later, &mut expected);
+            blocked::reads(Scalar, &job, &lse, later, &mut got);
+            for (n, (expected, got)) in expected.iter().zip(&got).enumerate() {
+                assert!(
+                    (expected - got).abs() <= TOLERANCE,
+                    "{shape:?}, {later} later, {n}: {got}, expected {expected}"
+                );
+                // A query gives shares of 1 in all: none of the keys gets more than one per query that reads it late.
+                let queries = (len - n % len).saturating_sub(later) as f64;
+                assert!(*got <= queries && (*got > 0.0) == (queries > 0.0), "{shape:?}, {later} later, {n}: {got}");
+            }
+        }
+    }
+}
+
+#[test]
 fn blocks_compute_the_definition_for_every_head_shape() {
     for (dim, group) in [(1, 1), (6, 4), (8, 2), (33, 1), (64, 4)] {
         for (exact, pooled, delay) in [(true, false, 0), (false, true, 0), (true, true, 9)] {

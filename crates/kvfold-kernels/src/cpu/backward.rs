@@ -255,6 +255,25 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
         AttentionSaved { out: self.to_rows(&out, spans, JobLayout { width: heads.dim, ..layout }), lse }
     }
 
+    fn late_reads(
+        &self,
+        (q, visible): (&Array<F>, &Visible<Array<F>>),
+        saved: &AttentionSaved<Array<F>>,
+        spans: &Spans,
+        heads: Heads,
+        later: usize,
+    ) -> Array<F> {
+        let (kv, group) = (heads.kv, heads.group());
+        let mut reads = self.buffer(spans.rows() * heads.query);
+        let jobs = Self::attention_jobs(q, visible, spans, heads);
+        let places = spans.iter().flat_map(|span| (0..kv).map(move |g| (span, g)));
+        let work: Vec<_> = jobs.iter().zip(places).zip(split_jobs(&mut reads, spans, kv, group)).collect();
+        work.into_par_iter().for_each(|((job, (span, g)), reads)| {
+            self.set.late_reads(job, &by_head(&saved.lse, (span, g), (group, 1)), later, reads);
+        });
+        self.to_rows(&reads, spans, JobLayout { kv, parts: group, width: 1 })
+    }
+
     fn attention_grad(
         &self,
         (q, visible): (&Array<F>, &Visible<Array<F>>),
@@ -273,11 +292,7 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
         let places = spans.iter().flat_map(|span| (0..kv).map(move |g| (span, g)));
         let work: Vec<_> = jobs.iter().zip(places).zip(to_q).zip(to_exact.into_iter().zip(to_pooled)).collect();
         work.into_par_iter().for_each(|(((job, (span, g)), q), (exact, pooled))| {
-            let rows_of = |x: &Array<F>, width: usize| {
-                let view = view(x, span, g, group * width);
-                let parts = (0..group).flat_map(|h| (0..span.len).map(move |t| (h, t)));
-                parts.flat_map(|(h, t)| view.row(t, h * width, width)).copied().collect::<Vec<F>>()
-            };
+            let rows_of = |x: &Array<F>, width: usize| by_head(x, (span, g), (group, width));
             let (out, lse) = (rows_of(&saved.out, dim), rows_of(&saved.lse, 1));
             let d = view(d, span, g, group * dim);
             let mut grad = AttentionJobGrad { d, out: &out, lse: &lse, q, exact, pooled };
@@ -349,6 +364,13 @@ fn sum_of<F: Real>(parts: &[Vec<F>], cols: usize) -> Vec<F> {
     let mut sum = vec![F::zero(); cols];
     parts.iter().for_each(|part| pool::accumulate(&mut sum, F::one(), F::one(), part));
     sum
+}
+
+/// A KV head's rows of `x [N, G*parts*width]` in one sequence, `[parts][T][width]`.
+fn by_head<F: Real>(x: &Array<F>, (span, g): (&Span, usize), (parts, width): (usize, usize)) -> Vec<F> {
+    let view = view(x, span, g, parts * width);
+    let places = (0..parts).flat_map(|h| (0..span.len).map(move |t| (h, t)));
+    places.flat_map(|(h, t)| view.row(t, h * width, width)).copied().collect()
 }
 
 /// Gradients of keys, job-major; empty where there are no such keys.

@@ -103,6 +103,7 @@ const TINY: Shape = Shape {
     qk_norm: false,
     tied: false,
     decide_outputs: 0,
+    decide_bias: false,
 };
 
 fn dmc_case(name: &str) {

@@ -58,7 +58,7 @@ pub(crate) fn corpus(sequences: usize) -> Corpus {
     Corpus::cut(tokens.collect(), LENGTH).unwrap()
 }
 
-pub(crate) const HEAD: Decision = Decision::Head { scale: 4.0, offset: 1.0 };
+pub(crate) const HEAD: Decision = Decision::Head { scale: 4.0, offset: 1.0, bias: false };
 pub(crate) const BORROWED: Decision = Decision::Borrowed { scale: 4.0, offset: 1.0 };
 
 /// A run of the tiny model that folds a lot from its first step on.
@@ -76,6 +76,7 @@ pub(crate) fn settings(decision: Decision, (zeroing, ramp, hold): (u64, u64, u64
         .into(),
         ratio: 2.0,
         from: None,
+        calibration: None,
         loss: Loss::Distill { direction: KlDirection::Forward },
         text: Text::Given { digest: String::new(), max_tokens: None, reset: true },
         pressure: Pressure { scope: Scope::Global, over: Over::Batch, weight: 2.0, margin: 0.0 },

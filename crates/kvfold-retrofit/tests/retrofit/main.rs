@@ -1,5 +1,6 @@
 //! The tests of the crate, in one binary: each would be linked, and its generics compiled, anew.
 
+mod calibrate;
 mod combinations;
 mod common;
 mod corpus;

@@ -45,7 +45,12 @@ impl Papers<'_> {
         let before = reports.len() - self.trained.steps as usize;
         let tokens = reports[before..].iter().map(|report| report.tokens).sum();
         let seconds = self.trained.elapsed.as_secs_f64();
-        Training { steps: self.trained.steps, tokens, seconds, tokens_per_second: tokens as f64 / seconds }
+        Training {
+            steps: self.trained.steps,
+            tokens,
+            seconds,
+            tokens_per_second: tokens as f64 / seconds.max(f64::MIN_POSITIVE),
+        }
     }
 
     fn card(&self, out: &Path, architecture: &str) -> Card {
@@ -58,12 +63,13 @@ impl Papers<'_> {
             architecture: architecture.to_owned(),
             recipe: Recipe {
                 ratio_asked: settings.ratio,
-                ratio_trained: self.trained.reports.last().map_or(1.0, |report| report.ratio),
+                ratio_trained: self.trained.reports.last().map(|report| report.ratio),
                 context_tokens: settings.length as u64,
                 method: method(&settings.method),
                 delay: settings.method.exempt().delay as u64,
                 sinks: settings.method.exempt().sinks as u64,
                 decision: settings.method.dynamic().map(|dmc| decision(dmc.decision)),
+                fitted_tokens: settings.calibration.map(|calibration| calibration.tokens as u64),
                 loss: match settings.loss {
                     Loss::Lm => "lm".to_owned(),
                     Loss::Distill { .. } => "distill".to_owned(),

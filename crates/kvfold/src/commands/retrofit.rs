@@ -16,8 +16,8 @@ use kvfold_model::shape::Shape;
 use kvfold_model::{Checkpoint, ModelError, ensure_absent};
 use kvfold_report::receipt::{Memory, Quality, Training};
 use kvfold_report::{format, heat_map};
-use kvfold_retrofit::settings::{BORROWED_SCALE, DMS_BORROWED, HEAD_SCALE, Loss, Method, OFFSET};
-use kvfold_retrofit::{Origin, RetrofitError, RunDir, Settings, Trainer};
+use kvfold_retrofit::settings::{BORROWED_SCALE, CALIBRATION_TOKENS, DMS_BORROWED, HEAD_SCALE, Loss, Method, OFFSET};
+use kvfold_retrofit::{Fit, Origin, RetrofitError, RunDir, Settings, Trainer};
 use serde::Serialize;
 use std::path::Path;
 
@@ -39,6 +39,9 @@ struct Output<'a> {
     #[serde(flatten)]
     quality: &'a Quality,
     training: Training,
+    /// What fitting the decisions found, where this process did it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    calibration: Option<Fit>,
     command: String,
 }
 
@@ -76,6 +79,18 @@ pub(crate) fn run(args: &RetrofitArgs, interrupt: &Interrupt) -> Result<(), AppE
     drop(texts);
     let (training_text, windows) = texts::split(&corpus);
 
+    let bar = output::bar("fitting decisions", trainer.shape().layers, "layers", args.json);
+    let fit = trainer.calibrate(&training_text, |done| bar.set_position(done as u64))?;
+    let seen = !bar.is_hidden();
+    bar.finish_and_clear();
+    if let Some(fit) = fit.filter(|_| seen) {
+        output::note(&format!(
+            "decisions fitted on {} tokens: on held-out ones their folds cost {} of what random ones do; the cheapest cost {}",
+            format::exact(fit.tokens as u64),
+            format::percent(fit.chosen / fit.random),
+            format::percent(fit.best / fit.random),
+        ));
+    }
     let saved = format!("the run is saved in {}: go on with --resume", run.path().display());
     interrupt.farewell(&format!("interrupted; {saved}"));
     let trained = interrupt.deferred(|asked| {
@@ -123,6 +138,7 @@ pub(crate) fn run(args: &RetrofitArgs, interrupt: &Interrupt) -> Result<(), AppE
         memory: &memory,
         quality: &quality,
         training: papers.training(),
+        calibration: fit,
         command: output::command_line(),
     };
     if args.json {
@@ -172,6 +188,9 @@ fn settings(
         (None, MethodArg::Dmc) => recipe(dmc(args, dmc::Method::Dmc).into()),
         (None, MethodArg::Dms) => recipe(dmc(args, dmc::Method::Dms).into()),
     };
+    if let tokens @ 1.. = calibration_tokens(args) {
+        settings = settings.calibrated(tokens);
+    }
     settings.loss = match args.loss {
         LossKind::Lm => Loss::Lm,
         LossKind::Distill => Loss::Distill { direction: args.kl.into() },
@@ -187,13 +206,19 @@ fn settings(
     settings.recompute = args.recompute;
     settings.accumulate = args.accumulate;
     settings.train = args.train.into();
-    settings.text = texts.settings(args, (settings.stages, settings.length));
+    settings.text = texts.settings(args, &settings);
     settings.validate(&shape)?;
     if args.checkpoint_every == 0 {
         let expected = "at least 1 step".into();
         return Err(RetrofitError::Setting { setting: "checkpoint_every", found: "0".into(), expected }.into());
     }
     Ok(settings)
+}
+
+/// Tokens that decisions are fitted on.
+fn calibration_tokens(args: &RetrofitArgs) -> usize {
+    let heads = args.decision == DecisionSource::Head && args.method != MethodArg::Gqa && args.from.is_none();
+    args.calibrate.unwrap_or(if heads { CALIBRATION_TOKENS } else { 0 })
 }
 
 /// How the model decides, token by token.
@@ -207,13 +232,13 @@ fn dmc(args: &RetrofitArgs, method: dmc::Method) -> Dmc {
     Dmc {
         method,
         decision: match args.decision {
-            DecisionSource::Head => Decision::Head { scale, offset },
+            DecisionSource::Head => Decision::Head { scale, offset, bias: false },
             DecisionSource::Borrowed => Decision::Borrowed { scale, offset },
         },
         delay: args.delay,
         sinks: args.sinks,
         pool_window: (args.pool_window > 0).then_some(args.pool_window),
-        log_mass: args.log_mass,
+        log_mass: args.log_mass.unwrap_or(method == dmc::Method::Dmc && calibration_tokens(args) > 0),
         share: args.share.into(),
     }
 }

@@ -9,7 +9,7 @@ use kvfold_kernels::FastCpu;
 use kvfold_model::Checkpoint;
 use kvfold_report::format;
 use kvfold_retrofit::documents::{self, Document};
-use kvfold_retrofit::settings::{Stages, Text};
+use kvfold_retrofit::settings::Text;
 use kvfold_retrofit::{Corpus, Settings, corpus};
 
 /// Sequences that are kept from training to measure on: a tenth of the text, at least one and at most this many.
@@ -27,13 +27,14 @@ impl Texts {
     }
 
     /// What the settings say of them.
-    pub(crate) fn settings(&self, args: &RetrofitArgs, (stages, length): (Stages, usize)) -> Text {
+    pub(crate) fn settings(&self, args: &RetrofitArgs, settings: &Settings) -> Text {
         if args.text.is_empty() {
             return Text::Own { samples: args.samples };
         }
-        // What every step takes, once, and what is kept to measure on.
-        let steps = stages.total().saturating_mul(args.batch as u64).saturating_mul(length as u64);
-        let used = usize::try_from(steps).unwrap_or(usize::MAX);
+        // What every step takes, once, or what decisions are fitted on, and what is kept to measure on.
+        let &Settings { stages, length, batch, calibration, .. } = settings;
+        let steps = stages.total().saturating_mul(batch as u64).saturating_mul(length as u64);
+        let used = usize::try_from(steps).unwrap_or(usize::MAX).max(calibration.map_or(0, |fit| fit.tokens));
         let enough = used.saturating_add((used / 9).min(HELD_OUT.saturating_mul(length)));
         Text::Given {
             digest: documents::digest(&self.0),

@@ -22,6 +22,12 @@ pub(crate) const TINY: &[&str] = &[
     "6",
 ];
 
+/// TINY with these arguments instead of its own.
+pub(crate) fn tiny_with<'a>(extra: &[&'a str]) -> Vec<&'a str> {
+    let kept = TINY[1..].chunks(2).filter(|pair| !extra.contains(&pair[0])).flatten().copied();
+    std::iter::once("retrofit").chain(kept).chain(extra.iter().copied()).collect()
+}
+
 /// Generation and evaluation run on the model `out`, and its cache is smaller.
 fn assert_serves(dir: &Dir) {
     let generated =
@@ -61,6 +67,7 @@ fn the_directory_is_a_complete_model_with_its_papers() {
             "kl",
             "top1_agreement",
             "training",
+            "calibration",
             "command",
         ],
     );
@@ -89,6 +96,43 @@ fn the_directory_is_a_complete_model_with_its_papers() {
     assert_eq!((&curve["schema"], points.len()), (&"kvfold.curve/1".into(), 20));
     assert!(points.iter().all(|point| point["loss"].as_f64().is_some_and(f64::is_finite)), "{curve}");
     assert_serves(&dir);
+}
+
+#[test]
+fn decisions_that_are_fitted_need_no_training() {
+    for method in ["dmc", "dms"] {
+        let dir = Dir::new();
+        let fit = ["--method", method, "--steps", "0", "--samples", "40", "--calibrate", "2000"];
+        let args = tiny_with(&fit);
+        let json = dir.run_with(&args, &["--json"]).json();
+        assert_eq!((number(&json, "/training/steps"), number(&json, "/training/tokens")), (0.0, 0.0));
+        let at = |field: &str| number(&json, &format!("/calibration/{field}"));
+        assert_eq!(at("tokens"), 2048.0, "whole sequences");
+        assert!(at("best") < at("chosen") && at("chosen") < 0.8 * at("random"), "{json}");
+        assert!((1.6..2.6).contains(&number(&json, "/logical_ratio")), "{json}");
+        assert!(number(&json, "/kl/mean") < 0.1, "{json}");
+        let cache = &dir.json("out/config.json")["kvfold"]["cache"];
+        assert_eq!(cache["decision"]["bias"], true);
+        assert_eq!(cache["log_mass"], method == "dmc");
+        let card = String::from_utf8(dir.read("out/README.md")).expect("UTF-8");
+        for part in
+            ["a fit to what folding costs, on 2,000 tokens", "| logical ratio at the end of training | not trained |"]
+        {
+            assert!(card.contains(part), "no {part:?} in {card}");
+        }
+        assert_serves(&dir);
+        let delta = ["export", "--delta", "out", "d.safetensors", "--json"];
+        assert!(number(&dir.run(&delta).json(), "/bytes") < 20_000.0, "decision heads alone");
+
+        // The same run without them begins at the original.
+        let dir = Dir::new();
+        let zero = tiny_with(&["--method", method, "--steps", "1", "--samples", "40", "--calibrate", "0"]);
+        let json = dir.run_with(&zero, &["--json"]).json();
+        assert_eq!(json.get("calibration"), None, "{json}");
+        assert!(number(&json, "/logical_ratio") < 1.1, "{json}");
+        let cache = &dir.json("out/config.json")["kvfold"]["cache"];
+        assert_eq!((cache["decision"].get("bias"), &cache["log_mass"]), (None, &false.into()));
+    }
 }
 
 #[test]
@@ -234,7 +278,8 @@ const IMPOSSIBLE: &[(&[&str], &[&str])] = &[
     (&["--ratio", "NaN"], &["`ratio` is NaN"]),
     (&["--ratio", "inf"], &["`ratio` is inf"]),
     (&["--ratio", "10.7"], &["`ratio` is 10.7", "at most 10.66", "4 stay exact and 2 have slots"]),
-    (&["--steps", "0"], &["`steps` is 0"]),
+    (&["--steps", "0", "--calibrate", "0"], &["`steps` is 0", "--calibrate"]),
+    (&["--calibrate", "100", "--decision", "borrowed"], &["`calibrate` is 100", "decision heads with biases"]),
     (&["--batch", "0"], &["`batch` is 0"]),
     (&["--accumulate", "0"], &["`accumulate` is 0", "1 to 2, the sequences of a step"]),
     (&["--accumulate", "3"], &["`accumulate` is 3", "1 to 2"]),

@@ -1,7 +1,7 @@
 //! Retrofits at scale: texts of many documents, parts of a model, plans, deltas, and what may go wrong on the way.
 
 use crate::common::{Dir, HELD_OUT, assert_keys, number};
-use crate::retrofit::TINY;
+use crate::retrofit::{TINY, tiny_with};
 use serde_json::Value;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -23,12 +23,6 @@ fn folder(dir: &Dir) {
         stories[1..9].iter().map(|story| serde_json::json!({"story": story, "text": "x"}).to_string()).collect();
     dir.write("texts/deep/b.jsonl", lines.join("\n"));
     dir.write("texts/deep/c.md", &stories[9]);
-}
-
-/// TINY with these arguments instead of its own.
-fn tiny_with<'a>(extra: &[&'a str]) -> Vec<&'a str> {
-    let kept = TINY[1..].chunks(2).filter(|pair| !extra.contains(&pair[0])).flatten().copied();
-    std::iter::once("retrofit").chain(kept).chain(extra.iter().copied()).collect()
 }
 
 #[test]

@@ -1,0 +1,238 @@
+//! Decision heads that begin where folding costs little, before anything is trained.
+//!
+//! A decision head that begins at zero folds tokens at random, and what it is to learn, which tokens a KV head can do
+//! without, is drowned for hundreds of steps in the noise of its own decisions. But the original model shows it: the error
+//! that a fold makes is the attention that later queries give to the two tokens of which one becomes, times how far apart
+//! their values are. Of a text that the original reads once,
+//!
+//! ```text
+//! cost(t)^2 = sum over the query heads h of the KV head of
+//!             (r_h(t) + r_h(t-1))^2 * |O_h (v_t - v_{t-1})|^2 / |x|^2                      DMC: t folds into t-1
+//!             r_h(t-1)^2            * |O_h (v_{t-1} - mean v)|^2 / |x|^2                   DMS: t evicts t-1
+//! ```
+//!
+//! where `r_h(t)` is the root mean square of the shares of attention that queries at least W tokens later give t, `O_h` the
+//! head's columns of the output projection and `|x|` the mean norm of the residual stream that it adds to, so that costs of
+//! all heads and layers can be compared. A decision head becomes the linear function of its input that predicts the expected
+//! cost (`regression`), and its threshold is the cost below which as many tokens of a held-out part of the text fold as the
+//! ratio asks for.
+//!
+//! The text goes through the model block by block, so memory is that of one layer's inputs.
+
+mod costs;
+mod regression;
+
+use crate::corpus::Corpus;
+use crate::error::RetrofitError;
+use crate::settings::{Calibration, Settings};
+use costs::{Reading, costs, known};
+use kvfold_kernels::Grad;
+use kvfold_kernels::dmc::{Decision, Dmc};
+use kvfold_kernels::ops::{Scope, Spans};
+use kvfold_model::block::Pass;
+use kvfold_model::shape::Shape;
+use kvfold_model::weights::Weights;
+use regression::{Inputs, Linear};
+use serde::Serialize;
+
+/// Of the text, what is held out to find the threshold: one sequence in so many.
+const HELD_OUT: usize = 8;
+
+/// What was fitted. Of the folds that are chosen on held-out text, `chosen` is the summed cost; `random` that of as many folds
+/// at random, and `best` that of the cheapest ones, which only the future shows.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Fit {
+    /// Tokens that were read.
+    pub tokens: usize,
+    /// Summed cost of the folds that the heads choose.
+    pub chosen: f64,
+    /// Summed cost of folds at random.
+    pub random: f64,
+    /// Summed cost of the cheapest folds.
+    pub best: f64,
+}
+
+/// Weights `[2G, C]` and biases `[2G]` of a layer's decision head (`[G, C]` and `[G]` in DMS).
+pub(crate) type HeadWeights = (Vec<f32>, Vec<f32>);
+
+/// The model whose decisions are fitted, as it is without them.
+pub(crate) struct Reader<'a, O: Grad> {
+    pub(crate) ops: &'a O,
+    pub(crate) shape: &'a Shape,
+    pub(crate) angles: &'a O::Tensor,
+    pub(crate) weights: &'a Weights<O::Tensor>,
+}
+
+/// A sequence on its way through the blocks.
+struct Passage<T> {
+    spans: Spans,
+    /// Tokens whose cost is known.
+    known: Vec<bool>,
+    held_out: bool,
+    x: T,
+}
+
+/// A layer's inputs `[N, C]` and costs `[G][N]` of known tokens.
+struct Seen {
+    inputs: Vec<f32>,
+    costs: Vec<Vec<f64>>,
+}
+
+/// A KV head's function, and what it says of held-out tokens beside what they cost.
+struct Head {
+    linear: Linear,
+    predicted: Vec<f64>,
+    costs: Vec<f64>,
+}
+
+/// Fits the decision heads of a run, layer by layer. `progress` is told how many are done.
+pub(crate) fn fit<O: Grad>(
+    reader: &Reader<'_, O>,
+    (settings, dmc, calibration): (&Settings, &Dmc, Calibration),
+    corpus: &Corpus,
+    mut progress: impl FnMut(usize),
+) -> Result<(Vec<HeadWeights>, Fit), RetrofitError> {
+    let Reader { ops, shape, angles, weights } = *reader;
+    let sequences = chosen(settings, corpus, calibration.tokens);
+    let held_out = sequences.len().div_ceil(HELD_OUT);
+    let mut passages: Vec<_> = sequences
+        .iter()
+        .enumerate()
+        .map(|(at, &n)| {
+            let spans = Spans::of_lengths(&corpus.lengths(n).collect::<Vec<_>>());
+            let known = known(&spans, dmc);
+            // A single sequence is both learned from and held out.
+            Passage {
+                known,
+                held_out: at + held_out >= sequences.len(),
+                x: ops.embed(corpus.sequence(n), &weights.embed),
+                spans,
+            }
+        })
+        .collect();
+    let alone = passages.len() == 1;
+    let any = |held_out: bool| passages.iter().any(|p| (p.held_out == held_out || alone) && p.known.contains(&true));
+    if !any(false) || !any(true) {
+        let longest = sequences.iter().flat_map(|&n| corpus.lengths(n)).max().unwrap_or(0);
+        return Err(RetrofitError::NothingToCalibrate { longest, needed: dmc.sinks + 1 + dmc.delay + 1 });
+    }
+
+    let mut layers: Vec<Vec<Head>> = Vec::new();
+    for (layer, block) in weights.blocks.iter().enumerate() {
+        let empty = || Seen { inputs: Vec::new(), costs: vec![Vec::new(); shape.heads.kv] };
+        let (mut learned, mut checked) = (empty(), empty());
+        for passage in &mut passages {
+            let Passage { spans, known, held_out, x } = passage;
+            let pass = Pass { ops, shape, angles, spans };
+            let mut reading = Reading { later: dmc.delay, seen: None };
+            let next = pass.block(layer, block, x, &mut reading);
+            let (reads, v) = reading.seen.expect("a block attends");
+            if known.contains(&true) {
+                let input = ops.to_host(&ops.rms_norm(x, &block.input_norm, shape.norm_eps));
+                let costs = costs(reader, dmc, (spans, known), block, (x, &reads, &v));
+                if *held_out {
+                    checked.take(&input, &costs, known);
+                }
+                if !*held_out || alone {
+                    learned.take(&input, &costs, known);
+                }
+            }
+            *x = next;
+        }
+        let Seen { inputs, costs } = learned;
+        let inputs = Inputs::new(ops, inputs, shape.hidden);
+        let heads = costs.iter().zip(checked.costs).map(|(costs, known)| {
+            let linear = inputs.fit(costs);
+            Head { predicted: linear.of(ops, &checked.inputs), linear, costs: known }
+        });
+        layers.push(heads.collect());
+        progress(layer + 1);
+    }
+
+    let foldable = dmc.exempt().foldable(settings.length).len() as f64;
+    let share = (1.0 - 1.0 / settings.target_ratio()) * settings.length as f64 / foldable;
+    let thresholds = thresholds(&layers, settings.pressure.scope, share);
+    let tokens = sequences.iter().map(|&n| corpus.sequence(n).len()).sum();
+    let fit = judge(&layers, &thresholds, tokens);
+    let heads = layers.iter().zip(&thresholds);
+    Ok((heads.map(|(heads, thresholds)| head_weights(shape, dmc, calibration, (heads, thresholds))).collect(), fit))
+}
+
+/// Sequences that have `tokens` tokens together, or all there are, in the order in which a run takes them.
+fn chosen(settings: &Settings, corpus: &Corpus, tokens: usize) -> Vec<usize> {
+    let order = corpus.batch(settings.seed, 0, corpus.len());
+    let mut taken = 0;
+    let wanted = order.into_iter().take_while(|&n| {
+        let before = taken;
+        taken += corpus.sequence(n).len();
+        before < tokens
+    });
+    wanted.collect()
+}
+
+/// Predictions below which `share` of the tokens lie, by layer and KV head, over the heads that share a target.
+fn thresholds(layers: &[Vec<Head>], scope: Scope, share: f64) -> Vec<Vec<f64>> {
+    let of = |heads: &mut dyn Iterator<Item = &Head>| {
+        let mut all: Vec<f64> = heads.flat_map(|head| &head.predicted).copied().collect();
+        let at = ((all.len() as f64 * share) as usize).min(all.len() - 1);
+        *all.select_nth_unstable_by(at, f64::total_cmp).1
+    };
+    let all = of(&mut layers.iter().flatten());
+    layers
+        .iter()
+        .map(|heads| match scope {
+            Scope::Global => vec![all; heads.len()],
+            Scope::Layer => vec![of(&mut heads.iter()); heads.len()],
+            Scope::Head => heads.iter().map(|head| of(&mut std::iter::once(head))).collect(),
+        })
+        .collect()
+}
+
+/// What the folds below the thresholds cost, beside as many others.
+fn judge(layers: &[Vec<Head>], thresholds: &[Vec<f64>], tokens: usize) -> Fit {
+    let heads = layers.iter().flatten().zip(thresholds.iter().flatten());
+    let (mut chosen, mut folds, mut all) = (0.0, 0, Vec::new());
+    for (head, threshold) in heads {
+        for (predicted, &cost) in head.predicted.iter().zip(&head.costs) {
+            if predicted < threshold {
+                chosen += cost;
+                folds += 1;
+            }
+            all.push(cost);
+        }
+    }
+    let random = all.iter().sum::<f64>() * folds as f64 / all.len() as f64;
+    all.sort_unstable_by(f64::total_cmp);
+    Fit { tokens, chosen, random, best: all[..folds].iter().sum() }
+}
+
+/// A decision head whose logits are `gain * (threshold - prediction)`; importances stay as they begin, all alike.
+fn head_weights(
+    shape: &Shape,
+    dmc: &Dmc,
+    calibration: Calibration,
+    (heads, thresholds): (&[Head], &[f64]),
+) -> HeadWeights {
+    let Decision::Head { scale, offset, .. } = dmc.decision else {
+        unreachable!("settings that calibrate have decision heads: checked when they are validated")
+    };
+    let factor = calibration.gain / scale;
+    let (mut weights, mut biases) = (vec![0.0; shape.decide_outputs * shape.hidden], vec![0.0; shape.decide_outputs]);
+    let rows = weights.chunks_exact_mut(shape.hidden).zip(&mut biases);
+    for ((row, bias), (Head { linear, .. }, threshold)) in rows.zip(heads.iter().zip(thresholds)) {
+        row.iter_mut().zip(&linear.weights).for_each(|(to, &w)| *to = (-factor * w) as f32);
+        *bias = (factor * (threshold - linear.bias) + offset / scale) as f32;
+    }
+    (weights, biases)
+}
+
+impl Seen {
+    /// Takes in the known tokens of inputs `[N, C]` and costs `[N, G]`.
+    fn take(&mut self, inputs: &[f32], costs: &[f64], known: &[bool]) {
+        let (columns, kv) = (inputs.len() / known.len(), self.costs.len());
+        for (row, _) in known.iter().enumerate().filter(|(_, known)| **known) {
+            self.inputs.extend_from_slice(&inputs[row * columns..][..columns]);
+            self.costs.iter_mut().zip(&costs[row * kv..]).for_each(|(to, &cost)| to.push(cost));
+        }
+    }
+}
