@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# SmolLM2-135M-Instruct taught to compress its cache, on your texts, by three methods at the same tokens: DMC and DMS to 2x
-# and, going on from there, to 4x; and GQA to one of three KV heads. Attention's weights train, so each result is also a small
-# delta. Writes, for each NAME of dmc-2x, dmc-4x, dms-2x, dms-4x and gqa-3x, models/smollm2-NAME (the model),
-# models/smollm2-NAME.safetensors (an int8 delta over the original) and results/smollm2-NAME.json.
+# SmolLM2-135M-Instruct with a smaller cache, on your texts: DMC and DMS at 2x and 4x with decisions that are fitted and nothing
+# that is trained (NAME dmc-2x-fit and so on), and, unless STEPS is 0, trained for STEPS steps from there (dmc-2x), beside GQA to
+# one of three KV heads after as many (gqa-3x). All are measured on the same held-out windows. Attention's weights train, so each
+# result is also a small delta. Writes for each NAME models/smollm2-NAME (the model), models/smollm2-NAME.safetensors (a delta
+# over the original: f32 where only decision heads differ, else int8) and results/smollm2-NAME.json.
 #
-# What is there is kept, and an interrupted run goes on, when this is called again with the same arguments. Takes hours:
-# `kvfold retrofit --plan` says how many on your machine.
+# What is there is kept, and an interrupted run goes on, when this is called again with the same arguments. A fit takes minutes,
+# training hours: `kvfold retrofit --plan` says how many on your machine.
 #
-# Usage: runs/smollm2.sh STEPS PATH...     steps of 2 x 1024 tokens per result (GQA: twice as many); files or folders of text
+# Usage: runs/smollm2.sh STEPS PATH...     steps of 2 x 1024 tokens; files or folders of text, 100,000 tokens at least
 set -euo pipefail
 if [ $# -lt 2 ]; then
-  sed -n '10p' "$0" | cut -c3- >&2
+  grep '^# Usage' "$0" | cut -c3- >&2
   exit 2
 fi
 steps="$1"
@@ -26,26 +27,36 @@ runs/fetch-smollm2.sh
 cargo build --release
 receipt="$(mktemp)"
 trap 'rm -f "$receipt"' EXIT
+# As much text for every run, so that what is held out is the same.
+tokens=$((steps > 44 ? steps * 2276 : 100000))
 
-# teach NAME STEPS ARGUMENT...
+# teach NAME STEPS DTYPE ARGUMENT...
 teach() {
-  local name="$1" steps="$2" out="models/smollm2-$1" resume=()
-  shift 2
+  local name="$1" steps="$2" dtype="$3" out="models/smollm2-$1" resume=()
+  shift 3
   if ! [ -d "$out" ]; then
     if [ -d "$out.kvfold-run" ]; then
       resume=(--resume)
     fi
-    target/release/kvfold retrofit --model "$base" --out "$out" --text "${texts[@]}" --steps "$steps" --length 1024 \
-      --batch 2 --train attention --checkpoint-every 20 --json "$@" "${resume[@]}" >"$receipt"
+    target/release/kvfold retrofit --model "$base" --out "$out" --text "${texts[@]}" --max-tokens "$tokens" --steps "$steps" \
+      --length 1024 --batch 2 --train attention --checkpoint-every 20 --json "$@" "${resume[@]}" >"$receipt"
     cp "$receipt" "results/smollm2-$name.json"
   fi
   if ! [ -f "$out.safetensors" ]; then
-    target/release/kvfold export --delta "$out" "$out.safetensors" --dtype int8
+    target/release/kvfold export --delta "$out" "$out.safetensors" --dtype "$dtype"
   fi
 }
 
-for method in dmc dms; do
-  teach "$method-2x" "$steps" --method "$method" --ratio 2
-  teach "$method-4x" "$steps" --from "models/smollm2-$method-2x" --ratio 4 --seed 1
+for ratio in 2 4; do
+  for method in dmc dms; do
+    teach "$method-${ratio}x-fit" 0 f32 --method "$method" --ratio "$ratio"
+  done
 done
-teach gqa-3x $((2 * steps)) --method gqa --kv-heads 1
+if [ "$steps" -gt 0 ]; then
+  for method in dmc dms; do
+    for ratio in 2 4; do
+      teach "$method-${ratio}x" "$steps" int8 --method "$method" --ratio "$ratio" --lr 5e-5
+    done
+  done
+  teach gqa-3x "$steps" int8 --method gqa --kv-heads 1
+fi
