@@ -16,11 +16,12 @@ if [ $# -lt 2 ]; then
 fi
 steps="$1"
 shift
+root="$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")"
 texts=()
 for path in "$@"; do
-  texts+=("$(realpath "$path")")
+  texts+=("$(realpath --relative-to="$root" "$path")")
 done
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$root"
 
 base=models/smollm2-135m-instruct
 runs/fetch-smollm2.sh

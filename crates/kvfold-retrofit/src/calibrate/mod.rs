@@ -14,8 +14,7 @@
 //! where `r_h(t)` is the root mean square of the shares of attention that queries at least W tokens later give t, `O_h` the
 //! head's columns of the output projection and `|x|` the mean norm of the residual stream that it adds to, so that costs of
 //! all heads and layers can be compared. A decision head becomes the linear function of its input that predicts the expected
-//! cost (`regression`), and its threshold is the cost below which as many tokens of a held-out part of the text fold as the
-//! ratio asks for.
+//! cost (`regression`), and its threshold is the cost below which as many tokens of the text fold as the ratio asks for.
 //!
 //! The text goes through the model block by block, so memory is that of one layer's inputs.
 
@@ -35,7 +34,7 @@ use kvfold_model::weights::Weights;
 use regression::{Inputs, Linear};
 use serde::Serialize;
 
-/// Of the text, what is held out to find the threshold: one sequence in so many.
+/// Of the text, what is held out to judge the fit: one sequence in so many.
 const HELD_OUT: usize = 8;
 
 /// What was fitted. Of the folds that are chosen on held-out text, `chosen` is the summed cost; `random` that of as many folds
@@ -78,9 +77,10 @@ struct Seen {
     costs: Vec<Vec<f64>>,
 }
 
-/// A KV head's function, and what it says of held-out tokens beside what they cost.
+/// A KV head's function, what it says of all tokens, and what it says of held-out ones beside what they cost.
 struct Head {
     linear: Linear,
+    all: Vec<f64>,
     predicted: Vec<f64>,
     costs: Vec<f64>,
 }
@@ -143,7 +143,12 @@ pub(crate) fn fit<O: Grad>(
         let inputs = Inputs::new(ops, inputs, shape.hidden);
         let heads = costs.iter().zip(checked.costs).map(|(costs, known)| {
             let linear = inputs.fit(costs);
-            Head { predicted: linear.of(ops, &checked.inputs), linear, costs: known }
+            let predicted = linear.of(ops, &checked.inputs);
+            let mut all = inputs.values(&linear);
+            if !alone {
+                all.extend_from_slice(&predicted);
+            }
+            Head { linear, all, predicted, costs: known }
         });
         layers.push(heads.collect());
         progress(layer + 1);
@@ -173,7 +178,7 @@ fn chosen(settings: &Settings, corpus: &Corpus, tokens: usize) -> Vec<usize> {
 /// Predictions below which `share` of the tokens lie, by layer and KV head, over the heads that share a target.
 fn thresholds(layers: &[Vec<Head>], scope: Scope, share: f64) -> Vec<Vec<f64>> {
     let of = |heads: &mut dyn Iterator<Item = &Head>| {
-        let mut all: Vec<f64> = heads.flat_map(|head| &head.predicted).copied().collect();
+        let mut all: Vec<f64> = heads.flat_map(|head| &head.all).copied().collect();
         let at = ((all.len() as f64 * share) as usize).min(all.len() - 1);
         *all.select_nth_unstable_by(at, f64::total_cmp).1
     };

@@ -91,6 +91,13 @@ impl<'a, O: Grad> Inputs<'a, O> {
         Linear { bias: bias + mean.ln() - weights.dot(&self.mean), weights: weights.as_slice().to_vec() }
     }
 
+    /// What a function says of every row.
+    pub(super) fn values(&self, linear: &Linear) -> Vec<f64> {
+        let weights = DVector::from_column_slice(&linear.weights);
+        let centre = linear.bias + weights.dot(&self.mean);
+        self.times(&weights).into_iter().map(|x| f64::from(x) + centre).collect()
+    }
+
     /// `w . y` of every row, of centred inputs.
     fn times(&self, weights: &DVector<f64>) -> Vec<f32> {
         let weights: Vec<f32> = weights.iter().map(|&w| w as f32).collect();
