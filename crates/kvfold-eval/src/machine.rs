@@ -26,7 +26,7 @@ impl Machine {
         let level = Level::detect();
         Self {
             level: format!("{level:?}"),
-            threads: kvfold_kernels::cpu::threads(),
+            threads: kvfold_kernels::team::threads(),
             peak_f32: peak(level, Precision::F32),
             peak_bf16: peak(level, Precision::Bf16),
             bandwidth: read_bandwidth(),

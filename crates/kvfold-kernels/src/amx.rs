@@ -310,8 +310,8 @@ fn transpose_square(lines: [__m512i; TILE]) -> [__m512i; TILE] {
 mod tests {
     use crate::bf16::{self, GemmBf16, widen, words};
     use crate::simd::{Level, PANEL};
+    use crate::team::Team;
     use proptest::prelude::*;
-    use rayon::prelude::*;
 
     fn noise(seed: u64, i: usize) -> f32 {
         (crate::noise::unit(crate::noise::hash(&[seed, i as u64])) * 2.0 - 1.0) as f32
@@ -428,8 +428,8 @@ mod tests {
     /// Tiles are a thread's own, and survive its being interrupted.
     #[test]
     fn threads_do_not_disturb_each_other() {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(4).build().unwrap();
+        let team = Team::new(4).unwrap();
         let shapes: Vec<(usize, usize)> = (0..200).map(|i| (1 + i % 33, 1 + i * 7 % 32)).collect();
-        pool.install(|| shapes.par_iter().for_each(|&(m, n)| check(m, n, 700, false, true)));
+        team.run(shapes.len(), |index| check(shapes[index].0, shapes[index].1, 700, false, true));
     }
 }

@@ -193,8 +193,14 @@ pub(crate) unsafe fn gemm(level: Level, g: GemmBf16<'_>, c: *mut f32) {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn gemm_avx2(g: GemmBf16<'_>, c: *mut f32) {
+    // Few rows leave room for wide tiles only; more share the widening of fewer columns.
     // SAFETY: the caller's.
-    unsafe { tiles::<Avx2, 4, 2>(g, c) }
+    unsafe {
+        match g.m {
+            ..3 => tiles::<Avx2, 4, 2>(g, c),
+            _ => tiles::<Avx2, 2, 4>(g, c),
+        }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -279,10 +285,7 @@ impl Tile {
                 }
             }
             for p in 0..self.words {
-                let mut b = [V::pairs(self.b.add(p * PANEL)); NV];
-                for (j, b) in b.iter_mut().enumerate().skip(1) {
-                    *b = V::pairs(self.b.add(p * PANEL + j * V::Sum::LANES));
-                }
+                let b: [V::Pairs; NV] = std::array::from_fn(|j| V::pairs(self.b.add(p * PANEL + j * V::Sum::LANES)));
                 for (i, row) in acc.iter_mut().enumerate() {
                     let a = V::splat(*self.a.add(i * self.a_row + p * self.a_word));
                     for (sum, &b) in row.iter_mut().zip(&b) {
@@ -300,7 +303,7 @@ impl Tile {
     }
 }
 
-/// Vectors of an instruction set: f32 sums, and words of two bf16 terms.
+/// Vectors of an instruction set: f32 sums, and words of two bf16 terms in the form that it multiplies.
 ///
 /// # Safety
 /// `pairs` reads as many words as a sum has lanes. An implementation must only be used where the machine has its
@@ -336,32 +339,52 @@ unsafe impl Dot for Portable {
     }
 }
 
+/// Words as floats of their lower and of their upper terms.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+struct Halves<V> {
+    lower: V,
+    upper: V,
+}
+
 #[cfg(target_arch = "x86_64")]
 struct Avx2;
+
+#[cfg(target_arch = "x86_64")]
+impl Avx2 {
+    /// # Safety
+    /// The machine must have AVX2.
+    #[inline(always)]
+    unsafe fn halves(words: __m256i) -> Halves<__m256> {
+        // SAFETY: the caller's.
+        unsafe {
+            Halves {
+                lower: _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words)),
+                upper: _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(-0x1_0000))),
+            }
+        }
+    }
+}
 
 #[cfg(target_arch = "x86_64")]
 // SAFETY: reads as many words as the sum has lanes.
 unsafe impl Dot for Avx2 {
     type Sum = __m256;
-    type Pairs = __m256i;
+    type Pairs = Halves<__m256>;
     #[inline(always)]
-    unsafe fn pairs(p: *const u32) -> __m256i {
+    unsafe fn pairs(p: *const u32) -> Halves<__m256> {
         // SAFETY: the caller's.
-        unsafe { _mm256_loadu_si256(p.cast()) }
+        unsafe { Self::halves(_mm256_loadu_si256(p.cast())) }
     }
     #[inline(always)]
-    unsafe fn splat(word: u32) -> __m256i {
+    unsafe fn splat(word: u32) -> Halves<__m256> {
         // SAFETY: the caller has AVX2.
-        unsafe { _mm256_set1_epi32(word as i32) }
+        unsafe { Self::halves(_mm256_set1_epi32(word as i32)) }
     }
     #[inline(always)]
-    unsafe fn dot(sum: __m256, a: __m256i, b: __m256i) -> __m256 {
+    unsafe fn dot(sum: __m256, a: Halves<__m256>, b: Halves<__m256>) -> __m256 {
         // SAFETY: the caller has AVX2 and FMA.
-        unsafe {
-            let lower = |x| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x));
-            let upper = |x| _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(-0x1_0000)));
-            _mm256_fmadd_ps(upper(a), upper(b), _mm256_fmadd_ps(lower(a), lower(b), sum))
-        }
+        unsafe { _mm256_fmadd_ps(a.upper, b.upper, _mm256_fmadd_ps(a.lower, b.lower, sum)) }
     }
 }
 
@@ -369,28 +392,48 @@ unsafe impl Dot for Avx2 {
 struct Avx512;
 
 #[cfg(target_arch = "x86_64")]
-// SAFETY: reads as many words as the sum has lanes.
-unsafe impl Dot for Avx512 {
-    type Sum = __m512;
-    type Pairs = __m512i;
+impl Avx512 {
+    /// # Safety
+    /// The machine must have AVX-512, and 16 words must be at the pointer.
     #[inline(always)]
-    unsafe fn pairs(p: *const u32) -> __m512i {
+    unsafe fn words(p: *const u32) -> __m512i {
         // SAFETY: the caller's.
         unsafe { _mm512_loadu_si512(p.cast()) }
     }
+
+    /// # Safety
+    /// The machine must have AVX-512.
     #[inline(always)]
-    unsafe fn splat(word: u32) -> __m512i {
-        // SAFETY: the caller has AVX-512.
-        unsafe { _mm512_set1_epi32(word as i32) }
+    unsafe fn halves(words: __m512i) -> Halves<__m512> {
+        // SAFETY: the caller's.
+        unsafe {
+            Halves {
+                lower: _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words)),
+                upper: _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(-0x1_0000))),
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+// SAFETY: reads as many words as the sum has lanes.
+unsafe impl Dot for Avx512 {
+    type Sum = __m512;
+    type Pairs = Halves<__m512>;
+    #[inline(always)]
+    unsafe fn pairs(p: *const u32) -> Halves<__m512> {
+        // SAFETY: the caller's.
+        unsafe { Self::halves(Self::words(p)) }
     }
     #[inline(always)]
-    unsafe fn dot(sum: __m512, a: __m512i, b: __m512i) -> __m512 {
+    unsafe fn splat(word: u32) -> Halves<__m512> {
         // SAFETY: the caller has AVX-512.
-        unsafe {
-            let lower = |x| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(x));
-            let upper = |x| _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(-0x1_0000)));
-            _mm512_fmadd_ps(upper(a), upper(b), _mm512_fmadd_ps(lower(a), lower(b), sum))
-        }
+        unsafe { Self::halves(_mm512_set1_epi32(word as i32)) }
+    }
+    #[inline(always)]
+    unsafe fn dot(sum: __m512, a: Halves<__m512>, b: Halves<__m512>) -> __m512 {
+        // SAFETY: the caller has AVX-512.
+        unsafe { _mm512_fmadd_ps(a.upper, b.upper, _mm512_fmadd_ps(a.lower, b.lower, sum)) }
     }
 }
 
@@ -405,12 +448,12 @@ unsafe impl Dot for Avx512Bf16 {
     #[inline(always)]
     unsafe fn pairs(p: *const u32) -> __m512bh {
         // SAFETY: as above.
-        unsafe { std::mem::transmute(Avx512::pairs(p)) }
+        unsafe { std::mem::transmute(Avx512::words(p)) }
     }
     #[inline(always)]
     unsafe fn splat(word: u32) -> __m512bh {
         // SAFETY: as above.
-        unsafe { std::mem::transmute(Avx512::splat(word)) }
+        unsafe { std::mem::transmute(_mm512_set1_epi32(word as i32)) }
     }
     #[inline(always)]
     unsafe fn dot(sum: __m512, a: __m512bh, b: __m512bh) -> __m512 {

@@ -37,6 +37,7 @@ mod q8;
 pub mod real;
 mod rope;
 pub mod simd;
+pub mod team;
 
 pub use cpu::{Array, Cpu, FastCpu, Reference};
 pub use ops::{CacheOps, Grad, Ops};

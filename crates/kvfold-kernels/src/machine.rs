@@ -8,7 +8,7 @@
 use crate::bf16::{self, GemmBf16};
 use crate::ops::Precision;
 use crate::simd::{Level, PANEL, Vector};
-use rayon::prelude::*;
+use crate::team;
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 use std::hint::black_box;
@@ -73,7 +73,7 @@ pub fn peak(level: Level, precision: Precision) -> f64 {
         #[cfg(not(target_arch = "x86_64"))]
         _ => unreachable!("not an x86-64 machine"),
     };
-    fastest(SHORT_ROUNDS, || rayon::broadcast(|_| chains()).into_iter().sum())
+    fastest(SHORT_ROUNDS, || team::map(0..team::threads(), |_| chains()).into_iter().sum())
 }
 
 /// Runs `N` chains of multiply-adds; returns their floating-point operations. `N` vectors must fit the registers, and be
@@ -169,16 +169,16 @@ pub fn read_bandwidth() -> f64 {
     /// Several times any cache.
     const BYTES: usize = 1 << 28;
     let data = vec![1u64; BYTES / 8];
-    let part = data.len().div_ceil(rayon::current_num_threads());
+    let part = data.len().div_ceil(team::threads());
     let level = Level::detect();
     fastest(LONG_ROUNDS, || {
-        let sums = data.par_chunks(part).map(|part| {
+        let sums = team::map(data.chunks(part), |part| {
             level.run(
                 #[inline(always)]
                 || part.iter().fold(0u64, |sum, &x| sum.wrapping_add(x)),
             )
         });
-        black_box(sums.sum::<u64>());
+        black_box(sums);
         BYTES
     })
 }

@@ -83,6 +83,9 @@ fn run_avx512<R>(f: impl FnOnce() -> R) -> R {
     f()
 }
 
+/// Bytes of a cache line.
+pub(crate) const CACHE_LINE: usize = 64;
+
 /// Columns of a tile, and of a panel of packed weights: two AVX-512 registers.
 pub const PANEL: usize = 32;
 
@@ -363,6 +366,18 @@ impl Tile {
             }
         }
     }
+}
+
+/// Asks for memory that will be read soon; nothing else depends on it.
+#[inline(always)]
+pub(crate) fn prefetch<T>(data: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    for byte in (0..size_of_val(data)).step_by(CACHE_LINE) {
+        // SAFETY: a prefetch is a hint, and the address lies inside the slice.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(data.as_ptr().cast::<i8>().add(byte)) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = data;
 }
 
 /// A register of f32 lanes.

@@ -7,7 +7,9 @@ use kvfold_kernels::ops::{
     PoolInput, PoolOutput, PoolShape, Pooled, Precision, Predictions, Scope, Spans, Visible,
 };
 use kvfold_kernels::simd::Level;
+use kvfold_kernels::team::Team;
 use kvfold_kernels::{FastCpu, Grad, Ops, Reference};
+use std::sync::Arc;
 
 /// Largest difference of an f32 result from the f64 reference, relative to the largest element of the result (or to
 /// 0.1, where all are smaller).
@@ -459,8 +461,8 @@ fn no_result_depends_on_threads_or_on_old_buffers() {
             let ops = FastCpu::at_level(level);
             let expected = every_op(&ops, &case);
             for threads in [1, 2, 3] {
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                let got = pool.install(|| every_op(&ops, &case));
+                let team = Arc::new(Team::new(threads).unwrap());
+                let got = team.install(|| every_op(&ops, &case));
                 for (want, got) in expected.iter().zip(&got) {
                     assert!(bits(want) == bits(got), "{level:?}, {threads} threads: {} in {case:?}", want.name);
                 }

@@ -7,9 +7,9 @@
 use crate::documents::Document;
 use crate::error::RetrofitError;
 use kvfold_kernels::noise::hash;
+use kvfold_kernels::team;
 use kvfold_model::digest::hex;
 use kvfold_model::{ModelError, Tokenizer};
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -50,10 +50,8 @@ pub fn encode(
             taken
         };
         let (chunk, later) = rest.split_at(rest.iter().take_while(within).count());
-        let tokens = chunk
-            .par_iter()
-            .map(|document| encode_prefix(&document.text, tokenizer, left))
-            .collect::<Result<Vec<_>, ModelError>>()?;
+        let tokens = team::map(chunk, |document| encode_prefix(&document.text, tokenizer, left));
+        let tokens = tokens.into_iter().collect::<Result<Vec<_>, ModelError>>()?;
         for (document, mut tokens) in chunk.iter().zip(tokens) {
             tokens.truncate(left);
             left -= tokens.len();

@@ -10,6 +10,7 @@ use clap::Parser;
 use cli::{BenchCommand, Cli, Command, EvalCommand};
 use error::AppError;
 use interrupt::Interrupt;
+use kvfold_kernels::team::Team;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -26,11 +27,11 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<(), AppError> {
-    let mut pool = rayon::ThreadPoolBuilder::new();
     if let Some(threads) = cli.threads {
-        pool = pool.num_threads(threads.into());
+        let team = Team::new(threads.into());
+        let team = team.map_err(|error| AppError::Setup { what: "start the threads", reason: error.to_string() })?;
+        team.set_global();
     }
-    pool.build_global().map_err(|error| AppError::Setup { what: "start the threads", reason: error.to_string() })?;
     let interrupt = Interrupt::listen()?;
     match &cli.command {
         Command::Demo(args) => commands::demo::run(args),

@@ -8,10 +8,12 @@ use kvfold_kernels::kernel_set::KernelSet;
 use kvfold_kernels::ops::{Heads, Spans};
 use kvfold_kernels::paged::{CacheDType, PAGE_SLOTS};
 use kvfold_kernels::real::Real;
+use kvfold_kernels::team::Team;
 use kvfold_kernels::{Array, Cpu, FastCpu, Ops, Reference};
 use kvfold_model::Loaded;
 use kvfold_model::attend::{Fading, Folding, Mode, Plain};
 use kvfold_model::block::Attend;
+use std::sync::Arc;
 
 /// Whether numbers are the same to the last bit.
 fn same<F: Real>(got: &[F], want: &[F]) -> bool {
@@ -293,8 +295,8 @@ fn company_changes_nothing(engine: &mut Engine<FastCpu>, texts: &[Vec<u32>], rng
     };
     check(&by_token);
     for threads in [1, 2, 3] {
-        let threads = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
-        check(&threads.install(|| together(engine, texts, rng)));
+        let team = Arc::new(Team::new(threads).expect("threads"));
+        check(&team.install(|| together(engine, texts, rng)));
     }
     // The last row alone is the last row of all.
     let mut sequences: Vec<Sequence> = texts.iter().map(|_| engine.sequence()).collect();

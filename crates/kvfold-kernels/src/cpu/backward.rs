@@ -13,7 +13,7 @@ use crate::ops::{
 };
 use crate::pool::{self, PoolJob, PoolJobGrad};
 use crate::real::{self, Real};
-use rayon::prelude::*;
+use crate::team;
 
 /// Why there is no gradient of an 8-bit weight.
 const NOT_TRAINED: &str = "8-bit weights have no gradient: a run's settings are checked for that";
@@ -55,18 +55,14 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
 
     fn add_row_grad(&self, d: &Array<F>) -> Array<F> {
         let (_, cols) = d.matrix();
-        let parts: Vec<Vec<F>> = d
-            .data()
-            .par_chunks(SUMMED_ROWS * cols)
-            .map(|d| {
-                let mut part = vec![F::zero(); cols];
-                self.set.run(
-                    #[inline(always)]
-                    || d.chunks_exact(cols).for_each(|d| pool::accumulate(&mut part, F::one(), F::one(), d)),
-                );
-                part
-            })
-            .collect();
+        let parts = team::map(d.data().chunks(SUMMED_ROWS * cols), |d| {
+            let mut part = vec![F::zero(); cols];
+            self.set.run(
+                #[inline(always)]
+                || d.chunks_exact(cols).for_each(|d| pool::accumulate(&mut part, F::one(), F::one(), d)),
+            );
+            part
+        });
         self.array(&[cols], sum_of(&parts, cols))
     }
 
@@ -74,18 +70,15 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
         let cols = w.data().len();
         let block = SUMMED_ROWS * cols;
         let mut dx = self.buffer(x.data().len());
-        let parts: Vec<Vec<F>> = dx
-            .par_chunks_mut(block)
-            .zip(x.data().par_chunks(block).zip(d.data().par_chunks(block)))
-            .map(|(dx, (x, d))| {
-                let mut dw = vec![F::zero(); cols];
-                self.set.run(
-                    #[inline(always)]
-                    || norm::backward((x, w.data(), F::of(eps)), d, dx, &mut dw),
-                );
-                dw
-            })
-            .collect();
+        let blocks = dx.chunks_mut(block).zip(x.data().chunks(block).zip(d.data().chunks(block)));
+        let parts = team::map(blocks, |(dx, (x, d))| {
+            let mut dw = vec![F::zero(); cols];
+            self.set.run(
+                #[inline(always)]
+                || norm::backward((x, w.data(), F::of(eps)), d, dx, &mut dw),
+            );
+            dw
+        });
         (self.array(x.shape(), dx), self.array(w.shape(), sum_of(&parts, cols)))
     }
 
@@ -229,8 +222,7 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
         let alphas = split_jobs(alpha.data_mut(), spans, kv, 1);
         let omegas = split_jobs(omega.data_mut(), spans, kv, 1);
         let to = xs.into_iter().zip(alphas).zip(omegas).map(|((x, alpha), omega)| PoolJobGrad { x, alpha, omega });
-        let work: Vec<_> = jobs.iter().zip(&d_jobs).zip(to).collect();
-        work.into_par_iter().for_each(|(((x, alpha, omega), (d_mean, d_mass, _)), mut to)| {
+        team::each(jobs.iter().zip(&d_jobs).zip(to), |(((x, alpha, omega), (d_mean, d_mass, _)), mut to)| {
             let job = PoolJob { x, alpha, omega, window: shape.window };
             self.set.run(
                 #[inline(always)]
@@ -267,8 +259,8 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
         let mut reads = self.buffer(spans.rows() * heads.query);
         let jobs = Self::attention_jobs(q, visible, spans, heads);
         let places = spans.iter().flat_map(|span| (0..kv).map(move |g| (span, g)));
-        let work: Vec<_> = jobs.iter().zip(places).zip(split_jobs(&mut reads, spans, kv, group)).collect();
-        work.into_par_iter().for_each(|((job, (span, g)), reads)| {
+        let work = jobs.iter().zip(places).zip(split_jobs(&mut reads, spans, kv, group));
+        team::each(work, |((job, (span, g)), reads)| {
             self.set.late_reads(job, &by_head(&saved.lse, (span, g), (group, 1)), later, reads);
         });
         self.to_rows(&reads, spans, JobLayout { kv, parts: group, width: 1 })
@@ -290,8 +282,8 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
         let to_q = split_jobs(dq.data_mut(), spans, kv, group * dim);
         let (to_exact, to_pooled) = (exact.split(spans, kv, dim), pooled.split(spans, kv, dim));
         let places = spans.iter().flat_map(|span| (0..kv).map(move |g| (span, g)));
-        let work: Vec<_> = jobs.iter().zip(places).zip(to_q).zip(to_exact.into_iter().zip(to_pooled)).collect();
-        work.into_par_iter().for_each(|(((job, (span, g)), q), (exact, pooled))| {
+        let work = jobs.iter().zip(places).zip(to_q).zip(to_exact.into_iter().zip(to_pooled));
+        team::each(work, |(((job, (span, g)), q), (exact, pooled))| {
             let rows_of = |x: &Array<F>, width: usize| by_head(x, (span, g), (group, width));
             let (out, lse) = (rows_of(&saved.out, dim), rows_of(&saved.lse, 1));
             let d = view(d, span, g, group * dim);
@@ -314,19 +306,13 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
     }
 
     fn sum_squares(&self, x: &Array<F>) -> f64 {
-        let parts: Vec<f64> = x
-            .data()
-            .par_chunks(PARALLEL)
-            .map(|x| {
-                self.set
-                    .run(
-                        #[inline(always)]
-                        || real::sum_squares(x),
-                    )
-                    .f64()
-            })
-            .collect();
-        parts.iter().sum()
+        let part = |x: &[F]| {
+            self.set.run(
+                #[inline(always)]
+                || real::sum_squares(x).f64(),
+            )
+        };
+        team::map(x.data().chunks(PARALLEL), part).iter().sum()
     }
 
     fn adamw(&self, param: &mut Array<F>, grad: &Array<F>, moments: &mut Moments<Array<F>>, by: AdamW) {
@@ -335,9 +321,9 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
         let (m_correct, v_correct) = (correct(by.beta1), correct(by.beta2));
         let (beta1, beta2, eps) = (F::of(by.beta1), F::of(by.beta2), F::of(by.eps));
         let (lr, keep, grad_scale) = (F::of(by.lr), F::of(1.0 - by.lr * by.weight_decay), F::of(by.grad_scale));
-        let moments = m.par_chunks_mut(PARALLEL).zip(v.par_chunks_mut(PARALLEL));
-        let params = param.data_mut().par_chunks_mut(PARALLEL).zip(grad.data().par_chunks(PARALLEL));
-        params.zip(moments).for_each(|((p, g), (m, v))| {
+        let moments = m.chunks_mut(PARALLEL).zip(v.chunks_mut(PARALLEL));
+        let params = param.data_mut().chunks_mut(PARALLEL).zip(grad.data().chunks(PARALLEL));
+        team::each(params.zip(moments), |((p, g), (m, v))| {
             self.set.run(
                 #[inline(always)]
                 || {

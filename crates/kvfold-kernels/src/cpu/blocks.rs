@@ -1,16 +1,14 @@
-//! How a product's output is divided among threads, and products with weights that are widened block by block.
+//! How a product's output is divided among threads.
 
 use super::Cpu;
 use crate::kernel_set::KernelSet;
 use crate::real::Real;
-use crate::simd::{Gemm, PANEL, STRIP};
-use rayon::prelude::*;
+use crate::simd::PANEL;
+use crate::team;
 use std::ops::Range;
 
 /// Rows of a block: several register tiles, few enough to stay in cache beside a panel.
 const ROWS: usize = 96;
-/// Rows from which widening a panel of smaller numbers is paid back.
-pub(super) const MANY: usize = 4;
 /// Multiplications that are worth a task.
 const TASK: usize = 256 * 1024;
 
@@ -45,16 +43,33 @@ fn blocks(Sizes { n, outputs, terms }: Sizes, f: impl Fn(Range<usize>, Range<usi
     let rows = n.min(ROWS);
     // Blocks of few rows take more panels; few blocks of rows are divided by panels.
     let worth = TASK.div_ceil(rows.max(1) * terms * PANEL);
-    let wanted = (4 * rayon::current_num_threads()).div_ceil(n.div_ceil(ROWS).max(1));
+    let wanted = (4 * team::threads()).div_ceil(n.div_ceil(ROWS).max(1));
     let width = panels.div_ceil(wanted).max(worth).min(panels);
     let strips = panels.div_ceil(width);
-    (0..n.div_ceil(ROWS) * strips).into_par_iter().for_each(|block| {
+    team::run(n.div_ceil(ROWS) * strips, |block| {
         let (row, panel) = (block / strips * ROWS, block % strips * width);
         f(row..n.min(row + ROWS), panel..panels.min(panel + width));
     });
 }
 
 impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
+    /// An output of which `product` writes a block of rows and of panels of columns at a time: the rows, the panels, and where
+    /// each panel's columns begin.
+    pub(super) fn block_product(
+        &self,
+        sizes: Sizes,
+        product: impl Fn(Range<usize>, Range<usize>, &dyn Fn(usize) -> *mut F) + Sync,
+    ) -> Vec<F> {
+        let Sizes { n, outputs, .. } = sizes;
+        let mut y = self.buffer(n * outputs);
+        let out = Output::of(&mut y);
+        blocks(sizes, |rows, panels| {
+            let first = rows.start * outputs;
+            product(rows, panels, &|panel| out.at(first + panel * PANEL));
+        });
+        y
+    }
+
     /// An output of which `product` writes a block of rows and a panel of columns at a time: the rows, the panel, the
     /// columns that it has, and where they begin.
     pub(super) fn panel_product(
@@ -62,61 +77,11 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         sizes: Sizes,
         product: impl Fn(Range<usize>, usize, usize, *mut F) + Sync,
     ) -> Vec<F> {
-        let Sizes { n, outputs, .. } = sizes;
-        let mut y = self.buffer(n * outputs);
-        let out = Output::of(&mut y);
-        blocks(sizes, |rows, panels| {
+        let Sizes { outputs, .. } = sizes;
+        self.block_product(sizes, |rows, panels, at| {
             for panel in panels {
-                let (columns, to) = (outputs - panel * PANEL, out.at(rows.start * outputs + panel * PANEL));
-                product(rows.clone(), panel, columns.min(PANEL), to);
+                product(rows.clone(), panel, PANEL.min(outputs - panel * PANEL), at(panel));
             }
-        });
-        y
-    }
-
-    /// Rows `[n, terms]`, which each block takes in by `take`, times panels that it widens to strips `[2][terms][16]`.
-    pub(super) fn widened_product(
-        &self,
-        a: &[F],
-        sizes: Sizes,
-        take: impl Fn(&[F], &mut [F]) + Sync,
-        widen: impl Fn(usize, &mut [F]) + Sync,
-    ) -> Vec<F> {
-        let Sizes { n, outputs, terms } = sizes;
-        // Packed pairs fill an odd end up.
-        let strip = terms.next_multiple_of(2) * STRIP;
-        let mut y = self.buffer(n * outputs);
-        let out = Output::of(&mut y);
-        blocks(sizes, |rows, panels| {
-            let (mut left, mut wide) = (self.buffer(rows.len() * terms), self.buffer(PANEL / STRIP * strip));
-            self.set.run(
-                #[inline(always)]
-                || take(&a[rows.start * terms..rows.end * terms], &mut left),
-            );
-            for panel in panels {
-                self.set.run(
-                    #[inline(always)]
-                    || widen(panel, &mut wide),
-                );
-                let product = Gemm {
-                    m: rows.len(),
-                    n: PANEL.min(outputs - panel * PANEL),
-                    k: terms,
-                    a: &left,
-                    a_row: terms,
-                    a_col: 1,
-                    b: &wide,
-                    b_row: STRIP,
-                    b_strip: strip,
-                    c_row: outputs,
-                    accumulate: false,
-                };
-                // SAFETY: these rows and columns are this block's alone.
-                unsafe { self.set.gemm_at(product, out.at(rows.start * outputs + panel * PANEL)) };
-            }
-            self.home.floats.give(left);
-            self.home.floats.give(wide);
-        });
-        y
+        })
     }
 }

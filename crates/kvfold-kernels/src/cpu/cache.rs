@@ -6,11 +6,9 @@ use crate::kernel_set::KernelSet;
 use crate::ops::{CacheOps, CachedAttention};
 use crate::paged::{self, Arena, Block, DecodeJob, HeadInput, HeadTable, PageLayout, Prepared, Scratch};
 use crate::real::Real;
-use rayon::prelude::*;
+use crate::team;
 use std::cmp::Reverse;
-use std::iter;
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
 
 /// Products of a query and a slot below which a step stays on the calling thread.
 const SERIAL: usize = 64 * 1024;
@@ -133,10 +131,6 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
             return scratch.with(|scratch| work.into_iter().map(|item| f(item, scratch)).collect());
         }
         work.sort_by_key(|item| Reverse(cost(item)));
-        let threads = rayon::current_num_threads().min(work.len());
-        let queue = Mutex::new(work.into_iter());
-        let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
-        let thread = |_| scratch.with(|scratch| iter::from_fn(next).map(|item| f(item, scratch)).collect::<Vec<R>>());
-        (0..threads).into_par_iter().with_max_len(1).flat_map_iter(thread).collect()
+        team::map(work, |item| scratch.with(|scratch| f(item, scratch)))
     }
 }

@@ -11,8 +11,8 @@ use crate::ops::{
 };
 use crate::pool::{self, PoolJob};
 use crate::real::{self, Real};
+use crate::team;
 use crate::{norm, rope};
-use rayon::prelude::*;
 
 impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     /// A row of a weight that is held in its precision only.
@@ -260,7 +260,7 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
         let (mut mean, mut mass) = (self.buffer(rows * kv * 2 * dim), self.buffer(rows * kv));
         let jobs = self.pool_jobs(input, spans, shape);
         let outs = split_jobs(&mut mean, spans, kv, 2 * dim).into_iter().zip(split_jobs(&mut mass, spans, kv, 1));
-        outs.collect::<Vec<_>>().into_par_iter().zip(&jobs).for_each(|((mean, mass), (x, alpha, omega))| {
+        team::each(outs.zip(&jobs), |((mean, mass), (x, alpha, omega))| {
             let job = PoolJob { x, alpha, omega, window: shape.window };
             self.set.run(
                 #[inline(always)]
@@ -331,21 +331,18 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     /// Per head: pairs `[T, 2D]`, alphas, omegas.
     pub(super) fn pool_jobs(&self, input: &PoolInput<Array<F>>, spans: &Spans, shape: PoolShape) -> Vec<PoolSlices<F>> {
         let Heads { kv, dim, .. } = shape.heads;
-        let pairs: Vec<_> = spans.iter().flat_map(|span| (0..kv).map(move |g| (span, g))).collect();
-        pairs
-            .into_par_iter()
-            .map(|(span, g)| {
-                let (k, v) = (view(&input.k, span, g, dim), view(&input.v, span, g, dim));
-                let mut x = Vec::with_capacity(span.len * 2 * dim);
-                for t in 0..span.len {
-                    x.extend_from_slice(k.row(t, 0, dim));
-                    x.extend_from_slice(v.row(t, 0, dim));
-                }
-                let (alpha, omega) = (view(&input.alpha, span, g, 1), view(&input.omega, span, g, 1));
-                let column = |of: crate::attention::View<'_, F>| (0..span.len).map(|t| of.at(t)).collect();
-                (x, column(alpha), column(omega))
-            })
-            .collect()
+        let pairs = spans.iter().flat_map(|span| (0..kv).map(move |g| (span, g)));
+        team::map(pairs, |(span, g)| {
+            let (k, v) = (view(&input.k, span, g, dim), view(&input.v, span, g, dim));
+            let mut x = Vec::with_capacity(span.len * 2 * dim);
+            for t in 0..span.len {
+                x.extend_from_slice(k.row(t, 0, dim));
+                x.extend_from_slice(v.row(t, 0, dim));
+            }
+            let (alpha, omega) = (view(&input.alpha, span, g, 1), view(&input.omega, span, g, 1));
+            let column = |of: crate::attention::View<'_, F>| (0..span.len).map(|t| of.at(t)).collect();
+            (x, column(alpha), column(omega))
+        })
     }
 
     /// Job-major pairs `[T, 2D]` as keys and values `[N, G*D]`.
@@ -403,8 +400,8 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         let jobs = Self::attention_jobs(q, visible, spans, heads);
         let outs = split_jobs(&mut out, spans, heads.kv, group * heads.dim);
         let lses = split_jobs(&mut lse, spans, heads.kv, group);
-        let work: Vec<_> = jobs.iter().zip(outs.into_iter().zip(lses)).collect();
-        work.into_par_iter().for_each(|(job, (out, lse))| self.set.attention(job, out, lse));
+        let work = jobs.iter().zip(outs.into_iter().zip(lses));
+        team::each(work, |(job, (out, lse))| self.set.attention(job, out, lse));
         (out, lse)
     }
 }

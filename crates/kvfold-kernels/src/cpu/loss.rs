@@ -5,7 +5,7 @@ use crate::kernel_set::KernelSet;
 use crate::loss;
 use crate::ops::{Goal, Grad, NO_TARGET, Ops, Predictions};
 use crate::real::Real;
-use rayon::prelude::*;
+use crate::team;
 
 /// Rows whose logits exist together.
 pub const LOSS_ROWS: usize = 512;
@@ -51,8 +51,8 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
             };
             let (mut logits, x) = logits_of(predicted);
             let mut losses = vec![F::zero(); count];
-            let each = losses.par_iter_mut().zip(logits.data_mut().par_chunks_exact_mut(vocab)).enumerate();
-            each.for_each(|(row, (to, logits))| {
+            let rows = losses.iter_mut().zip(logits.data_mut().chunks_exact_mut(vocab)).enumerate();
+            team::each(rows, |(row, (to, logits))| {
                 *to = self.set.run(
                     #[inline(always)]
                     || match (goal, &teacher) {

@@ -5,7 +5,7 @@ use super::{Array, Cpu};
 use crate::kernel_set::KernelSet;
 use crate::real::Real;
 use crate::simd::{Gemm, PANEL, STRIP};
-use rayon::prelude::*;
+use crate::team;
 
 /// Rows of a task.
 const ROWS: usize = 64;
@@ -39,10 +39,10 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         };
         let all = m.div_ceil(PANEL);
         if n == 1 && m * k >= SERIAL {
-            y.par_chunks_mut(PANEL).enumerate().for_each(|(panel, y)| tile(1, x.data(), panel, y));
+            team::each(y.chunks_mut(PANEL).enumerate(), |(panel, y)| tile(1, x.data(), panel, y));
         } else {
             let rows = if n * m * k < SERIAL { n } else { ROWS };
-            y.par_chunks_mut(rows * m).zip(x.data().par_chunks(rows * k)).for_each(|(y, x)| {
+            team::each(y.chunks_mut(rows * m).zip(x.data().chunks(rows * k)), |(y, x)| {
                 (0..all).for_each(|panel| tile(x.len() / k, x, panel, &mut y[panel * PANEL..]));
             });
         }
@@ -54,7 +54,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         let ((m, k), (n, dm)) = (w.matrix(), d.matrix());
         assert_eq!(m, dm, "gradient {:?} of a linear by {:?}", d.shape(), w.shape());
         let mut dx = self.buffer(n * k);
-        dx.par_chunks_mut(ROWS * k).zip(d.data().par_chunks(ROWS * m)).for_each(|(dx, d)| {
+        team::each(dx.chunks_mut(ROWS * k).zip(d.data().chunks(ROWS * m)), |(dx, d)| {
             let product = Gemm {
                 m: dx.len() / k,
                 n: k,
@@ -77,9 +77,9 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     pub(super) fn float_product_grad_w(&self, x: &Array<F>, d: &Array<F>) -> Array<F> {
         let ((n, k), (dn, m)) = (x.matrix(), d.matrix());
         assert_eq!(n, dn, "gradient {:?} of a linear of {:?}", d.shape(), x.shape());
-        let rows = m.div_ceil(2 * rayon::current_num_threads()).next_multiple_of(8).min(ROWS);
+        let rows = m.div_ceil(2 * team::threads()).next_multiple_of(8).min(ROWS);
         let mut dw = self.buffer(m * k);
-        dw.par_chunks_mut(rows * k).enumerate().for_each(|(task, dw)| {
+        team::each(dw.chunks_mut(rows * k).enumerate(), |(task, dw)| {
             for first in (0..n).step_by(TERMS) {
                 let product = Gemm {
                     m: dw.len() / k,

@@ -6,14 +6,16 @@
 //! half the bytes. Many rows are multiplied as floats instead: each block rounds its activations and widens its panels of
 //! weights once. The sums are the same, term by term.
 
-use super::blocks::{MANY, Sizes};
+use super::blocks::Sizes;
 use super::{Array, Cpu, for_rows};
 use crate::bf16::{self, GemmBf16, words};
 use crate::kernel_set::KernelSet;
 use crate::real::Real;
 use crate::simd::{BLOCK_ROWS, Gemm, PANEL, STRIP};
-use rayon::prelude::*;
+use crate::team;
 
+/// Rows from which widening a panel once is cheaper than widening it in registers for every four rows.
+const MANY: usize = 64;
 /// Words that a weight gradient sums before it moves on, so that its inputs stay in cache.
 const WORDS: usize = 256;
 /// Terms that it sums where they are floats.
@@ -54,17 +56,10 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     /// `x [N,terms]` times panels of `outputs` columns.
     fn row_product(&self, x: &Array<F>, panels: &[u32], outputs: usize) -> Array<F> {
         let (n, terms) = x.matrix();
-        let (sizes, words) = (Sizes { n, outputs, terms }, words(terms));
+        let sizes = Sizes { n, outputs, terms };
         let y = match self.set.pairs() || n < MANY {
             true => self.word_product(self.packed_rows(x), panels, sizes),
-            false => self.widened_product(
-                x.data(),
-                sizes,
-                #[inline(always)]
-                |rows, to| to.iter_mut().zip(rows).for_each(|(to, &x)| *to = bf16::rounded(x)),
-                #[inline(always)]
-                |panel, wide| bf16::widen_panel(&panels[panel * words * PANEL..][..words * PANEL], wide),
-            ),
+            false => self.widened_product(x.data(), panels, sizes),
         };
         self.array(&[n, outputs], y)
     }
@@ -89,6 +84,45 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         })
     }
 
+    /// Rows `[n, terms]`, which each block rounds, times packed panels, which it widens.
+    fn widened_product(&self, a: &[F], b: &[u32], sizes: Sizes) -> Vec<F> {
+        let Sizes { outputs, terms, .. } = sizes;
+        let panel_words = words(terms) * PANEL;
+        // Packed pairs fill an odd end up.
+        let strip = terms.next_multiple_of(2) * STRIP;
+        self.block_product(sizes, |rows, panels, at| {
+            let (mut left, mut wide) = (self.buffer(rows.len() * terms), self.buffer(PANEL / STRIP * strip));
+            let a = &a[rows.start * terms..rows.end * terms];
+            self.set.run(
+                #[inline(always)]
+                || left.iter_mut().zip(a).for_each(|(left, &a)| *left = bf16::rounded(a)),
+            );
+            for panel in panels {
+                self.set.run(
+                    #[inline(always)]
+                    || bf16::widen_panel(&b[panel * panel_words..][..panel_words], &mut wide),
+                );
+                let product = Gemm {
+                    m: rows.len(),
+                    n: PANEL.min(outputs - panel * PANEL),
+                    k: terms,
+                    a: &left,
+                    a_row: terms,
+                    a_col: 1,
+                    b: &wide,
+                    b_row: STRIP,
+                    b_strip: strip,
+                    c_row: outputs,
+                    accumulate: false,
+                };
+                // SAFETY: these rows and columns are this block's alone.
+                unsafe { self.set.gemm_at(product, at(panel)) };
+            }
+            self.home.floats.give(left);
+            self.home.floats.give(wide);
+        })
+    }
+
     /// `d [N,M]^T . x [N,K]`.
     pub(super) fn bf16_product_grad_w(&self, x: &Array<F>, d: &Array<F>) -> Array<F> {
         let ((n, k), (dn, m)) = (x.matrix(), d.matrix());
@@ -106,7 +140,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         let (n, k) = x.matrix();
         let (a, b) = (self.packed_panels_of_columns(d), self.packed_panels_of_columns(x));
         let words = words(n);
-        dw.par_chunks_mut(PANEL * k).zip(a.par_chunks_exact(words * PANEL)).for_each(|(dw, a)| {
+        team::each(dw.chunks_mut(PANEL * k).zip(a.chunks_exact(words * PANEL)), |(dw, a)| {
             for first in (0..words).step_by(WORDS) {
                 for (panel, b) in b.chunks_exact(words * PANEL).enumerate() {
                     let product = GemmBf16 {
@@ -131,16 +165,16 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     fn rounded_product_of_columns(&self, d: &Array<F>, x: &Array<F>, dw: &mut [F]) {
         let ((n, k), (_, m)) = (x.matrix(), d.matrix());
         let mut strips = self.buffer(k.next_multiple_of(PANEL) * n);
-        strips.par_chunks_exact_mut(n * STRIP).enumerate().for_each(|(strip, to)| {
+        team::each(strips.chunks_exact_mut(n * STRIP).enumerate(), |(strip, to)| {
             self.set.run(
                 #[inline(always)]
                 || round_columns::<F, STRIP>(x.data(), k, strip * STRIP, to),
             );
         });
         // Blocks of rows share the reading of x, where there are enough of them for every thread.
-        let together = (m.div_ceil(BLOCK_ROWS) / (2 * rayon::current_num_threads())).clamp(1, 4);
+        let together = (m.div_ceil(BLOCK_ROWS) / (2 * team::threads())).clamp(1, 4);
         let rows = together * BLOCK_ROWS;
-        dw.par_chunks_mut(rows * k).enumerate().for_each(|(task, dw)| {
+        team::each(dw.chunks_mut(rows * k).enumerate(), |(task, dw)| {
             let mut left = self.buffer(TERMS * rows);
             for first in (0..n).step_by(TERMS) {
                 let terms = TERMS.min(n - first);
@@ -196,8 +230,8 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         let (rows, cols) = x.matrix();
         x.packings().panels_of_rows.get_or_init(|| {
             let mut packed = self.home.words.take(rows.div_ceil(PANEL) * words(cols) * PANEL);
-            let panels = packed.par_chunks_exact_mut(words(cols) * PANEL);
-            panels.zip(x.data().par_chunks(PANEL * cols)).for_each(|(panel, x)| {
+            let panels = packed.chunks_exact_mut(words(cols) * PANEL);
+            team::each(panels.zip(x.data().chunks(PANEL * cols)), |(panel, x)| {
                 self.set.run(
                     #[inline(always)]
                     || bf16::panels_of_rows(x, cols, panel),
@@ -223,7 +257,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         let (rows, cols) = x.matrix();
         x.packings().panels_of_columns.get_or_init(|| {
             let mut packed = self.home.words.take(cols.div_ceil(PANEL) * words(rows) * PANEL);
-            packed.par_chunks_exact_mut(words(rows) * PANEL).enumerate().for_each(|(panel, words)| {
+            team::each(packed.chunks_exact_mut(words(rows) * PANEL).enumerate(), |(panel, words)| {
                 self.set.run(
                     #[inline(always)]
                     || bf16::panels_of_columns(x.data(), cols, panel * PANEL, words),

@@ -1,6 +1,6 @@
 //! Products with 8-bit weights: what is served, never what is trained.
 
-use super::blocks::{MANY, Sizes};
+use super::blocks::Sizes;
 use super::{Array, Cpu};
 use crate::kernel_set::KernelSet;
 use crate::q8::{GemmQ8, Panels};
@@ -11,28 +11,14 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     pub(super) fn q8_product(&self, x: &Array<F>, w: &Array<F>) -> Array<F> {
         let ((n, terms), (outputs, wk)) = (x.matrix(), w.matrix());
         assert_eq!(terms, wk, "linear of {:?} by {:?}", x.shape(), w.shape());
-        let (panels, sizes) = (self.quantised(w), Sizes { n, outputs, terms });
-        let y = match n < MANY {
-            true => self.quantised_product(x.data(), panels, sizes),
-            false => self.widened_product(
-                x.data(),
-                sizes,
-                |rows, to| to.copy_from_slice(rows),
-                #[inline(always)]
-                |panel, wide| panels.panel(panel).widen(wide),
-            ),
-        };
-        self.array(&[n, outputs], y)
-    }
-
-    fn quantised_product(&self, a: &[F], b: &Panels, sizes: Sizes) -> Vec<F> {
-        let Sizes { outputs, terms, .. } = sizes;
-        self.panel_product(sizes, |rows, panel, n, to| {
-            let (a, b) = (&a[rows.start * terms..], b.panel(panel));
+        let panels = self.quantised(w);
+        let y = self.panel_product(Sizes { n, outputs, terms }, |rows, panel, n, to| {
+            let (a, b) = (&x.data()[rows.start * terms..], panels.panel(panel));
             let product = GemmQ8 { m: rows.len(), n, a, k: terms, b, c_row: outputs };
             // SAFETY: these rows and columns are this call's alone.
             unsafe { self.set.gemm_q8(product, to) };
-        })
+        });
+        self.array(&[n, outputs], y)
     }
 
     /// A weight in 8 bits, made at first use.

@@ -19,8 +19,8 @@ pub use loss::LOSS_ROWS;
 use crate::kernel_set::{Fast, KernelSet, Scalar};
 use crate::real::Real;
 use crate::simd::Level;
+use crate::team;
 use array::Home;
-use rayon::prelude::*;
 use std::sync::Arc;
 
 /// The CPU backend with a kernel set.
@@ -59,11 +59,6 @@ impl Default for FastCpu {
     fn default() -> Self {
         Self::new()
     }
-}
-
-/// Threads that kernels share their work among.
-pub fn threads() -> usize {
-    rayon::current_num_threads()
 }
 
 /// Elementwise work below this many elements stays on the calling thread.
@@ -130,7 +125,7 @@ fn for_rows<T: Send>(data: &mut [T], cols: usize, f: impl Fn(usize, &mut [T]) + 
     }
     let rows = data.len() / cols;
     let block = if data.len() < PARALLEL { rows } else { rows_per_block(rows, cols) };
-    data.par_chunks_mut(block * cols).enumerate().for_each(|(n, chunk)| f(n * block, chunk));
+    team::each(data.chunks_mut(block * cols).enumerate(), |(n, chunk)| f(n * block, chunk));
 }
 
 /// Rows of a block large enough to be worth a task.

@@ -1,14 +1,12 @@
 //! Memory cut into blocks of one size, and the handles that own them.
 
 use crate::real::Real;
+use crate::simd::CACHE_LINE;
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Blocks that are allocated together.
 const SLAB_BLOCKS: usize = 64;
-
-/// Bytes of a cache line, at which slabs begin: a vector of a page then never lies across two.
-const LINE: usize = 64;
 
 /// The right to read and write one block of one arena. It cannot be copied, so a block has one owner.
 #[derive(Debug, PartialEq, Eq)]
@@ -38,10 +36,11 @@ struct Slab<F> {
 
 impl<F: Real> Slab<F> {
     fn new(len: usize) -> Self {
-        let spare = LINE / size_of::<F>();
+        // A slab begins at a cache line: a vector of a page then never lies across two.
+        let spare = CACHE_LINE / size_of::<F>();
         let cells: Box<[_]> = (0..len + spare).map(|_| UnsafeCell::new(F::zero())).collect();
         // `align_offset` may decline; then blocks begin anywhere, which is slower and no worse.
-        let first = cells.as_ptr().align_offset(LINE).min(spare);
+        let first = cells.as_ptr().align_offset(CACHE_LINE).min(spare);
         Self { cells, first }
     }
 }
@@ -132,7 +131,7 @@ mod tests {
     fn pages_begin_at_cache_lines() {
         let mut arena = Arena::<f32>::new(48);
         for block in arena.grow(SLAB_BLOCKS + 1) {
-            assert_eq!(arena.slice(&block).as_ptr() as usize % LINE, 0);
+            assert_eq!(arena.slice(&block).as_ptr() as usize % CACHE_LINE, 0);
         }
     }
 

@@ -7,6 +7,7 @@
 //! A row of scores is the closed slots, the open one, lanes that nobody sees up to a multiple of 16, and likewise the
 //! ring's seats.
 
+use super::page::{Half, Page};
 use super::page_kernel::{PageKernel, Vectors};
 use super::take::{Moving, take};
 use super::{HeadInput, HeadTable, PAGE_SLOTS};
@@ -47,6 +48,28 @@ pub(super) fn exponentials<F: Real, K: KernelSet<F>>(scores: &mut [F], stride: u
         row.iter_mut().for_each(|s| *s = K::exp(*s - top));
         shares.push(F::one() / real::total(row));
     }
+}
+
+/// Pages that are on their way from memory while one is read. A page is too short for the machine to see by itself where
+/// reading goes next.
+const AHEAD: usize = 2;
+
+/// The pages of `pages()`, each asked for while those before it are read.
+#[inline(always)]
+fn fetched<'a, F: Real, P: Iterator<Item = (usize, (Page<'a, F>, usize))>>(
+    pages: impl Fn() -> P,
+    half: Half,
+) -> impl Iterator<Item = (usize, (Page<'a, F>, usize))> {
+    let mut later = pages();
+    later.by_ref().take(AHEAD).for_each(|(_, (page, _))| page.prefetch(half));
+    pages().inspect(
+        #[inline(always)]
+        move |_| {
+            if let Some((_, (page, _))) = later.next() {
+                page.prefetch(half);
+            }
+        },
+    )
 }
 
 /// One token of one head.
@@ -100,7 +123,7 @@ pub(crate) fn one<F: Real, K: KernelSet<F>, P: PageKernel<F>>(job: DecodeJob<'_,
         let slots = input.slot_pages(table, closed).enumerate().map(|(n, page)| (n * PAGE_SLOTS, page));
         slots.chain(input.ring_pages(table).enumerate().map(move |(n, page)| (ring + n * PAGE_SLOTS, page)))
     };
-    for (at, (page, _)) in pages() {
+    for (at, (page, _)) in fetched(&pages, Half::Keys) {
         P::scores(&page, dim, q, (&mut scores[at..], stride));
         add_masses(&mut scores[at..], stride, page.mass);
     }
@@ -116,7 +139,7 @@ pub(crate) fn one<F: Real, K: KernelSet<F>, P: PageKernel<F>>(job: DecodeJob<'_,
     }
     exponentials::<F, K>(scores, stride, shares);
     out.fill(F::zero());
-    let mut pages = pages();
+    let mut pages = fetched(&pages, Half::Values);
     for (at, (page, used)) in pages.by_ref().take(closed.div_ceil(PAGE_SLOTS)) {
         P::values(&page, used, (&scores[at..], stride), (out, dim));
     }

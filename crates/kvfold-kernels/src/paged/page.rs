@@ -15,6 +15,7 @@ use super::PAGE_SLOTS;
 use crate::bf16;
 use crate::ops::Precision;
 use crate::real::Real;
+use crate::simd::prefetch;
 
 /// The type in which a cache holds keys and values.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -108,6 +109,25 @@ pub(crate) enum Numbers<'a, F> {
         /// Of keys, then of values.
         scales: &'a [u16],
     },
+}
+
+/// A half of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Half {
+    Keys,
+    Values,
+}
+
+impl Half {
+    /// This half of a page's numbers.
+    #[inline(always)]
+    fn of<T>(self, numbers: &[T]) -> &[T] {
+        let (keys, values) = numbers.split_at(numbers.len() / 2);
+        match self {
+            Half::Keys => keys,
+            Half::Values => values,
+        }
+    }
 }
 
 impl PageLayout {
@@ -255,28 +275,29 @@ impl<'a, F: Real> Page<'a, F> {
         }
     }
 
-    /// Half a page as floats without scales: keys `[D][16]` for half 0, values `[16][D]` for half 1.
+    /// Half a page as floats without scales: keys `[D][16]`, or values `[16][D]`.
     #[inline(always)]
-    pub(super) fn floats<'b>(&self, half: usize, buffer: &'b mut Vec<F>) -> &'b [F]
+    pub(super) fn floats<'b>(&self, half: Half, buffer: &'b mut Vec<F>) -> &'b [F]
     where
         'a: 'b,
     {
-        let len = match self.numbers {
-            Numbers::Floats(numbers) => return &numbers[half * (numbers.len() / 2)..][..numbers.len() / 2],
-            Numbers::Bf16(numbers) => numbers.len() / 2,
-            Numbers::Int8 { numbers, .. } => numbers.len() / 2,
-        };
         buffer.clear();
         match self.numbers {
-            Numbers::Floats(_) => {}
-            Numbers::Bf16(numbers) => {
-                buffer.extend(numbers[half * len..][..len].iter().map(|&bits| widened::<F>(bits)))
-            }
-            Numbers::Int8 { numbers, .. } => {
-                buffer.extend(numbers[half * len..][..len].iter().map(|&x| F::of(f64::from(x))));
-            }
+            Numbers::Floats(numbers) => return half.of(numbers),
+            Numbers::Bf16(numbers) => buffer.extend(half.of(numbers).iter().map(|&bits| widened::<F>(bits))),
+            Numbers::Int8 { numbers, .. } => buffer.extend(half.of(numbers).iter().map(|&x| F::of(f64::from(x)))),
         }
         buffer
+    }
+
+    /// Asks for half a page, which will be read soon.
+    #[inline(always)]
+    pub(super) fn prefetch(&self, half: Half) {
+        match self.numbers {
+            Numbers::Floats(numbers) => prefetch(half.of(numbers)),
+            Numbers::Bf16(numbers) => prefetch(half.of(numbers)),
+            Numbers::Int8 { numbers, .. } => prefetch(half.of(numbers)),
+        }
     }
 }
 

@@ -303,6 +303,7 @@ impl<T: Copy + Default> Weighted<T> {
 mod tests {
     use super::*;
     use crate::kernel_set::{Fast, KernelSet};
+    use crate::paged::page::Half;
     use crate::paged::{CacheDType, PageLayout};
     use crate::simd::{Gemm, Level, STRIP};
     use proptest::prelude::*;
@@ -387,7 +388,7 @@ mod tests {
                 a: &self.q,
                 a_row: dim,
                 a_col: 1,
-                b: page.floats(0, &mut keys),
+                b: page.floats(Half::Keys, &mut keys),
                 b_row: PAGE_SLOTS,
                 b_strip: STRIP,
                 c_row: STRIDE,
@@ -401,7 +402,7 @@ mod tests {
             };
             scaled(&mut scores, page.numbers.key_scales());
             scaled(&mut weights, page.numbers.value_scales());
-            let (n, k, b) = (dim, self.used, page.floats(1, &mut values));
+            let (n, k, b) = (dim, self.used, page.floats(Half::Values, &mut values));
             let sum = Gemm { n, k, a: &weights, a_row: STRIDE, b, b_row: dim, c_row: dim, accumulate: true, ..product };
             Fast(level).gemm(sum, &mut out);
             [scores, out]

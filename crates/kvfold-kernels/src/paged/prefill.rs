@@ -7,7 +7,7 @@
 //! slot, which later tokens fold into or take, and the ring. [`Prepared`] keeps both as they were.
 
 use super::attend::{Scratch, add_masses, exponentials, scale_queries};
-use super::page::Page;
+use super::page::{Half, Page};
 use super::take::take;
 use super::{HeadInput, HeadTable, PAGE_SLOTS};
 use crate::kernel_set::KernelSet;
@@ -23,11 +23,11 @@ fn product<'a, F>([m, n, k]: [usize; 3], (a, a_row): (&'a [F], usize), (b, b_row
     Gemm { m, n, k, a, a_row, a_col: 1, b, b_row, b_strip: STRIP, c_row: 0, accumulate: false }
 }
 
-/// Half a page as floats: keys for half 0, values for half 1.
+/// Half a page as floats.
 fn widened<'b, 'a: 'b, F: Real, K: KernelSet<F>>(
     set: K,
     page: &Page<'a, F>,
-    half: usize,
+    half: Half,
     buffer: &'b mut Vec<F>,
 ) -> &'b [F] {
     set.run(
@@ -218,7 +218,7 @@ impl<F: Real> Queries<'_, '_, F> {
         scores.resize(rows * stride, F::neg_infinity());
         for (n, (page, _)) in input.slot_pages(self.table, self.closed(self.tokens.end - 1)).enumerate() {
             let scores = &mut scores[n * PAGE_SLOTS..];
-            let keys = widened(set, &page, 0, buffer);
+            let keys = widened(set, &page, Half::Keys, buffer);
             set.gemm(Gemm { c_row: stride, ..product([rows, PAGE_SLOTS, dim], (q, dim), (keys, PAGE_SLOTS)) }, scores);
             if let Some(scales) = page.numbers.key_scales() {
                 scores.chunks_mut(stride).for_each(|row| scale(row, &scales));
@@ -291,7 +291,7 @@ impl<F: Real> Queries<'_, '_, F> {
                     scale(&mut weights[at..closed.max(at)], &scales);
                 }
             }
-            let values = widened(set, &page, 1, buffer);
+            let values = widened(set, &page, Half::Values, buffer);
             let shared = of_all.clamp(at, at + used) - at;
             weighted(&scores[at..], values, shared, out);
             for (t, out) in self.tokens.clone().zip(out.chunks_exact_mut(group * dim)) {

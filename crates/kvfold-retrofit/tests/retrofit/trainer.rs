@@ -4,6 +4,7 @@ use crate::common::{BORROWED, CONTEXT, HEAD, LENGTH, bits, corpus, dmc, settings
 use kvfold_engine::Engine;
 use kvfold_kernels::dmc::{Borrows, Decision, Share};
 use kvfold_kernels::ops::{Exempt, KlDirection, MIN_IMPORTANCE, Over, Scope, Spans};
+use kvfold_kernels::team::Team;
 use kvfold_kernels::{FastCpu, Ops};
 use kvfold_model::attend::{Fading, Folding, Gated, Mode, Plain, gated};
 use kvfold_model::block::{Attend, Pass, Projected};
@@ -14,6 +15,7 @@ use kvfold_retrofit::settings::{Loss, Train};
 use kvfold_retrofit::{Corpus, RetrofitError, Settings, StepReport, Trainer};
 use kvfold_tensor::{DType, HostTensor};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 type Array = <FastCpu as Ops>::Tensor;
 
@@ -177,8 +179,8 @@ fn a_run_is_a_function_of_its_settings_whatever_the_threads() {
     let run = |seed, threads| {
         let mut run = settings(BORROWED, (2, 2, 1));
         run.seed = seed;
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| {
+        let team = Arc::new(Team::new(threads).unwrap());
+        team.install(|| {
             let mut trainer = trainer(&run);
             let reports = steps(&mut trainer, &corpus, 5);
             (reports, bits(&trainer))
