@@ -25,7 +25,7 @@ fi
 package="$(sed -n 's/^\(llama-cpp-python==[0-9.]*\).*/\1/p' runs/engines/requirements.txt)"
 sources="$home/llama_cpp_python-${package#*==}/vendor/llama.cpp"
 if ! [ -d "$sources" ]; then
-  "$bin/pip" download --quiet --no-deps --no-binary :all: --dest "$home" "$package"
+  "$bin/pip" download --quiet --no-deps --no-binary "${package%%=*}" --dest "$home" "$package"
   tar -xzf "$home/llama_cpp_python-${package#*==}.tar.gz" -C "$home"
 fi
 

@@ -254,6 +254,8 @@ pub const CALIBRATION_TOKENS: usize = 16_384;
 const CALIBRATION_GAIN: f64 = 4.0;
 /// Factor on the learning rate of heads that were fitted: what they know should not be lost in the first steps.
 const CALIBRATED_DECIDE_FACTOR: f64 = 1.0;
+/// Factor on the learning rate of all weights then: the model is near what it is to become, and large steps lead away from it.
+const CALIBRATED_RATE_FACTOR: f64 = 0.1;
 
 /// How a model compresses unless somebody wants it otherwise.
 pub fn default_dmc() -> Dmc {
@@ -335,6 +337,7 @@ impl Settings {
         }
         self.stages.hold += std::mem::take(&mut self.stages.ramp);
         self.learning.decide_factor = CALIBRATED_DECIDE_FACTOR;
+        self.learning.rate *= CALIBRATED_RATE_FACTOR;
         Self { calibration: Some(Calibration { tokens, gain: CALIBRATION_GAIN }), ..self }
     }
 

@@ -648,7 +648,7 @@ pub(crate) struct RetrofitArgs {
     #[arg(long, value_name = "N", default_value_t = 256, help_heading = "How to train")]
     pub(crate) samples: usize,
 
-    /// Highest learning rate [default: 1e-3 * (64 / hidden size)^0.75]
+    /// Highest learning rate [default: 1e-3 * (64 / hidden size)^0.75, a tenth of it after a fit]
     #[arg(long, value_name = "X", allow_negative_numbers = true, help_heading = "How to train")]
     pub(crate) lr: Option<f64>,
 

@@ -8,7 +8,7 @@ use crate::team;
 use std::ops::Range;
 
 /// Rows of a block: several register tiles, few enough to stay in cache beside a panel.
-const ROWS: usize = 96;
+const ROWS: usize = 128;
 /// Multiplications that are worth a task.
 const TASK: usize = 256 * 1024;
 

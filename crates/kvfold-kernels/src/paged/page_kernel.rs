@@ -239,8 +239,11 @@ impl<T: Copy + Default> Weighted<T> {
             if R == 1 {
                 from = self.columns::<V, R, 8>(from);
             }
-            if R <= 3 {
+            if R == 2 {
                 from = self.columns::<V, R, 4>(from);
+            }
+            if R <= 3 {
+                from = self.columns::<V, R, 3>(from);
             }
             from = self.columns::<V, R, 2>(from);
             from = self.columns::<V, R, 1>(from);

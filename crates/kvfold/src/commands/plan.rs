@@ -33,11 +33,16 @@ struct Output<'a> {
     hours: f64,
 }
 
+/// What a token of a fit costs of one that is trained on, about: no gradients, and attention twice.
+const FIT_COST: f64 = 0.4;
+
 /// Prints the plan.
 pub(crate) fn plan(args: &RetrofitArgs, base: &Checkpoint, settings: Settings) -> Result<(), AppError> {
     let plan = Plan::new(base, &settings);
     let step = measured_step(base, &settings)?;
-    let seconds = step.as_secs_f64() * plan.steps as f64;
+    let rate = (plan.batch * plan.length) as f64 / step.as_secs_f64();
+    let fitted = settings.calibration.as_ref().map_or(0, |calibration| calibration.tokens);
+    let seconds = (plan.tokens as f64 + FIT_COST * fitted as f64) / rate;
     let result = Output {
         schema: "kvfold.plan/1",
         model: &args.model,
@@ -46,7 +51,7 @@ pub(crate) fn plan(args: &RetrofitArgs, base: &Checkpoint, settings: Settings) -
         train: settings.train.name(),
         recompute: settings.recompute,
         machine_memory_bytes: output::machine().memory_bytes,
-        tokens_per_second: plan.tokens as f64 / seconds,
+        tokens_per_second: rate,
         hours: seconds / 3600.0,
         plan: &plan,
     };

@@ -60,7 +60,7 @@ fn every_command_states_units_and_defaults() {
             "[default: head]",
             "[default: 120]",
             "[default: 512, or the model's context if shorter]",
-            "[default: 1e-3 * (64 / hidden size)^0.75]",
+            "[default: 1e-3 * (64 / hidden size)^0.75, a tenth of it after a fit]",
             "[default: the model writes its own]",
             "--resume",
             "How to compress",
