@@ -183,7 +183,7 @@ def llama_version(args: argparse.Namespace) -> str:
 
 
 class Load:
-    """What others took of the machine, by the system's accounts."""
+    """What others took of the machine while a row was measured, by the system's accounts."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()
@@ -230,8 +230,16 @@ def peer_of(engine: Engine, found: list[Engine]) -> Engine | None:
     return (names.get("kvfold q8") if engine.weights.startswith("q8") else None) or names.get("kvfold bf16")
 
 
-def measured_row(row: Row, found: list[Engine], rates: dict[str, list[float]]) -> dict:
-    result = {"row": str(row), "sequences": row.sequences, "tokens": row.tokens, "engines": {}}
+def commit() -> str:
+    return output_of(["git", "rev-parse", "--short", "HEAD"]).strip()
+
+
+def measured_row(
+    args: argparse.Namespace, row: Row, found: list[Engine], rates: dict[str, list[float]], load: Load
+) -> dict:
+    result = {"row": str(row), "sequences": row.sequences, "tokens": row.tokens}
+    result |= {"command": args.command, "commit": commit(), "date": str(datetime.date.today()), "machine": machine()}
+    result |= {"decoded_tokens": args.tokens, "others": load.others(), "engines": {}}
     for engine in (engine for engine in found if engine.name in rates):
         cell = summary(rates[engine.name])
         peer = peer_of(engine, found)
@@ -265,41 +273,45 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compressed", help="a model directory or delta that compresses its cache")
     parser.add_argument("--text", default="data/tinystories_heldout.txt", help="what the compressed model reads")
-    parser.add_argument("--out", default="results/engines.json")
+    parser.add_argument("--out", default="results/engines.json", help="its rows that are not measured now stay")
     args = parser.parse_args()
 
     rows = [Row.parse(row) for row in args.rows]
     found = engines(args)
-    load, measured = Load(), []
+    measured = {}
+    if os.path.exists(args.out):
+        with open(args.out) as file:
+            measured = {row["row"]: row for row in json.load(file)["rows"]}
     for row in rows:
+        load = Load()
         rates: dict[str, list[float]] = {}
         for number in range(args.rounds):
             for engine in (engine for engine in found if engine.measures(row)):
                 rate = engine.rate(row, args)
                 rates.setdefault(engine.name, []).append(rate)
                 print(f"{row} round {number + 1}: {engine.name} {rate:.1f}", file=sys.stderr, flush=True)
-        measured.append(measured_row(row, found, rates))
+        measured[str(row)] = measured_row(args, row, found, rates, load)
+        write(args, found, list(measured.values()))
+    print(table([measured[str(row)] for row in rows]))
+
+
+def write(args: argparse.Namespace, found: list[Engine], rows: list[dict]) -> None:
+    """The result as far as it is known, in place of the one before."""
     result = {
-        "schema": "kvfold.engines/1",
-        "command": args.command,
-        "commit": output_of(["git", "rev-parse", "--short", "HEAD"]).strip(),
-        "date": str(datetime.date.today()),
-        "machine": machine(),
+        "schema": "kvfold.engines/2",
         "threads": args.threads,
-        "decoded_tokens": args.tokens,
         "what": "tokens/s of all sequences together; kvfold_over_this above 1 where kvfold is faster",
         "engines": {
             engine.name: {"version": engine.version, "weights": engine.weights, "cache": engine.cache}
             | ({} if isinstance(engine, Kvfold) else engine.notes)
             for engine in found
         },
-        "rows": measured,
-        "others": load.others(),
+        "rows": rows,
     }
-    with open(args.out, "w") as file:
+    with open(f"{args.out}.new", "w") as file:
         json.dump(result, file, indent=1)
         file.write("\n")
-    print(table(measured))
+    os.replace(f"{args.out}.new", args.out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 //! Decisions and importances: where they come from, how they are relaxed, what they cost (spec 1.2, 2.1, 2.5, 2.6).
 
 use crate::kernel_set::KernelSet;
-use crate::ops::{Borrowed, Channel, Exempt, Heads, Hinge, MIN_IMPORTANCE, Over, Scope, Span, Spans};
+use crate::ops::{Borrowed, Channel, Exempt, Heads, Hinge, MIN_IMPORTANCE, Over, Pull, Scope, Span, Spans};
 use crate::real::{Real, sigmoid, softplus};
 
 /// One row of the borrowed gate: `a = scale * k[D-1] - offset`, `omega = sigmoid(mean_g q[D-1] + offset) + eps`.
@@ -216,25 +216,32 @@ fn shortfall<F: Real>(rates: &[&[F]], unit: &[HingeMember]) -> (f64, f64) {
     (missing.sum::<f64>() / weight, weight)
 }
 
-/// Mean over units of `max(0, target - rate)`.
+/// Mean over units of `max(0, target - rate)`, or of `|target - rate|` where a hinge pulls on both sides.
 pub(crate) fn hinge<F: Real>(rates: &[&[F]], spans: &Spans, hinge: Hinge) -> F {
     let (mut total, mut units) = (0.0, 0);
     hinge_units(rates.len(), rates[0].len() / spans.len(), spans, hinge, |unit| {
-        total += shortfall(rates, unit).0.max(0.0);
+        let missing = shortfall(rates, unit).0;
+        total += match hinge.pull {
+            Pull::Up => missing.max(0.0),
+            Pull::Both => missing.abs(),
+        };
         units += 1;
     });
     F::of(total / f64::from(units))
 }
 
-/// Gradient of [`hinge`], scaled by `d`; exactly zero for units that reached the target.
+/// Gradient of [`hinge`], scaled by `d`; exactly zero for units at the target, and for those above it unless it pulls on both sides.
 pub(crate) fn hinge_grad<F: Real>(rates: &[&[F]], spans: &Spans, hinge: Hinge, d: F) -> Vec<Vec<F>> {
     let mut grads: Vec<Vec<F>> = rates.iter().map(|r| vec![F::zero(); r.len()]).collect();
     let mut units = 0;
     hinge_units(rates.len(), rates[0].len() / spans.len(), spans, hinge, |unit| {
         let (missing, weight) = shortfall(rates, unit);
-        if missing > 0.0 {
-            unit.iter().for_each(|member| grads[member.layer][member.at] -= F::of(member.tokens / weight));
-        }
+        let sign = match hinge.pull {
+            _ if missing > 0.0 => -1.0,
+            Pull::Both if missing < 0.0 => 1.0,
+            _ => 0.0,
+        };
+        unit.iter().for_each(|member| grads[member.layer][member.at] += F::of(sign * member.tokens / weight));
         units += 1;
     });
     let share = d / F::of(f64::from(units));

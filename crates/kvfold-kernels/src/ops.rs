@@ -220,7 +220,19 @@ pub enum Over {
     Batch,
 }
 
-/// The one-sided loss that asks for compression (spec 2.6).
+/// On which side of its target a fold rate is pushed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Pull {
+    /// Below it only (the paper): `max(0, target - rate)`. Nothing brings back a rate that is above, so the model ends
+    /// above on average where texts differ.
+    #[default]
+    Up,
+    /// On both: `|target - rate|`.
+    Both,
+}
+
+/// The loss that asks for compression (spec 2.6).
 #[derive(Clone, Copy, Debug)]
 pub struct Hinge {
     /// Folds per token seen that are asked for: `1 - 1/CR`.
@@ -229,6 +241,8 @@ pub struct Hinge {
     pub scope: Scope,
     /// Tokens that share one constraint.
     pub over: Over,
+    /// Sides on which it pushes.
+    pub pull: Pull,
     /// The length at which the target is stated; `None` asks the same of every length.
     pub stated_at: Option<StatedAt>,
 }
@@ -434,7 +448,7 @@ pub trait Ops: std::fmt::Debug {
     /// decision.
     fn fold_rate(&self, relaxed: &Self::Tensor, spans: &Spans, exempt: Exempt) -> Self::Tensor;
 
-    /// The hinge over the layers' fold rates, each `[S,G]`: mean over units of `max(0, target - rate)`, `[1]`.
+    /// The hinge over the layers' fold rates, each `[S,G]`: mean over units of how far they miss the target, as [`Pull`] says, `[1]`.
     fn hinge(&self, rates: &[Self::Tensor], spans: &Spans, hinge: Hinge) -> Self::Tensor;
 
     /// Running weighted means (spec 2.2, 2.3).

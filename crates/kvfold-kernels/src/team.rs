@@ -265,19 +265,16 @@ pub(crate) fn run(count: usize, task: impl Fn(usize) + Sync) {
 
 /// What `f` makes of each item, in order.
 pub fn map<T: Send, R: Send>(items: impl IntoIterator<Item = T>, f: impl Fn(T) -> R + Sync) -> Vec<R> {
-    let items: Vec<_> = items.into_iter().map(|item| Mutex::new(Some(item))).collect();
-    let results: Vec<_> = items.iter().map(|_| Mutex::new(None)).collect();
-    run(items.len(), |index| {
-        let item = lock(&items[index]).take().expect("each task is carried out once");
-        *lock(&results[index]) = Some(f(item));
-    });
-    let result = |of: Mutex<Option<R>>| of.into_inner().unwrap_or_else(PoisonError::into_inner);
-    results.into_iter().map(|of| result(of).expect("each task is carried out")).collect()
+    let items: Vec<_> = items.into_iter().collect();
+    let mut results: Vec<_> = items.iter().map(|_| None).collect();
+    each(items.into_iter().zip(&mut results), |(item, to)| *to = Some(f(item)));
+    results.into_iter().map(|result| result.expect("each task is carried out")).collect()
 }
 
 /// Calls `f` with each item.
 pub(crate) fn each<T: Send>(items: impl IntoIterator<Item = T>, f: impl Fn(T) + Sync) {
-    map(items, f);
+    let items: Vec<_> = items.into_iter().map(|item| Mutex::new(Some(item))).collect();
+    run(items.len(), |index| f(lock(&items[index]).take().expect("each task is carried out once")));
 }
 
 #[cfg(test)]

@@ -286,9 +286,12 @@ impl<O: Grad> Bench<'_, O> {
         let d = self.weight("d rate", &[spans.len(), kv]);
         self.keep("fold_rate grad", false, &ops.fold_rate_grad(&logit, spans, Exempt { sinks, delay }, &d));
         let rates = [rate, ops.fold_rate(&ops.share_columns(&logit), spans, Exempt::default())];
-        for (scope, over) in [(Scope::Global, Over::Sequence), (Scope::Layer, Over::Batch), (Scope::Head, Over::Batch)]
-        {
-            let hinge = Hinge { target: 0.47, scope, over, stated_at: None };
+        for (scope, over, pull) in [
+            (Scope::Global, Over::Sequence, Pull::Up),
+            (Scope::Layer, Over::Batch, Pull::Both),
+            (Scope::Head, Over::Batch, Pull::Up),
+        ] {
+            let hinge = Hinge { target: 0.47, scope, over, pull, stated_at: None };
             self.keep("hinge", false, &ops.hinge(&rates, spans, hinge));
             for d in ops.hinge_grad(&rates, spans, hinge, &ops.tensor(&[1], &[0.7])) {
                 self.keep("hinge grad", false, &d);

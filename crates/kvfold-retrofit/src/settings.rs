@@ -3,7 +3,7 @@
 use crate::error::RetrofitError;
 use crate::origin::Origin;
 use kvfold_kernels::dmc::{self, Borrows, Decision, Dmc, Share};
-use kvfold_kernels::ops::{Exempt, Heads, KlDirection, Over, Precision, Scope, StatedAt};
+use kvfold_kernels::ops::{Exempt, Heads, KlDirection, Over, Precision, Pull, Scope, StatedAt};
 use kvfold_model::names;
 use kvfold_model::shape::Shape;
 use serde::{Deserialize, Serialize};
@@ -144,6 +144,9 @@ pub struct Pressure {
     pub scope: Scope,
     /// Tokens that share one target.
     pub over: Over,
+    /// Sides of the target on which it presses.
+    #[serde(default)]
+    pub pull: Pull,
     /// Factor on the hinge; 1 in the paper.
     pub weight: f64,
     /// Trains towards `ratio * (1 + margin)`, since decisions without noise fold a little less or more than with it.
@@ -298,7 +301,7 @@ impl Settings {
             calibration: None,
             loss: Loss::Distill { direction: KlDirection::Forward },
             text: Text::Given { digest: String::new(), max_tokens: None, reset: true },
-            pressure: Pressure { scope: Scope::Global, over: Over::Batch, weight: 2.0, margin: 0.03 },
+            pressure: Pressure { scope: Scope::Global, over: Over::Batch, pull: Pull::Up, weight: 2.0, margin: 0.03 },
             temperature: 0.1,
             length: shape.context.min(512),
             batch: 8,

@@ -269,9 +269,9 @@ where
         let spans = Spans::of_lengths(&lengths);
         let parts = self.parts(corpus, &sequences, at);
         let folds = self.settings.method.dynamic().is_some() && at.stage != Stage::Zeroing;
-        let Pressure { scope, over, weight, .. } = self.settings.pressure;
+        let Pressure { scope, over, pull, weight, .. } = self.settings.pressure;
         let target = 1.0 - 1.0 / at.ratio;
-        let hinge = Hinge { target, scope, over, stated_at: Some(self.settings.stated_at()) };
+        let hinge = Hinge { target, scope, over, pull, stated_at: Some(self.settings.stated_at()) };
 
         let not_finite = |what, value, sequences: &[usize]| {
             let (sequences, documents) = (sequences.to_vec(), corpus.describe(sequences));

@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use kvfold_engine::Engine;
 use kvfold_kernels::FastCpu;
 use kvfold_kernels::dmc::Share;
-use kvfold_kernels::ops::{KlDirection, Over, Precision, Scope};
+use kvfold_kernels::ops::{KlDirection, Over, Precision, Pull, Scope};
 use kvfold_kernels::paged::CacheDType;
 use kvfold_model::{Checkpoint, Loaded, ModelError};
 use kvfold_retrofit::settings::{self, Train};
@@ -418,6 +418,24 @@ impl From<OverArg> for Over {
     }
 }
 
+/// Sides of the ratio on which training presses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PullArg {
+    /// Below it only (the paper): the model may fold more than it was asked to
+    Up,
+    /// Below and above it
+    Both,
+}
+
+impl From<PullArg> for Pull {
+    fn from(pull: PullArg) -> Self {
+        match pull {
+            PullArg::Up => Pull::Up,
+            PullArg::Both => Pull::Both,
+        }
+    }
+}
+
 /// Which weights change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum TrainArg {
@@ -685,6 +703,16 @@ pub(crate) struct RetrofitArgs {
         help_heading = "How to train"
     )]
     pub(crate) over: OverArg,
+
+    /// Sides of the ratio on which training presses
+    #[arg(
+        long,
+        value_enum,
+        default_value_t = PullArg::Up,
+        conflicts_with = "kv_heads",
+        help_heading = "How to train"
+    )]
+    pub(crate) pull: PullArg,
 
     /// Operands of all products with weights; the trained numbers are f32 [default: bf16 from 256 channels on]
     #[arg(long, value_enum, help_heading = "How to train")]

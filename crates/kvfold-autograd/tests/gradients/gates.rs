@@ -3,7 +3,7 @@
 use crate::check::{Tensor, check, check_against, gradients, ragged, uniform};
 use kvfold_autograd::Var;
 use kvfold_kernels::Reference;
-use kvfold_kernels::ops::{Borrowed, Exempt, Heads, Hinge, Ops, Over, Scope, Spans, StatedAt};
+use kvfold_kernels::ops::{Borrowed, Exempt, Heads, Hinge, Ops, Over, Pull, Scope, Spans, StatedAt};
 
 const LOGITS: (f64, f64) = (-3.0, 3.0);
 
@@ -98,10 +98,11 @@ fn fold_rate_is_straight_through() {
 fn hinges(target: f64) -> impl Iterator<Item = Hinge> {
     let scopes = [Scope::Global, Scope::Layer, Scope::Head];
     let lengths = [None, Some(StatedAt { length: 11, exempt: Exempt { sinks: 1, delay: 2 } })];
-    scopes.into_iter().flat_map(move |scope| {
-        [Over::Sequence, Over::Batch]
-            .into_iter()
-            .flat_map(move |over| lengths.map(|stated_at| Hinge { target, scope, over, stated_at }))
+    let overs = [Over::Sequence, Over::Batch];
+    let places = scopes.into_iter().flat_map(move |scope| overs.map(|over| (scope, over)));
+    places.flat_map(move |(scope, over)| {
+        let pulls = [Pull::Up, Pull::Both].into_iter();
+        pulls.flat_map(move |pull| lengths.map(|stated_at| Hinge { target, scope, over, pull, stated_at }))
     })
 }
 
@@ -122,7 +123,8 @@ fn hinge_has_exactly_no_gradient_once_reached() {
         let spans = Spans::of_lengths(lengths);
         for layers in 1..12 {
             for hinge in [0.3, 0.5, 0.75, 1.0 - 1.0 / 1.37].into_iter().flat_map(hinges) {
-                for above in [0.0, 0.01] {
+                let reached: &[f64] = if hinge.pull == Pull::Up { &[0.0, 0.01] } else { &[0.0] };
+                for above in reached {
                     let rate = spans.iter().flat_map(|span| [hinge.target_of(span.len) + above; 3]).collect::<Vec<_>>();
                     let rates = vec![Reference::reference().array(&[spans.len(), 3], rate); layers];
                     let seeds = std::slice::from_ref(&seed);

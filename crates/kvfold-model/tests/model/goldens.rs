@@ -2,7 +2,7 @@
 
 use kvfold_autograd::Tape;
 use kvfold_kernels::dmc::Dmc;
-use kvfold_kernels::ops::{Goal, Heads, Hinge, KlDirection, NO_TARGET, Over, Predictions, Scope, Spans};
+use kvfold_kernels::ops::{Goal, Heads, Hinge, KlDirection, NO_TARGET, Over, Predictions, Pull, Scope, Spans};
 use kvfold_kernels::{Array, FastCpu, Ops, Reference};
 use kvfold_model::attend::{Folding, Mode, Noise, Plain};
 use kvfold_model::block::Pass;
@@ -178,7 +178,14 @@ fn dmc_case(name: &str) {
         ("ce", tape.prediction_loss(predicted, Goal::Tokens(&targets))),
         ("kl_forward", tape.prediction_loss(predicted, like_teacher(KlDirection::Forward))),
         ("kl_reverse", tape.prediction_loss(predicted, like_teacher(KlDirection::Reverse))),
-        ("hinge", tape.hinge(&soft.rates, &spans, Hinge { target: 1.0 - 1.0 / ratio, scope, over, stated_at: None })),
+        (
+            "hinge",
+            tape.hinge(
+                &soft.rates,
+                &spans,
+                Hinge { target: 1.0 - 1.0 / ratio, scope, over, pull: Pull::Up, stated_at: None },
+            ),
+        ),
     ];
     for (what, loss) in &losses {
         check(what, loss.value.data(), &floats(&file, what), 1e-10);

@@ -3,7 +3,7 @@
 use kvfold_kernels::FastCpu;
 use kvfold_kernels::dmc::{Decision, Dmc, Method, Share};
 use kvfold_kernels::noise::{hash, unit};
-use kvfold_kernels::ops::{KlDirection, Over, Precision, Scope};
+use kvfold_kernels::ops::{KlDirection, Over, Precision, Pull, Scope};
 use kvfold_model::shape::Shape;
 use kvfold_model::weights::Weights;
 use kvfold_model::{Checkpoint, Config};
@@ -79,7 +79,7 @@ pub(crate) fn settings(decision: Decision, (zeroing, ramp, hold): (u64, u64, u64
         calibration: None,
         loss: Loss::Distill { direction: KlDirection::Forward },
         text: Text::Given { digest: String::new(), max_tokens: None, reset: true },
-        pressure: Pressure { scope: Scope::Global, over: Over::Batch, weight: 2.0, margin: 0.0 },
+        pressure: Pressure { scope: Scope::Global, over: Over::Batch, pull: Pull::Up, weight: 2.0, margin: 0.0 },
         temperature: 0.5,
         length: LENGTH,
         batch: 3,

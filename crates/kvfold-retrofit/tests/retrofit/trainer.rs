@@ -3,7 +3,7 @@
 use crate::common::{BORROWED, CONTEXT, HEAD, LENGTH, bits, corpus, dmc, settings, steps, tensor, tiny, trainer};
 use kvfold_engine::Engine;
 use kvfold_kernels::dmc::{Borrows, Decision, Share};
-use kvfold_kernels::ops::{Exempt, KlDirection, MIN_IMPORTANCE, Over, Scope, Spans};
+use kvfold_kernels::ops::{Exempt, KlDirection, MIN_IMPORTANCE, Over, Pull, Scope, Spans};
 use kvfold_kernels::team::Team;
 use kvfold_kernels::{FastCpu, Ops};
 use kvfold_model::attend::{Fading, Folding, Gated, Mode, Plain, gated};
@@ -476,6 +476,24 @@ fn a_target_that_is_reached_costs_nothing() {
     let report = first(Scope::Global, Over::Batch, Share::Head, 1.05);
     assert!(report.ratio > 1.05);
     assert_eq!((report.hinge, report.loss), (0.0, report.task_loss));
+}
+
+#[test]
+fn pulled_on_both_sides_the_model_ends_at_the_target_and_not_above() {
+    let corpus = corpus(5);
+    let ratio_under = |pull| {
+        let mut run = settings(HEAD, (0, 0, 60));
+        (run.pressure.pull, run.ratio) = (pull, 1.2);
+        run.learning.rate = 3e-2;
+        let mut trainer = trainer(&run);
+        let reports = (0..60).map(|_| trainer.step(&corpus).unwrap()).collect::<Vec<_>>();
+        let first = &reports[0];
+        assert!(first.ratio > 1.3, "begins above: {}", first.ratio);
+        assert_eq!(first.hinge > 0.0, pull == Pull::Both);
+        reports[40..].iter().map(|report| report.ratio).sum::<f64>() / 20.0
+    };
+    let [up, both] = [Pull::Up, Pull::Both].map(ratio_under);
+    assert!((both / 1.2 - 1.0).abs() < 0.03 && up > both, "{up} one-sided, {both} two-sided");
 }
 
 #[test]

@@ -197,6 +197,7 @@ fn settings(
     };
     settings.pressure.scope = args.scope.into();
     settings.pressure.over = args.over.into();
+    settings.pressure.pull = args.pull.into();
     settings.learning.rate = args.lr.unwrap_or(settings.learning.rate);
     settings.learning.decide_factor = args.decide_factor.unwrap_or(settings.learning.decide_factor);
     settings.length = args.length.unwrap_or(settings.length);
