@@ -189,6 +189,15 @@ where
         })
     }
 
+    fn add_ahead(&self, logit: &Self::Tensor, ahead: &Self::Tensor, spans: &Spans) -> Self::Tensor {
+        let y = self.ops.add_ahead(&logit.value, &ahead.value, spans);
+        let (logit_id, ahead_id, spans) = (logit.id, ahead.id, spans.clone());
+        self.one(&[logit, ahead], y, move |ops, d, grads| {
+            grads.give(ops, logit_id, || d.clone());
+            grads.give(ops, ahead_id, || ops.add_ahead_grad(&spans, d));
+        })
+    }
+
     fn share_columns(&self, x: &Self::Tensor) -> Self::Tensor {
         let y = self.ops.share_columns(&x.value);
         let id = x.id;

@@ -13,7 +13,7 @@ const LAYERS: usize = 2;
 const HEADS: Heads = Heads { query: 4, kv: 2, dim: 4 };
 
 fn folding(delay: usize) -> Folding {
-    let decision = Decision::Head { scale: 1.0, offset: 0.0, bias: false };
+    let decision = Decision::Head { scale: 1.0, offset: 0.0, bias: false, ahead: false };
     Folding::new(Dmc {
         method: Method::Dmc,
         decision,

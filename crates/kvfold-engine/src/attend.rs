@@ -20,11 +20,11 @@ pub struct CachedAttend<'a, O: CacheOps> {
 impl<O: CacheOps> Attend<O> for CachedAttend<'_, O> {
     fn attend(&mut self, layer: usize, pass: &Pass<'_, O>, p: Projected<O::Tensor>) -> O::Tensor {
         let Pass { ops, shape, angles, spans } = *pass;
-        let (q, k, v, logit, omega) = match self.policy.decisions() {
-            None => (ops.rope(&p.q, angles, spans), p.k, p.v, None, None),
+        let (q, k, v, logit, ahead, omega) = match self.policy.decisions() {
+            None => (ops.rope(&p.q, angles, spans), p.k, p.v, None, None, None),
             Some(dmc) => {
-                let Gated { q, k, v, logit, omega } = gated(pass, dmc, p);
-                (rotated_query(pass, dmc, &q), k, v, Some(logit), omega)
+                let Gated { q, k, v, logit, ahead, omega } = gated(pass, dmc, p);
+                (rotated_query(pass, dmc, &q), k, v, Some(logit), ahead, omega)
             }
         };
         for (cache, span) in self.caches.iter_mut().zip(spans) {
@@ -35,6 +35,7 @@ impl<O: CacheOps> Attend<O> for CachedAttend<'_, O> {
             k: &k,
             v: &v,
             logit: logit.as_ref(),
+            ahead: ahead.as_ref(),
             omega: omega.as_ref(),
             angles,
             spans,

@@ -77,6 +77,11 @@ pub enum Decision {
         /// Whether the linear has a bias. The papers' have none; one that is fitted (`--calibrate`) has one.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         bias: bool,
+        /// Whether a second linear, `hidden -> KV heads`, adds to each token's decision logit what the input of the token
+        /// before it says: a fold joins the two, and how dear it is depends on both. The papers decide by one token's
+        /// input.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        ahead: bool,
     },
 }
 
@@ -120,6 +125,11 @@ impl Dmc {
     /// Whether decision heads have biases.
     pub fn decide_bias(&self) -> bool {
         matches!(self.decision, Decision::Head { bias: true, .. })
+    }
+
+    /// Whether decisions are also read from the token before.
+    pub fn decide_ahead(&self) -> bool {
+        matches!(self.decision, Decision::Head { ahead: true, .. })
     }
 
     /// Outputs of each layer's decision head for `kv` KV heads: logits, and importances where there are means; 0

@@ -77,6 +77,16 @@ pub(crate) fn head_row_grad<F: Real>(r: &[F], scale: F, (d_logit, d_omega): (&[F
     }
 }
 
+/// Adds to each row of a sequence's logits `[T,G]` what the row before it says ahead.
+pub(crate) fn add_ahead<F: Real>(logit: &mut [F], ahead: &[F], kv: usize) {
+    logit[kv.min(ahead.len())..].iter_mut().zip(ahead).for_each(|(logit, &ahead)| *logit += ahead);
+}
+
+/// Gradient of what the rows of a sequence say ahead, `[T,G]`, into zeros: the last one speaks to nobody.
+pub(crate) fn add_ahead_grad<F: Real>(d: &[F], kv: usize, d_ahead: &mut [F]) {
+    d_ahead.iter_mut().zip(&d[kv.min(d.len())..]).for_each(|(to, &d)| *to = d);
+}
+
 /// Width of the head's importances: from eps to 2 - eps, 1 in the middle.
 fn importance_span<F: Real>() -> F {
     F::of(2.0 - 2.0 * MIN_IMPORTANCE)

@@ -430,6 +430,9 @@ pub trait Ops: std::fmt::Debug {
     /// `r = 0`, so that a zero-initialised head weighs all tokens alike.
     fn head_gate(&self, r: &Self::Tensor, scale: f64, offset: f64) -> Gate<Self::Tensor>;
 
+    /// Decision logits `[N,G]`, each with what the token before it in its sequence says of it: `logit[t] + ahead[t-1]`.
+    fn add_ahead(&self, logit: &Self::Tensor, ahead: &Self::Tensor, spans: &Spans) -> Self::Tensor;
+
     /// Mean over the columns of `[N,G]`, in every column.
     fn share_columns(&self, x: &Self::Tensor) -> Self::Tensor;
 
@@ -591,6 +594,8 @@ pub trait Grad: Ops {
     fn query_logit_grad(&self, heads: Heads, decision: Borrowed, d: &Self::Tensor) -> Self::Tensor;
     /// Gradient of `r` in [`Ops::head_gate`].
     fn head_gate_grad(&self, r: &Self::Tensor, scale: f64, d: &Gate<Self::Tensor>) -> Self::Tensor;
+    /// Gradient of `ahead` in [`Ops::add_ahead`]; that of `logit` is `d`.
+    fn add_ahead_grad(&self, spans: &Spans, d: &Self::Tensor) -> Self::Tensor;
     /// Gradient of the relaxed logits in [`Ops::decide_soft`].
     fn decide_soft_grad(
         &self,
@@ -660,6 +665,8 @@ pub struct CachedAttention<'a, O: CacheOps> {
     pub v: &'a O::Tensor,
     /// Decision logits `[N, G]`, for rules that decide.
     pub logit: Option<&'a O::Tensor>,
+    /// What each token adds to the logit of the next, `[N, G]`, in models whose decisions look back.
+    pub ahead: Option<&'a O::Tensor>,
     /// Importances `[N, G]`, for rules that average.
     pub omega: Option<&'a O::Tensor>,
     /// The rotary table.

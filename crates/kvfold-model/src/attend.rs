@@ -73,6 +73,8 @@ pub struct Gated<T> {
     pub v: T,
     /// Decision logits `[N, G]`.
     pub logit: T,
+    /// What each token adds to the logit of the next, `[N, G]`; none where decisions do not look back.
+    pub ahead: Option<T>,
     /// Importances `[N, G]`; none in DMS.
     pub omega: Option<T>,
 }
@@ -80,29 +82,32 @@ pub struct Gated<T> {
 /// Decisions and importances of one layer (spec 1.2, 5.2), and the projections without the borrowed channels.
 pub fn gated<O: Ops>(pass: &Pass<'_, O>, dmc: &Dmc, p: Projected<O::Tensor>) -> Gated<O::Tensor> {
     let (ops, heads) = (pass.ops, pass.shape.heads);
-    let Projected { q, k, v, decide } = p;
+    let Projected { q, k, v, decide, ahead } = p;
     let with_importance = |gate: Gate<O::Tensor>| (gate.logit, Some(gate.omega));
-    let (mut logit, omega) = match dmc.decision {
+    let ((mut logit, omega), mut ahead) = match dmc.decision {
         Decision::Borrowed { scale, offset } => {
             let by = Borrowed { scale, offset };
-            match dmc.method {
+            let decided = match dmc.method {
                 Method::Dmc => with_importance(ops.borrowed_gate(&q, &k, heads, by)),
                 Method::Dms => (ops.query_logit(&q, heads, by), None),
-            }
+            };
+            (decided, None)
         }
         Decision::Head { scale, offset, .. } => {
             let r = decide.expect("a model that decides by a head has decision heads: checked when it is loaded");
-            match dmc.method {
+            let decided = match dmc.method {
                 Method::Dmc => with_importance(ops.head_gate(&r, scale, offset)),
                 Method::Dms => (ops.affine(&r, scale, offset), None),
-            }
+            };
+            (decided, ahead.map(|ahead| ops.scale(&ahead, scale)))
         }
     };
     if dmc.share == Share::Layer {
         logit = ops.share_columns(&logit);
+        ahead = ahead.map(|ahead| ops.share_columns(&ahead));
     }
     let gone = Fading { borrows: dmc.borrows(), factor: 0.0 };
-    Gated { q: fade_queries(pass, gone, q), k: fade_keys(pass, gone, k), v, logit, omega }
+    Gated { q: fade_queries(pass, gone, q), k: fade_keys(pass, gone, k), v, logit, ahead, omega }
 }
 
 /// Queries as scores need them: rotated, and without the borrowed channels.
@@ -180,7 +185,8 @@ impl<T> Folding<T> {
 impl<O: Ops> Attend<O> for Folding<O::Tensor> {
     fn attend(&mut self, layer: usize, pass: &Pass<'_, O>, p: Projected<O::Tensor>) -> O::Tensor {
         let Pass { ops, shape, angles, spans } = *pass;
-        let Gated { q, k, v, logit, omega } = gated(pass, &self.dmc, p);
+        let Gated { q, k, v, logit, ahead, omega } = gated(pass, &self.dmc, p);
+        let logit = ahead.into_iter().fold(logit, |logit, ahead| ops.add_ahead(&logit, &ahead, spans));
         let (logit, decided) = match &self.mode {
             Mode::Soft { temperature, noise } => {
                 let relaxed = ops.relax(&logit, &self.noise(pass, layer, noise), *temperature);

@@ -32,6 +32,8 @@ pub struct Projected<T> {
     pub v: T,
     /// Outputs of the decision head `[N, 2G]` (DMS: `[N, G]`), in models that have one.
     pub decide: Option<T>,
+    /// What each token adds to the decision logits of the next, before scaling `[N, G]`, in models that have it.
+    pub ahead: Option<T>,
 }
 
 /// What the queries of a layer attend to, and how: the only difference between training and serving.
@@ -50,6 +52,7 @@ impl<O: Ops> Pass<'_, O> {
             k: self.head_norm(self.linear(&y, &w.k, &w.k_bias), &w.k_norm),             // [N, G*D]
             v: self.linear(&y, &w.v, &w.v_bias),                                        // [N, G*D]
             decide: w.decide.as_ref().map(|decide| self.linear(&y, decide, &w.decide_bias)), // [N, 2G]
+            ahead: w.decide_ahead.as_ref().map(|ahead| ops.linear(&y, ahead)),          // [N, G]
         };
         let y = attend.attend(layer, self, projected); // [N, H*D]
         let x = ops.add(x, &self.linear(&y, &w.o, &w.o_bias), 1.0); // [N, C]

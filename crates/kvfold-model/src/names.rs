@@ -55,6 +55,9 @@ pub const DECIDE_PROJ: &str = "self_attn.decide_proj.weight";
 /// Added to the decision head's outputs, `[2*G]`, in DMS `[G]`; in models whose decisions say so.
 pub const DECIDE_BIAS: &str = "self_attn.decide_proj.bias";
 
+/// What each token adds to the decision logits of the next, `[G, C]`; in models whose decisions say so.
+pub const DECIDE_AHEAD: &str = "self_attn.decide_proj.ahead";
+
 /// What the names of a decision head's weights have in common.
 pub const DECIDE: &str = "self_attn.decide_proj.";
 

@@ -36,6 +36,8 @@ pub struct Shape {
     pub decide_outputs: usize,
     /// Whether decision heads have biases.
     pub decide_bias: bool,
+    /// Whether decisions are also read from the token before.
+    pub decide_ahead: bool,
 }
 
 impl Shape {
@@ -57,6 +59,7 @@ impl Shape {
             tied: config.tie_word_embeddings,
             decide_outputs: config.compression.as_ref().map_or(0, |c| c.dmc.decide_outputs(kv)),
             decide_bias: config.compression.as_ref().is_some_and(|c| c.dmc.decide_bias()),
+            decide_ahead: config.compression.as_ref().is_some_and(|c| c.dmc.decide_ahead()),
         }
     }
 

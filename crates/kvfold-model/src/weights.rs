@@ -32,6 +32,8 @@ pub struct Block<T> {
     pub decide: Option<T>,
     /// Added to the decision head's outputs, `[2G]`; `[G]` in DMS. Only where the configuration says so.
     pub decide_bias: Option<T>,
+    /// What each token adds to the decision logits of the next, `[G, C]`.
+    pub decide_ahead: Option<T>,
     /// Norm before the feed-forward layer, `[C]`.
     pub post_norm: T,
     /// Feed-forward gate, `[F, C]`.
@@ -77,6 +79,10 @@ impl<T> Block<T> {
                 outputs => Some(make(names::DECIDE_PROJ, &[outputs, hidden])?),
             },
             decide_bias: shape.decide_bias.then(|| make(names::DECIDE_BIAS, &[shape.decide_outputs])).transpose()?,
+            decide_ahead: shape
+                .decide_ahead
+                .then(|| make(names::DECIDE_AHEAD, &[shape.heads.kv, hidden]))
+                .transpose()?,
             post_norm: make(names::POST_ATTENTION_NORM, &[hidden])?,
             gate: make(names::GATE_PROJ, &[ffn, hidden])?,
             up: make(names::UP_PROJ, &[ffn, hidden])?,
@@ -87,18 +93,18 @@ impl<T> Block<T> {
     /// The weights in the order of [`Block::build`].
     pub fn list(&self) -> Vec<&T> {
         let Self { input_norm, q, k, v, q_bias, k_bias, v_bias, q_norm, k_norm, .. } = self;
-        let Self { o, o_bias, decide, decide_bias, post_norm, gate, up, down, .. } = self;
+        let Self { o, o_bias, decide, decide_bias, decide_ahead, post_norm, gate, up, down, .. } = self;
         let projections = [input_norm, q, k, v].into_iter().chain(q_bias).chain(k_bias).chain(v_bias);
         let attention = projections.chain(q_norm).chain(k_norm).chain([o]).chain(o_bias);
-        attention.chain(decide).chain(decide_bias).chain([post_norm, gate, up, down]).collect()
+        attention.chain(decide).chain(decide_bias).chain(decide_ahead).chain([post_norm, gate, up, down]).collect()
     }
 
     fn list_mut(&mut self) -> Vec<&mut T> {
         let Self { input_norm, q, k, v, q_bias, k_bias, v_bias, q_norm, k_norm, .. } = self;
-        let Self { o, o_bias, decide, decide_bias, post_norm, gate, up, down, .. } = self;
+        let Self { o, o_bias, decide, decide_bias, decide_ahead, post_norm, gate, up, down, .. } = self;
         let projections = [input_norm, q, k, v].into_iter().chain(q_bias).chain(k_bias).chain(v_bias);
         let attention = projections.chain(q_norm).chain(k_norm).chain([o]).chain(o_bias);
-        attention.chain(decide).chain(decide_bias).chain([post_norm, gate, up, down]).collect()
+        attention.chain(decide).chain(decide_bias).chain(decide_ahead).chain([post_norm, gate, up, down]).collect()
     }
 }
 

@@ -264,7 +264,7 @@ const CALIBRATED_RATE_FACTOR: f64 = 0.1;
 pub fn default_dmc() -> Dmc {
     Dmc {
         method: dmc::Method::Dmc,
-        decision: Decision::Head { scale: HEAD_SCALE, offset: OFFSET, bias: false },
+        decision: Decision::Head { scale: HEAD_SCALE, offset: OFFSET, bias: false, ahead: false },
         delay: DELAY,
         sinks: SINKS,
         pool_window: None,
@@ -334,9 +334,9 @@ impl Settings {
     /// heads of a model that the run begins at stay of the form they have.
     pub fn calibrated(mut self, tokens: usize) -> Self {
         if self.from.is_none()
-            && let Method::Dynamic(Dmc { decision: Decision::Head { bias, .. }, .. }) = &mut self.method
+            && let Method::Dynamic(Dmc { decision: Decision::Head { bias, ahead, .. }, .. }) = &mut self.method
         {
-            *bias = true;
+            (*bias, *ahead) = (true, true);
         }
         self.stages.hold += std::mem::take(&mut self.stages.ramp);
         self.learning.decide_factor = CALIBRATED_DECIDE_FACTOR;
@@ -379,11 +379,17 @@ impl Settings {
     /// The sizes of the model that is trained, for an original of these.
     pub fn shape(&self, original: &Shape) -> Shape {
         let Heads { kv: all, .. } = original.heads;
-        let (kv, decide_outputs, decide_bias) = match &self.method {
-            Method::Dynamic(dmc) => (all, dmc.decide_outputs(all), dmc.decide_bias()),
-            Method::Gqa { kv_heads } => (*kv_heads, 0, false),
+        let (kv, dmc) = match &self.method {
+            Method::Dynamic(dmc) => (all, Some(dmc)),
+            Method::Gqa { kv_heads } => (*kv_heads, None),
         };
-        Shape { heads: Heads { kv, ..original.heads }, decide_outputs, decide_bias, ..original.clone() }
+        Shape {
+            heads: Heads { kv, ..original.heads },
+            decide_outputs: dmc.map_or(0, |dmc| dmc.decide_outputs(all)),
+            decide_bias: dmc.is_some_and(Dmc::decide_bias),
+            decide_ahead: dmc.is_some_and(Dmc::decide_ahead),
+            ..original.clone()
+        }
     }
 
     /// The ratio that is asked of documents of these lengths; an error if nothing of them is ever folded. Merged heads are

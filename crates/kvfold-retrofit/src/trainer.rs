@@ -247,10 +247,12 @@ where
         let Self { ops, shape, angles, weights, .. } = &*self;
         let reader = Reader { ops, shape, angles, weights };
         let (heads, fit) = calibrate::fit(&reader, (&self.settings, dmc, calibration), corpus, progress)?;
-        for (block, (weights, biases)) in self.weights.blocks.iter_mut().zip(heads) {
-            let outputs = self.shape.decide_outputs;
-            block.decide = Some(self.ops.master(&[outputs, self.shape.hidden], &weights, Precision::F32));
-            block.decide_bias = Some(self.ops.master(&[outputs], &biases, Precision::F32));
+        let (outputs, hidden, kv) = (self.shape.decide_outputs, self.shape.hidden, self.shape.heads.kv);
+        let master = |dims: &[usize], values: &[f32]| Some(self.ops.master(dims, values, Precision::F32));
+        for (block, fitted) in self.weights.blocks.iter_mut().zip(heads) {
+            block.decide = master(&[outputs, hidden], &fitted.weights);
+            block.decide_bias = master(&[outputs], &fitted.biases);
+            block.decide_ahead = fitted.ahead.and_then(|ahead| master(&[kv, hidden], &ahead));
         }
         Ok(Some(fit))
     }

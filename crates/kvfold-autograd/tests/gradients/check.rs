@@ -13,7 +13,7 @@ pub(crate) type Recorder = Tape<Reference<f64>>;
 ///
 /// What is left is the error of the differences: rounding for ops that are linear in each input, the next term of the
 /// series for the others.
-const TOLERANCES: [(&str, f64); 26] = [
+const TOLERANCES: [(&str, f64); 27] = [
     ("linear", 1e-10),
     ("embed", 1e-10),
     ("rms_norm", 1e-8),
@@ -29,6 +29,7 @@ const TOLERANCES: [(&str, f64); 26] = [
     ("borrowed_gate", 1e-9),
     ("query_logit", 1e-10),
     ("head_gate", 1e-9),
+    ("add_ahead", 1e-10),
     ("share_columns", 1e-10),
     ("relax", 1e-10),
     ("decide_soft", 1e-9),

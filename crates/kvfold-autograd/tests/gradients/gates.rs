@@ -38,6 +38,13 @@ fn head_gate() {
 }
 
 #[test]
+fn add_ahead() {
+    let spans = ragged();
+    let inputs = [1, 2].map(|seed| uniform(seed, &[spans.rows(), 3], LOGITS));
+    check("add_ahead", &inputs, |t, x| vec![t.add_ahead(&x[0], &x[1], &spans)]);
+}
+
+#[test]
 fn share_columns() {
     check("share_columns", &[uniform(1, &[5, 3], LOGITS)], |t, x| vec![t.share_columns(&x[0])]);
 }

@@ -86,7 +86,12 @@ impl Case {
             method: Method::Dmc,
             decision: match rng.pick(&[true, false]) {
                 true => Decision::Borrowed { scale: rng.pick(&[1.0, 2.5]), offset },
-                false => Decision::Head { scale: rng.pick(&[1.0, 2.5]), offset, bias: rng.pick(&[true, false]) },
+                false => Decision::Head {
+                    scale: rng.pick(&[1.0, 2.5]),
+                    offset,
+                    bias: rng.pick(&[true, false]),
+                    ahead: rng.pick(&[true, false]),
+                },
             },
             delay: rng.pick(&[0, 0, 1, 5, 16, 33]),
             sinks: rng.pick(&[0, 0, 1, 4]),
@@ -127,6 +132,7 @@ impl Case {
             tied: seed.is_multiple_of(2),
             decide_outputs: dmc.decide_outputs(heads.kv),
             decide_bias: dmc.decide_bias(),
+            decide_ahead: dmc.decide_ahead(),
         };
         Self { seed, shape, dmc, decide: 1.0 }
     }

@@ -178,7 +178,8 @@ fn a_head_that_never_folds_trains_the_plain_model_to_the_last_bit() {
 fn a_new_head_leaves_the_plain_model_as_it_is() {
     // Zero-initialised, with the offset that a retrofit starts from: not by a huge offset but by the logit's sign.
     let new_head = |mut case: Case| {
-        case.dmc.decision = Decision::Head { scale: 10.0, offset: 5.0, bias: case.shape.decide_bias };
+        case.dmc.decision =
+            Decision::Head { scale: 10.0, offset: 5.0, bias: case.shape.decide_bias, ahead: case.shape.decide_ahead };
         case.decide = 0.0;
         case
     };
@@ -236,7 +237,7 @@ fn a_cache_that_never_folds_is_a_full_cache() {
 fn large() -> Case {
     let dmc = Dmc {
         method: Method::Dmc,
-        decision: Decision::Head { scale: 1.0, offset: -0.5, bias: false },
+        decision: Decision::Head { scale: 1.0, offset: -0.5, bias: false, ahead: false },
         delay: 5,
         sinks: 1,
         pool_window: Some(12),

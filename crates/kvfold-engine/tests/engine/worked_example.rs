@@ -44,7 +44,7 @@ fn slots(lists: &[&[usize]]) -> Vec<Slot> {
     lists.iter().map(slot).collect()
 }
 
-const HEAD: Decision = Decision::Head { scale: 2.0, offset: 0.75, bias: false };
+const HEAD: Decision = Decision::Head { scale: 2.0, offset: 0.75, bias: false, ahead: false };
 const BORROWED: Decision = Decision::Borrowed { scale: 2.0, offset: 5.0 };
 const FOLD: f64 = 0.5;
 const KEEP: f64 = -0.5;
@@ -119,7 +119,7 @@ impl Scene {
         }
         let array = |data: Vec<f64>| ops.array(&[rows.len(), data.len() / rows.len()], data);
         let decide = (!decide.is_empty()).then(|| array(decide));
-        Projected { q: array(q), k: array(k), v: array(v), decide }
+        Projected { q: array(q), k: array(k), v: array(v), decide, ahead: None }
     }
 
     /// What query i gets from slots: a softmax over keys that stand where the slots say, of means by importance.
@@ -158,6 +158,7 @@ impl Scene {
             tied: true,
             decide_outputs: self.dmc.decide_outputs(kv),
             decide_bias: false,
+            decide_ahead: false,
         };
         let ops = Reference::<f64>::reference();
         let angles = ops.rope_table(&shape.inv_freq(), shape.context);

@@ -58,6 +58,7 @@ impl Layer {
             k: &self.k,
             v: &self.v,
             logit: Some(&self.logit),
+            ahead: None,
             omega: Some(&self.omega),
             angles: &self.angles,
             spans: &spans,

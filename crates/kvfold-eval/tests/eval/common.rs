@@ -15,7 +15,7 @@ pub(crate) const CONTEXT: usize = 128;
 
 /// How a compressed model of these tests folds.
 pub(crate) fn dmc(offset: f64) -> Dmc {
-    let decision = Decision::Head { scale: 1.0, offset, bias: false };
+    let decision = Decision::Head { scale: 1.0, offset, bias: false, ahead: false };
     Dmc { method: Method::Dmc, decision, delay: 5, sinks: 0, pool_window: None, log_mass: true, share: Share::Head }
 }
 

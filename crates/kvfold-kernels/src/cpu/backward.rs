@@ -172,6 +172,16 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
         )
     }
 
+    fn add_ahead_grad(&self, spans: &Spans, d: &Array<F>) -> Array<F> {
+        let (_, kv) = d.matrix();
+        let mut grad = self.zeros(d.shape());
+        for &Span { start, len, .. } in spans {
+            let at = start * kv..(start + len) * kv;
+            gate::add_ahead_grad(&d.data()[at.clone()], kv, &mut grad.data_mut()[at]);
+        }
+        grad
+    }
+
     fn decide_soft_grad(&self, relaxed: &Array<F>, spans: &Spans, sinks: usize, d: &Decided<Array<F>>) -> Array<F> {
         let (_, kv) = relaxed.matrix();
         let mut grad = self.buffer(relaxed.data().len());

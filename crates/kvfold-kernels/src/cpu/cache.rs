@@ -67,7 +67,7 @@ impl<F: Real, K: KernelSet<F>> CacheOps for Cpu<F, K> {
     }
 
     fn cached_attention(&self, step: CachedAttention<'_, Self>) -> Array<F> {
-        let CachedAttention { q, k, v, logit, omega, spans, heads, rule, .. } = step;
+        let CachedAttention { q, k, v, logit, ahead, omega, spans, heads, rule, .. } = step;
         let (kv, dim, group) = (heads.kv, heads.dim, heads.group());
         assert_eq!(step.tables.len(), spans.len(), "one set of heads per sequence");
         let mut out = self.buffer(spans.rows() * heads.query * dim);
@@ -87,6 +87,7 @@ impl<F: Real, K: KernelSet<F>> CacheOps for Cpu<F, K> {
                 k: view(k, span, g, dim),
                 v: view(v, span, g, dim),
                 logit: logit.map(|logit| view(logit, span, g, 1)),
+                ahead: ahead.map(|ahead| view(ahead, span, g, 1)),
                 omega: omega.map(|omega| view(omega, span, g, 1)),
                 angles: step.angles.data(),
                 dtype: step.dtype,

@@ -209,6 +209,17 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
         })
     }
 
+    fn add_ahead(&self, logit: &Array<F>, ahead: &Array<F>, spans: &Spans) -> Array<F> {
+        let (rows, kv) = logit.matrix();
+        let mut sum = self.buffer(rows * kv);
+        sum.copy_from_slice(logit.data());
+        for &Span { start, len, .. } in spans {
+            let at = start * kv..(start + len) * kv;
+            gate::add_ahead(&mut sum[at.clone()], &ahead.data()[at], kv);
+        }
+        self.array(logit.shape(), sum)
+    }
+
     fn share_columns(&self, x: &Array<F>) -> Array<F> {
         let (rows, cols) = x.matrix();
         self.by_rows(

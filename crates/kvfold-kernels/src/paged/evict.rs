@@ -21,7 +21,7 @@ pub(super) fn take<F: Real>(
     let dim = input.heads.dim;
     let position = table.tokens - 1;
     let (k, v) = (input.k.row(t, 0, dim), input.v.row(t, 0, dim));
-    let evicts = folds(input, position, t);
+    let evicts = folds(input, table, t);
     if delay == 0 {
         rotate(k, input.angles(position), F::one(), &mut moving.pair[..dim]);
         moving.pair[dim..].copy_from_slice(v);

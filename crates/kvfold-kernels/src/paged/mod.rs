@@ -131,6 +131,8 @@ pub struct HeadTable {
     pub state: Option<Block>,
     /// Tokens seen.
     pub tokens: usize,
+    /// What the newest token adds to the logit of the next; 0 where decisions do not look back.
+    pub ahead: f64,
 }
 
 impl HeadTable {
@@ -172,6 +174,8 @@ pub(crate) struct HeadInput<'a, F> {
     pub(crate) v: View<'a, F>,
     /// Decision logit; not needed by [`Rule::Keep`].
     pub(crate) logit: Option<View<'a, F>>,
+    /// What each token adds to the logit of the next, where decisions look back.
+    pub(crate) ahead: Option<View<'a, F>>,
     /// Importance; needed by [`Rule::Fold`] alone.
     pub(crate) omega: Option<View<'a, F>>,
     /// The rotary table, `[P, D]`.

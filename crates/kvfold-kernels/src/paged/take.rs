@@ -38,7 +38,7 @@ pub(super) fn take<F: Real>(input: &HeadInput<'_, F>, table: &mut HeadTable, t: 
         Rule::Evict { delay, .. } => return evict::take(input, table, (t, delay), moving),
         Rule::Fold { delay, log_mass, .. } => (delay, log_mass),
     };
-    let folds = folds(input, position, t);
+    let folds = folds(input, table, t);
     let omega = input.omega.expect("a folding rule comes with importances").at(t);
     if delay == 0 {
         moving.pair[..dim].copy_from_slice(k);
@@ -119,10 +119,16 @@ fn absorb<F: Real>(
     open_v.copy_from_slice(v);
 }
 
-/// Whether token t of the input, at a position, gets no slot of its own. The first token of a sequence, and those after sinks, always do.
+/// Whether token t of the input, the newest of those that the table counts, gets no slot of its own. The first token of a
+/// sequence, and those after sinks, always do.
 #[inline(always)]
-pub(super) fn folds<F: Real>(input: &HeadInput<'_, F>, position: usize, t: usize) -> bool {
-    position > input.rule.sinks() && input.logit.expect("a rule that decides comes with logits").at(t) > F::zero()
+pub(super) fn folds<F: Real>(input: &HeadInput<'_, F>, table: &mut HeadTable, t: usize) -> bool {
+    let mut logit = input.logit.expect("a rule that decides comes with logits").at(t);
+    if let Some(ahead) = input.ahead {
+        logit += F::of(table.ahead);
+        table.ahead = ahead.at(t).f64();
+    }
+    table.tokens - 1 > input.rule.sinks() && logit > F::zero()
 }
 
 /// Writes the open slot, when there is one, to its page.

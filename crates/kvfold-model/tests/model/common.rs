@@ -80,7 +80,7 @@ pub(crate) fn compression(decision: Decision) -> Compression {
 }
 
 pub(crate) const BORROWED: Decision = Decision::Borrowed { scale: 1.0, offset: 5.0 };
-pub(crate) const HEAD: Decision = Decision::Head { scale: 100.0, offset: 5.0, bias: false };
+pub(crate) const HEAD: Decision = Decision::Head { scale: 100.0, offset: 5.0, bias: false, ahead: false };
 
 /// A section as it stands in `config.json`.
 pub(crate) fn section() -> Value {

@@ -116,11 +116,11 @@ fn with_compression_refuses_what_could_not_be_read_back() {
     says(&with(|c| c.ratio = f64::NAN), &["`kvfold.ratio` is NaN"]);
     says(&with(|c| c.dmc.pool_window = Some(0)), &["`kvfold.cache.pool_window` is 0"]);
     says(
-        &with(|c| c.dmc.decision = Decision::Head { scale: f64::INFINITY, offset: 0.0, bias: false }),
+        &with(|c| c.dmc.decision = Decision::Head { scale: f64::INFINITY, offset: 0.0, bias: false, ahead: false }),
         &["`kvfold.cache.decision.scale` is inf"],
     );
     says(
-        &with(|c| c.dmc.decision = Decision::Head { scale: 1.0, offset: f64::NAN, bias: false }),
+        &with(|c| c.dmc.decision = Decision::Head { scale: 1.0, offset: f64::NAN, bias: false, ahead: false }),
         &["`kvfold.cache.decision.offset` is NaN"],
     );
 }
@@ -129,7 +129,7 @@ proptest! {
     #[test]
     fn settings_survive_the_way_through_a_file_to_the_bit(scale in 1e-9f64..1e9, offset in any::<f64>(), ratio in 1.0f64..64.0) {
         prop_assume!(offset.is_finite());
-        let mut compression = compression(Decision::Head { scale, offset, bias: false });
+        let mut compression = compression(Decision::Head { scale, offset, bias: false, ahead: false });
         compression.ratio = ratio;
         let config = parse(&valid()).unwrap().with_compression(compression.clone()).unwrap();
         let back = Config::parse(config.to_json().as_bytes(), "back").unwrap();

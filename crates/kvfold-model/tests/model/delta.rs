@@ -20,7 +20,7 @@ fn retrofitted(base: &Checkpoint, by: f32) -> Checkpoint {
     let compression = Compression {
         dmc: Dmc {
             method: Method::Dmc,
-            decision: Decision::Head { scale: 4.0, offset: 3.0, bias: false },
+            decision: Decision::Head { scale: 4.0, offset: 3.0, bias: false, ahead: false },
             delay: 32,
             sinks: 1,
             pool_window: None,

@@ -104,6 +104,7 @@ const TINY: Shape = Shape {
     tied: false,
     decide_outputs: 0,
     decide_bias: false,
+    decide_ahead: false,
 };
 
 fn dmc_case(name: &str) {

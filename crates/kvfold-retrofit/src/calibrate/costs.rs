@@ -205,7 +205,7 @@ mod tests {
         for (method, share) in [(Method::Dmc, Share::Head), (Method::Dmc, Share::Layer), (Method::Dms, Share::Head)] {
             let dmc = Dmc {
                 method,
-                decision: Decision::Head { scale: 1.0, offset: 0.0, bias: true },
+                decision: Decision::Head { scale: 1.0, offset: 0.0, bias: true, ahead: false },
                 delay: DELAY,
                 sinks: 1,
                 pool_window: None,

@@ -14,7 +14,7 @@
 //! where `r_h(t)` is the root mean square of the shares of attention that queries at least W tokens later give t, `O_h` the
 //! head's columns of the output projection and `|x|` the mean norm of the residual stream that it adds to, so that costs of
 //! all heads and layers can be compared. A decision head becomes the linear function of its input that predicts the expected
-//! cost (`regression`), and its threshold is the cost below which as many tokens of the text fold as the ratio asks for.
+//! cost (`regression`), and of the input of the token before where it looks back (`Decision::Head`); its threshold is the cost below which as many tokens of the text fold as the ratio asks for.
 //!
 //! The text goes through the model block by block, so memory is that of one layer's inputs.
 
@@ -51,8 +51,15 @@ pub struct Fit {
     pub best: f64,
 }
 
-/// Weights `[2G, C]` and biases `[2G]` of a layer's decision head (`[G, C]` and `[G]` in DMS).
-pub(crate) type HeadWeights = (Vec<f32>, Vec<f32>);
+/// A layer's decision head.
+pub(crate) struct HeadWeights {
+    /// `[2G, C]`; in DMS `[G, C]`.
+    pub(crate) weights: Vec<f32>,
+    /// `[2G]`; in DMS `[G]`.
+    pub(crate) biases: Vec<f32>,
+    /// `[G, C]` of the token before, where decisions look back.
+    pub(crate) ahead: Option<Vec<f32>>,
+}
 
 /// The model whose decisions are fitted, as it is without them.
 pub(crate) struct Reader<'a, O: Grad> {
@@ -71,10 +78,14 @@ struct Passage<T> {
     x: T,
 }
 
-/// A layer's inputs `[N, C]` and costs `[G][N]` of known tokens.
+/// What a layer's decisions are fitted to.
 struct Seen {
+    /// Inputs of known tokens `[N, C]`; `[N, 2C]` with those of the tokens before them.
     inputs: Vec<f32>,
+    /// Their costs `[G][N]`.
     costs: Vec<Vec<f64>>,
+    /// Whether decisions look back.
+    ahead: bool,
 }
 
 /// A KV head's function, what it says of all tokens, and what it says of held-out ones beside what they cost.
@@ -119,7 +130,7 @@ pub(crate) fn fit<O: Grad>(
 
     let mut layers: Vec<Vec<Head>> = Vec::new();
     for (layer, block) in weights.blocks.iter().enumerate() {
-        let empty = || Seen { inputs: Vec::new(), costs: vec![Vec::new(); shape.heads.kv] };
+        let empty = || Seen { inputs: Vec::new(), costs: vec![Vec::new(); shape.heads.kv], ahead: dmc.decide_ahead() };
         let (mut learned, mut checked) = (empty(), empty());
         for passage in &mut passages {
             let Passage { spans, known, held_out, x } = passage;
@@ -139,8 +150,9 @@ pub(crate) fn fit<O: Grad>(
             }
             *x = next;
         }
-        let Seen { inputs, costs } = learned;
-        let inputs = Inputs::new(ops, inputs, shape.hidden);
+        let columns = learned.columns(shape.hidden);
+        let Seen { inputs, costs, .. } = learned;
+        let inputs = Inputs::new(ops, inputs, columns);
         let heads = costs.iter().zip(checked.costs).map(|(costs, known)| {
             let linear = inputs.fit(costs);
             let predicted = linear.of(ops, &checked.inputs);
@@ -222,21 +234,34 @@ fn head_weights(
         unreachable!("settings that calibrate have decision heads: checked when they are validated")
     };
     let factor = calibration.gain / scale;
-    let (mut weights, mut biases) = (vec![0.0; shape.decide_outputs * shape.hidden], vec![0.0; shape.decide_outputs]);
-    let rows = weights.chunks_exact_mut(shape.hidden).zip(&mut biases);
-    for ((row, bias), (Head { linear, .. }, threshold)) in rows.zip(heads.iter().zip(thresholds)) {
-        row.iter_mut().zip(&linear.weights).for_each(|(to, &w)| *to = (-factor * w) as f32);
+    let mut weights: Vec<f32> = Vec::with_capacity(shape.decide_outputs * shape.hidden);
+    let (mut biases, mut ahead) = (vec![0.0; shape.decide_outputs], Vec::new());
+    for (bias, (Head { linear, .. }, threshold)) in biases.iter_mut().zip(heads.iter().zip(thresholds)) {
+        let (own, before) = linear.weights.split_at(shape.hidden);
+        let scaled = |&w: &f64| (-factor * w) as f32;
+        weights.extend(own.iter().map(scaled));
+        ahead.extend(before.iter().map(scaled));
         *bias = (factor * (threshold - linear.bias) + offset / scale) as f32;
     }
-    (weights, biases)
+    weights.resize(shape.decide_outputs * shape.hidden, 0.0);
+    HeadWeights { weights, biases, ahead: (!ahead.is_empty()).then_some(ahead) }
 }
 
 impl Seen {
+    /// Columns of the inputs, for tokens of `hidden` numbers.
+    fn columns(&self, hidden: usize) -> usize {
+        if self.ahead { 2 * hidden } else { hidden }
+    }
+
     /// Takes in the known tokens of inputs `[N, C]` and costs `[N, G]`.
     fn take(&mut self, inputs: &[f32], costs: &[f64], known: &[bool]) {
         let (columns, kv) = (inputs.len() / known.len(), self.costs.len());
         for (row, _) in known.iter().enumerate().filter(|(_, known)| **known) {
             self.inputs.extend_from_slice(&inputs[row * columns..][..columns]);
+            if self.ahead {
+                // A token that may fold is never its sequence's first.
+                self.inputs.extend_from_slice(&inputs[(row - 1) * columns..][..columns]);
+            }
             self.costs.iter_mut().zip(&costs[row * kv..]).for_each(|(to, &cost)| to.push(cost));
         }
     }

@@ -14,7 +14,7 @@ const READ: usize = 300;
 
 /// A run whose decisions are fitted, with next to no noise on them.
 fn fitted() -> Settings {
-    let mut run = settings(Decision::Head { scale: 4.0, offset: 1.0, bias: true }, (0, 0, 2));
+    let mut run = settings(Decision::Head { scale: 4.0, offset: 1.0, bias: true, ahead: false }, (0, 0, 2));
     run.length = CONTEXT;
     run.calibration = Some(Calibration { tokens: READ * CONTEXT, gain: 1e4 });
     run.learning.rate = 0.0;

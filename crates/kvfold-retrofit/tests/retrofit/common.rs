@@ -58,7 +58,7 @@ pub(crate) fn corpus(sequences: usize) -> Corpus {
     Corpus::cut(tokens.collect(), LENGTH).unwrap()
 }
 
-pub(crate) const HEAD: Decision = Decision::Head { scale: 4.0, offset: 1.0, bias: false };
+pub(crate) const HEAD: Decision = Decision::Head { scale: 4.0, offset: 1.0, bias: false, ahead: false };
 pub(crate) const BORROWED: Decision = Decision::Borrowed { scale: 4.0, offset: 1.0 };
 
 /// A run of the tiny model that folds a lot from its first step on.

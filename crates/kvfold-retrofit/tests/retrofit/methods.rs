@@ -37,7 +37,7 @@ fn nothing(row: &[f32]) -> bool {
 #[test]
 fn a_head_that_never_evicts_starts_as_the_original_model() {
     for delay in [0, 4, 16] {
-        let mut run = evicting(Decision::Head { scale: 4.0, offset: 1e4, bias: false }, (0, 2, 0));
+        let mut run = evicting(Decision::Head { scale: 4.0, offset: 1e4, bias: false, ahead: false }, (0, 2, 0));
         dmc(&mut run).delay = delay;
         (run.ratio, run.temperature) = (1.4, 0.1);
         let report = trainer(&run).step(&corpus(5)).unwrap();
@@ -84,7 +84,7 @@ fn the_ratio_follows_its_target_and_serving_evicts_as_training_did() {
     let length = 64;
     let corpus = Corpus::cut(stories.tokenizer.encode(&text.repeat(40), false).unwrap(), length).unwrap();
     for (decision, stages) in [
-        (Decision::Head { scale: 4.0, offset: 5.0, bias: false }, (0, 40, 20)),
+        (Decision::Head { scale: 4.0, offset: 5.0, bias: false, ahead: false }, (0, 40, 20)),
         (Decision::Borrowed { scale: 20.0, offset: 5.0 }, (10, 40, 20)),
     ] {
         let mut run = evicting(decision, stages);

@@ -224,7 +224,7 @@ fn another_run_is_refused_by_the_field_that_differs() {
     other("method.dynamic.delay", &base, &|s| dmc(s).delay = 4);
     other("method.dynamic.pool_window", &base, &|s| dmc(s).pool_window = None);
     other("method.dynamic.decision.offset", &base, &|s| {
-        dmc(s).decision = Decision::Head { scale: 4.0, offset: 2.0, bias: false }
+        dmc(s).decision = Decision::Head { scale: 4.0, offset: 2.0, bias: false, ahead: false }
     });
     other("steps", &base, &|s| s.stages.hold = 4);
     other("learning.rate", &base, &|s| s.learning.rate = 1e-3);

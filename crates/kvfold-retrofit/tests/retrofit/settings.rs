@@ -55,12 +55,14 @@ fn every_impossible_setting_is_refused_by_name() {
     refused("clip", "0", |s| s.learning.clip = 0.0);
     let fit = |tokens: usize, gain: f64| Some(Calibration { tokens, gain });
     refused("calibrate", "100", |s| s.calibration = fit(100, 1.0));
-    let biased = Decision::Head { scale: 1.0, offset: 1.0, bias: true };
+    let biased = Decision::Head { scale: 1.0, offset: 1.0, bias: true, ahead: false };
     refused("calibrate", "0", |s| (dmc(s).decision, s.calibration) = (biased, fit(0, 1.0)));
     refused("calibration gain", "NaN", |s| (dmc(s).decision, s.calibration) = (biased, fit(9, f64::NAN)));
-    refused("decision scale", "0", |s| dmc(s).decision = Decision::Head { scale: 0.0, offset: 1.0, bias: false });
+    refused("decision scale", "0", |s| {
+        dmc(s).decision = Decision::Head { scale: 0.0, offset: 1.0, bias: false, ahead: false }
+    });
     refused("decision offset", "-inf", |s| {
-        dmc(s).decision = Decision::Head { scale: 1.0, offset: f64::NEG_INFINITY, bias: false }
+        dmc(s).decision = Decision::Head { scale: 1.0, offset: f64::NEG_INFINITY, bias: false, ahead: false }
     });
 }
 
@@ -79,7 +81,7 @@ fn the_highest_ratio_is_the_length_over_the_ring_and_one_slot() {
 
 #[test]
 fn the_highest_ratio_is_what_a_model_that_folds_everything_reaches() {
-    let mut run = settings(Decision::Head { scale: 1.0, offset: -1e3, bias: false }, (0, 2, 2));
+    let mut run = settings(Decision::Head { scale: 1.0, offset: -1e3, bias: false, ahead: false }, (0, 2, 2));
     run.ratio = run.highest_ratio();
     let report = trainer(&run).step(&corpus(3)).unwrap();
     assert!((report.ratio - 6.0).abs() < 1e-5, "{}", report.ratio);

@@ -20,7 +20,7 @@ use std::sync::Arc;
 type Array = <FastCpu as Ops>::Tensor;
 
 /// Decisions that never fold: at temperature 0.1 and with any noise, their chance is 0 in f32.
-const NEVER: Decision = Decision::Head { scale: 4.0, offset: 1e4, bias: false };
+const NEVER: Decision = Decision::Head { scale: 4.0, offset: 1e4, bias: false, ahead: false };
 
 /// A batch's ids and spans.
 fn batch(corpus: &Corpus, run: &Settings, step: u64) -> (Vec<u32>, Spans) {
@@ -365,7 +365,7 @@ fn a_step_that_is_not_finite_is_an_error_that_changes_nothing() {
 
 #[test]
 fn a_gradient_that_overflows_is_an_error_that_changes_nothing() {
-    let mut run = settings(Decision::Head { scale: 3e38, offset: 0.5, bias: false }, (0, 1, 2));
+    let mut run = settings(Decision::Head { scale: 3e38, offset: 0.5, bias: false, ahead: false }, (0, 1, 2));
     run.pressure.weight = 1e6;
     let mut trainer = trainer(&run);
     let before = bits(&trainer);
@@ -416,7 +416,7 @@ fn the_ratio_follows_its_target_and_serving_folds_as_training_did() {
     let length = 64;
     let corpus = Corpus::cut(stories.tokenizer.encode(&text.repeat(40), false).unwrap(), length).unwrap();
     for (decision, stages) in [
-        (Decision::Head { scale: 4.0, offset: 5.0, bias: false }, (0, 40, 20)),
+        (Decision::Head { scale: 4.0, offset: 5.0, bias: false, ahead: false }, (0, 40, 20)),
         (Decision::Borrowed { scale: 10.0, offset: 5.0 }, (10, 40, 20)),
     ] {
         let mut run = settings(decision, stages);
@@ -447,7 +447,7 @@ fn the_ratio_follows_its_target_and_serving_folds_as_training_did() {
 
 /// The first report of a run with this pressure.
 fn first(scope: Scope, over: Over, share: Share, ratio: f64) -> StepReport {
-    let mut run = settings(Decision::Head { scale: 4.0, offset: 0.3, bias: false }, (0, 1, 0));
+    let mut run = settings(Decision::Head { scale: 4.0, offset: 0.3, bias: false, ahead: false }, (0, 1, 0));
     (run.pressure.scope, run.pressure.over, run.ratio) = (scope, over, ratio);
     dmc(&mut run).share = share;
     trainer(&run).step(&corpus(5)).unwrap()
@@ -594,7 +594,7 @@ fn documents_in_a_pack_know_nothing_of_each_other() {
 #[test]
 fn the_ratio_of_packed_documents_is_tokens_over_slots() {
     // Everything that may fold does: of a document of T tokens with delay 3, T - 4 fold.
-    let all = Decision::Head { scale: 4.0, offset: -1e4, bias: false };
+    let all = Decision::Head { scale: 4.0, offset: -1e4, bias: false, ahead: false };
     let lengths = [14, 10, 9, 9, 6, 17, 3, 4];
     let corpus = packed(&lengths);
     let run = Settings { batch: corpus.len(), ..settings(all, (0, 0, 1)) };

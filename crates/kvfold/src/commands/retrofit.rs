@@ -233,7 +233,7 @@ fn dmc(args: &RetrofitArgs, method: dmc::Method) -> Dmc {
     Dmc {
         method,
         decision: match args.decision {
-            DecisionSource::Head => Decision::Head { scale, offset, bias: false },
+            DecisionSource::Head => Decision::Head { scale, offset, bias: false, ahead: false },
             DecisionSource::Borrowed => Decision::Borrowed { scale, offset },
         },
         delay: args.delay,
