@@ -1,4 +1,4 @@
-"""Goldens of DMC and DMS training and evaluation: a small random Llama, seven cases, float64.
+"""Goldens of DMC and DMS training and evaluation: a small random Llama, nine cases, float64.
 
     python oracle/golden_dmc.py --out crates/kvfold-model/tests/goldens
 
@@ -7,7 +7,8 @@ the gradients. It shares no code with kvfold. DMS is written as its authors do: 
 a ring of (slot, evict?) whose slots are used again, while kvfold sees in it a DMC that keeps the newest token of a slot.
 Each dmc_<case>.safetensors holds, all F64 unless said,
 
-    weights under Hugging Face names (+ model.layers.{i}.self_attn.decide_proj.weight [2G, C] for decision "head", [G, C] in DMS)
+    weights under Hugging Face names (+ model.layers.{i}.self_attn.decide_proj.weight [2G, C] for decision "head", [G, C] in DMS;
+                                    + model.layers.{i}.self_attn.decide_proj.ahead [G, C] where decisions look back)
     grad.<weight name>              d total / d weight, training mode
     tokens I64 [N], lengths I64 [2] two sequences, one after the other
     noise [L, N, G]                 logistic noise of the decisions
@@ -45,10 +46,10 @@ N = sum(LENGTHS)
 OMEGA_MIN = 2.0**-7
 
 
-def case(source, scale, offset, delay, pool_window, log_mass, share, loss, scope, over, ratio, weight=1.0, method="dmc"):
+def case(source, scale, offset, delay, pool_window, log_mass, share, loss, scope, over, ratio, weight=1.0, method="dmc", ahead=False):
     return {
         "method": method,
-        "decision": {"source": source, "scale": scale, "offset": offset},
+        "decision": {"source": source, "scale": scale, "offset": offset} | ({"ahead": True} if ahead else {}),
         "delay": delay,
         "pool_window": pool_window,
         "log_mass": log_mass,
@@ -68,6 +69,8 @@ CASES = {
     "head_layer": (4, case("head", 2.0, 0.5, 0, 3, False, "layer", "kl_reverse", "head", "sequence", 1.6, 0.5)),
     "dms_head": (6, case("head", 2.0, 0.5, 5, None, False, "head", "kl_forward", "global", "batch", 3.0, method="dms")),
     "dms_borrowed": (7, case("borrowed", 3.0, 0.5, 0, None, False, "head", "kl_reverse", "layer", "sequence", 4.0, method="dms")),
+    "head_ahead": (8, case("head", 1.5, 0.5, 4, None, True, "layer", "kl_forward", "layer", "batch", 3.0, ahead=True)),
+    "dms_ahead": (9, case("head", 2.0, 0.5, 3, None, False, "head", "kl_forward", "head", "sequence", 3.0, method="dms", ahead=True)),
     "head_delay_window": (5, case("head", 1.0, -1.5, 8, 12, False, "head", "ce", "global", "batch", 1.25)),
 }
 
@@ -89,6 +92,8 @@ def random_weights(rng, s):
         w[p + "self_attn.o_proj.weight"] = matrix(C, H * D)
         if s["decision"]["source"] == "head":
             w[p + "self_attn.decide_proj.weight"] = matrix(2 * G if s["method"] == "dmc" else G, C, 1.5)
+        if s["decision"].get("ahead"):
+            w[p + "self_attn.decide_proj.ahead"] = matrix(G, C, 1.5)
         w[p + "post_attention_layernorm.weight"] = norm()
         w[p + "mlp.gate_proj.weight"] = matrix(FFN, C)
         w[p + "mlp.up_proj.weight"] = matrix(FFN, C)
@@ -116,15 +121,19 @@ def mlp(w, p, x):
 
 
 def project(w, p, x, s):
-    """The attention block up to RoPE. x: [T, C] -> q [T, H, D], k, v [T, G, D], a, omega [T, G], keep.
+    """The attention block up to RoPE. x: [T, C] -> q [T, H, D], k, v [T, G, D], a, ahead, omega [T, G], keep.
 
-    keep: the channels that attention may use, of queries [H, D] and of keys [D]."""
+    keep: the channels that attention may use, of queries [H, D] and of keys [D]. ahead: what each token adds to the logit of
+    the next one of its sequence, which is not in a yet."""
     y = rms_norm(x, w[p + "input_layernorm.weight"])
     q = (y @ w[p + "self_attn.q_proj.weight"].T).view(-1, H, D)
     k = (y @ w[p + "self_attn.k_proj.weight"].T).view(-1, G, D)
     v = (y @ w[p + "self_attn.v_proj.weight"].T).view(-1, G, D)
     keep_q, keep_k = torch.ones(H, D), torch.ones(D)
-    source, scale, offset = s["decision"].values()
+    source, scale, offset = (s["decision"][name] for name in ("source", "scale", "offset"))
+    ahead = torch.zeros(len(x), G)
+    if s["decision"].get("ahead"):
+        ahead = scale * (y @ w[p + "self_attn.decide_proj.ahead"].T)
     if s["method"] == "dms":
         omega = torch.ones(len(x), G)
         if source == "borrowed":
@@ -142,8 +151,8 @@ def project(w, p, x, s):
         a = r[:, :G] - offset
         omega = OMEGA_MIN + (2 - 2 * OMEGA_MIN) * torch.sigmoid(r[:, G:])
     if s["share"] == "layer":
-        a = a.mean(1, keepdim=True).expand(-1, G)
-    return q * keep_q, k * keep_k, v, a, omega, (keep_q, keep_k)
+        a, ahead = (each.mean(1, keepdim=True).expand(-1, G) for each in (a, ahead))
+    return q * keep_q, k * keep_k, v, a, ahead, omega, (keep_q, keep_k)
 
 
 def pool(x, alpha, omega, window):
@@ -195,7 +204,8 @@ def forward(w, s, tokens, noise=None, soft=False):
     all_d, all_stat, all_a = [], [], []
     for layer in range(L):
         p = f"model.layers.{layer}."
-        q, k, v, a, omega, keep = project(w, p, x, s)
+        q, k, v, a, ahead, omega, keep = project(w, p, x, s)
+        a = a + torch.cat([torch.cat([torch.zeros(1, G), said[:-1]]) for said in ahead.split(LENGTHS)])
         out, ds, stat, at = [], [], [], 0
         for T in LENGTHS:
             r = slice(at, at + T)
@@ -269,12 +279,14 @@ def stream(w, s, tokens):
         slots = [[[] for _ in range(G)] for _ in range(L)]
         ring = [[[] for _ in range(G)] for _ in range(L)]
         windows = [[Window(W) for _ in range(G)] for _ in range(L)]
+        said = [torch.zeros(1, G) for _ in range(L)]
         for t in range(T):
             x = w["model.embed_tokens.weight"][tokens[at + t]][None]
             pos = torch.tensor([t])
             for layer in range(L):
                 p = f"model.layers.{layer}."
-                q, k, v, a, omega, (keep_q, keep_k) = project(w, p, x, s)
+                q, k, v, a, ahead, omega, (keep_q, keep_k) = project(w, p, x, s)
+                a, said[layer] = a + said[layer], ahead
                 out = []
                 for g in range(G):
                     mine, late = slots[layer][g], ring[layer][g]

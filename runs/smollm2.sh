@@ -56,7 +56,7 @@ done
 if [ "$steps" -gt 0 ]; then
   for method in dmc dms; do
     for ratio in 2 4; do
-      teach "$method-${ratio}x" "$steps" int8 --method "$method" --ratio "$ratio" --lr 5e-5
+      teach "$method-${ratio}x" "$steps" int8 --method "$method" --ratio "$ratio" --lr 5e-5 --pull both
     done
   done
   teach gqa-3x "$steps" int8 --method gqa --kv-heads 1

@@ -4,7 +4,7 @@
 use kvfold_kernels::noise::{hash, unit};
 use kvfold_kernels::ops::{
     AdamW, Borrowed, Channel, Decided, Exempt, Gate, Goal, Heads, Hinge, Keys, KlDirection, Moments, NO_TARGET, Over,
-    PoolInput, PoolOutput, PoolShape, Pooled, Precision, Predictions, Scope, Spans, Visible,
+    PoolInput, PoolOutput, PoolShape, Pooled, Precision, Predictions, Pull, Scope, Spans, Visible,
 };
 use kvfold_kernels::simd::Level;
 use kvfold_kernels::team::Team;
@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 /// Largest difference of an f32 result from the f64 reference, relative to the largest element of the result (or to
 /// 0.1, where all are smaller).
-const TOLERANCES: [(&str, f32); 38] = [
+const TOLERANCES: [(&str, f32); 39] = [
     ("linear", 2e-6),
     ("linear_grad", 2e-6),
     ("linear_bf16", 2e-6),
@@ -41,6 +41,7 @@ const TOLERANCES: [(&str, f32); 38] = [
     ("loss_grad", 3e-5),
     ("gate", 3e-7),
     ("gate_grad", 1e-6),
+    ("add_ahead", 2e-7),
     ("share_columns", 3e-7),
     ("relax", 3e-7),
     ("decide", 2e-7),
@@ -274,6 +275,8 @@ impl<O: Grad> Bench<'_, O> {
         self.keep("gate_grad head", true, &ops.head_gate_grad(&r, 2.0, &d));
 
         let (logit, noise) = (self.tokens("logit", kv, logits), self.units("noise", kv));
+        self.keep("add_ahead", false, &ops.add_ahead(&logit, &noise, spans));
+        self.keep("add_ahead", false, &ops.add_ahead_grad(spans, &noise));
         self.keep("share_columns", true, &ops.share_columns(&logit));
         self.keep("relax", true, &ops.relax(&logit, &noise, 0.3));
         let (soft, hard) = (ops.decide_soft(&logit, spans, sinks), ops.decide_hard(&logit, spans, sinks));

@@ -9,7 +9,7 @@ use kvfold_kernels::ops::{Heads, Spans};
 use kvfold_kernels::real::Real;
 use kvfold_kernels::{Array, Cpu, Ops};
 use kvfold_model::Loaded;
-use kvfold_model::attend::{Folding, Mode, gated};
+use kvfold_model::attend::{Folding, Gated, Mode, gated};
 use kvfold_model::block::{Attend, Pass, Projected};
 use kvfold_model::rope::{Rope, Scaling};
 use kvfold_model::shape::Shape;
@@ -251,7 +251,15 @@ struct Watched<F: Real> {
 
 impl<F: Real, K: KernelSet<F>> Attend<Cpu<F, K>> for Watched<F> {
     fn attend(&mut self, layer: usize, pass: &Pass<'_, Cpu<F, K>>, p: Projected<Array<F>>) -> Array<F> {
-        self.logits.push(gated(pass, &self.folding.dmc, p.clone()).logit);
+        let Gated { logit, ahead, .. } = gated(pass, &self.folding.dmc, p.clone());
+        let kv = pass.shape.heads.kv;
+        let mut logits = logit.data().to_vec();
+        for span in pass.spans {
+            for at in (span.start + 1) * kv..(span.start + span.len) * kv {
+                logits[at] += ahead.as_ref().map_or(F::zero(), |ahead| ahead.data()[at - kv]);
+            }
+        }
+        self.logits.push(pass.ops.array(logit.shape(), logits));
         self.folding.attend(layer, pass, p)
     }
 }

@@ -15,6 +15,8 @@ impl Bench<'_> {
             drop(ops.head_gate_grad(&outputs, 4.0, &d));
         });
 
+        self.time("look back", of(), Cost::of_plain(3 * rows * kv), |ops| drop(ops.add_ahead(&x, &x, spans)));
+
         let (q, k) = (self.array(rows, heads.query * heads.dim), self.array(rows, kv * heads.dim));
         let by = Borrowed { scale: 1.0, offset: 5.0 };
         // A number per query head and KV head is read, and two are written.

@@ -115,7 +115,8 @@ fn dmc_case(name: &str) {
     let file = SafeTensors::deserialize(&bytes).expect("a golden");
     let Dmc_ { method, decision, delay, pool_window, log_mass, share } = case.dmc;
     let dmc = Dmc { method, decision, delay, sinks: 0, pool_window, log_mass, share };
-    let shape = Shape { decide_outputs: dmc.decide_outputs(TINY.heads.kv), ..TINY };
+    let decide_outputs = dmc.decide_outputs(TINY.heads.kv);
+    let shape = Shape { decide_outputs, decide_ahead: dmc.decide_ahead(), ..TINY };
     let kv = shape.heads.kv;
 
     let ops = Reference::<f64>::reference();
@@ -227,6 +228,12 @@ fn decision_head_with_a_delay_and_a_window() {
 #[test]
 fn decisions_shared_by_a_layer() {
     dmc_case("head_layer");
+}
+
+#[test]
+fn decisions_that_look_back() {
+    dmc_case("head_ahead");
+    dmc_case("dms_ahead");
 }
 
 #[test]

@@ -14,7 +14,7 @@ const READ: usize = 300;
 
 /// A run whose decisions are fitted, with next to no noise on them.
 fn fitted() -> Settings {
-    let mut run = settings(Decision::Head { scale: 4.0, offset: 1.0, bias: true, ahead: false }, (0, 0, 2));
+    let mut run = settings(Decision::Head { scale: 4.0, offset: 1.0, bias: true, ahead: true }, (0, 0, 2));
     run.length = CONTEXT;
     run.calibration = Some(Calibration { tokens: READ * CONTEXT, gain: 1e4 });
     run.learning.rate = 0.0;
@@ -44,6 +44,22 @@ fn fitted_heads_choose_cheaper_folds_than_chance() {
         let Fit { tokens, chosen, random, best } = calibrate(&mut trainer(&run));
         assert_eq!(tokens, READ * CONTEXT);
         assert!(best < chosen && chosen < 0.9 * random, "{method:?}: {chosen}, {random} at random, {best} at best");
+    }
+}
+
+/// An eviction is decided by the token after, and says nothing of the one that goes unless decisions look back.
+#[test]
+fn decisions_that_look_back_choose_cheaper_folds() {
+    for method in [Method::Dmc, Method::Dms] {
+        let [alone, back] = [false, true].map(|looks_back| {
+            let mut run = fitted();
+            let rules = dmc(&mut run);
+            (rules.method, rules.pool_window, rules.log_mass) = (method, None, false);
+            rules.decision = Decision::Head { scale: 4.0, offset: 1.0, bias: true, ahead: looks_back };
+            let Fit { chosen, random, .. } = calibrate(&mut trainer(&run));
+            chosen / random
+        });
+        assert!(back < 0.97 * alone, "{method:?}: {back} of what random folds cost, {alone} without looking back");
     }
 }
 
