@@ -254,10 +254,10 @@ impl<F: Real, K: KernelSet<F>> Attend<Cpu<F, K>> for Watched<F> {
         let Gated { logit, ahead, .. } = gated(pass, &self.folding.dmc, p.clone());
         let kv = pass.shape.heads.kv;
         let mut logits = logit.data().to_vec();
-        for span in pass.spans {
-            for at in (span.start + 1) * kv..(span.start + span.len) * kv {
-                logits[at] += ahead.as_ref().map_or(F::zero(), |ahead| ahead.data()[at - kv]);
-            }
+        for (span, ahead) in pass.spans.iter().flat_map(|span| ahead.iter().map(move |ahead| (span, ahead))) {
+            let (first, end) = (span.start * kv, (span.start + span.len) * kv);
+            let said = &ahead.data()[first..end - kv];
+            logits[first + kv..end].iter_mut().zip(said).for_each(|(logit, &said)| *logit += said);
         }
         self.logits.push(pass.ops.array(logit.shape(), logits));
         self.folding.attend(layer, pass, p)
