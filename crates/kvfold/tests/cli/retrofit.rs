@@ -112,7 +112,7 @@ fn decisions_that_are_fitted_need_no_training() {
         assert!((1.6..2.6).contains(&number(&json, "/logical_ratio")), "{json}");
         assert!(number(&json, "/kl/mean") < 0.1, "{json}");
         let cache = &dir.json("out/config.json")["kvfold"]["cache"];
-        assert_eq!(cache["decision"]["bias"], true);
+        assert_eq!((&cache["decision"]["bias"], &cache["decision"]["ahead"]), (&true.into(), &true.into()));
         assert_eq!(cache["log_mass"], method == "dmc");
         let card = String::from_utf8(dir.read("out/README.md")).expect("UTF-8");
         for part in
@@ -235,7 +235,7 @@ fn every_choice_gives_a_model_that_opens() {
     for extra in [
         &["--share", "layer", "--pool-window", "12", "--log-mass"][..],
         &["--delay", "0", "--kl", "reverse", "--scope", "head", "--over", "sequence"],
-        &["--decision-scale", "1", "--decision-offset", "-1", "--scope", "layer"],
+        &["--decision-scale", "1", "--decision-offset", "-1", "--scope", "layer", "--pull", "both"],
         &["--ratio", "1"],
         &["--lr", "0"],
     ] {
