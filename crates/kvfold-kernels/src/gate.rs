@@ -1,7 +1,7 @@
 //! Decisions and importances: where they come from, how they are relaxed, what they cost (spec 1.2, 2.1, 2.5, 2.6).
 
 use crate::kernel_set::KernelSet;
-use crate::ops::{Borrowed, Channel, Exempt, Heads, Hinge, MIN_IMPORTANCE, Over, Pull, Scope, Span, Spans};
+use crate::ops::{Borrowed, Channel, Exempt, Heads, Hinge, MIN_IMPORTANCE, Over, Scope, Span, Spans};
 use crate::real::{Real, sigmoid, softplus};
 
 /// One row of the borrowed gate: `a = scale * k[D-1] - offset`, `omega = sigmoid(mean_g q[D-1] + offset) + eps`.
@@ -230,11 +230,7 @@ fn shortfall<F: Real>(rates: &[&[F]], unit: &[HingeMember]) -> (f64, f64) {
 pub(crate) fn hinge<F: Real>(rates: &[&[F]], spans: &Spans, hinge: Hinge) -> F {
     let (mut total, mut units) = (0.0, 0);
     hinge_units(rates.len(), rates[0].len() / spans.len(), spans, hinge, |unit| {
-        let missing = shortfall(rates, unit).0;
-        total += match hinge.pull {
-            Pull::Up => missing.max(0.0),
-            Pull::Both => missing.abs(),
-        };
+        total += hinge.pull.on(shortfall(rates, unit).0).abs();
         units += 1;
     });
     F::of(total / f64::from(units))
@@ -246,10 +242,9 @@ pub(crate) fn hinge_grad<F: Real>(rates: &[&[F]], spans: &Spans, hinge: Hinge, d
     let mut units = 0;
     hinge_units(rates.len(), rates[0].len() / spans.len(), spans, hinge, |unit| {
         let (missing, weight) = shortfall(rates, unit);
-        let sign = match hinge.pull {
-            _ if missing > 0.0 => -1.0,
-            Pull::Both if missing < 0.0 => 1.0,
-            _ => 0.0,
+        let sign = match hinge.pull.on(missing) {
+            0.0 => 0.0,
+            missing => -missing.signum(),
         };
         unit.iter().for_each(|member| grads[member.layer][member.at] += F::of(sign * member.tokens / weight));
         units += 1;

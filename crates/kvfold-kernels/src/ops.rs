@@ -232,6 +232,16 @@ pub enum Pull {
     Both,
 }
 
+impl Pull {
+    /// What is pushed against of `target - rate`.
+    pub(crate) fn on(self, missing: f64) -> f64 {
+        match self {
+            Pull::Up => missing.max(0.0),
+            Pull::Both => missing,
+        }
+    }
+}
+
 /// The loss that asks for compression (spec 2.6).
 #[derive(Clone, Copy, Debug)]
 pub struct Hinge {

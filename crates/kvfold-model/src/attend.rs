@@ -154,12 +154,14 @@ pub struct Folding<T> {
     pub mode: Mode<T>,
     /// Folds per token seen `[S, G]`, one entry per layer that has run.
     pub rates: Vec<T>,
+    /// Decision logits `[N, G]`, one entry per layer that has run; in training relaxed.
+    pub logits: Vec<T>,
 }
 
 impl<T> Folding<T> {
     /// Folding attention that has seen no layer yet.
     pub fn new(dmc: &Dmc, mode: Mode<T>) -> Self {
-        Self { dmc: dmc.clone(), mode, rates: Vec::new() }
+        Self { dmc: dmc.clone(), mode, rates: Vec::new(), logits: Vec::new() }
     }
 
     fn noise<O: Ops<Tensor = T>>(&self, pass: &Pass<'_, O>, layer: usize, noise: &Noise<T>) -> T
@@ -200,6 +202,7 @@ impl<O: Ops> Attend<O> for Folding<O::Tensor> {
         };
         let delay = self.dmc.delay;
         self.rates.push(ops.fold_rate(&logit, spans, self.dmc.exempt()));
+        self.logits.push(logit);
 
         let turn = |k: &O::Tensor| ops.rope(k, angles, spans);
         let (exact, pooled) = match omega {

@@ -53,6 +53,8 @@ pub struct Recipe {
     /// Where the decision to append or to fold comes from; none where nothing
     /// is decided.
     pub decision: Option<Decision>,
+    /// Whether the input of the token before is read for a decision, too.
+    pub looks_back: bool,
     /// Tokens of the original's text that decisions were fitted on before training; none where they began at zero.
     pub fitted_tokens: Option<u64>,
     /// The loss, such as `distill` or `lm`.
@@ -157,11 +159,15 @@ impl Card {
             }
             (Some(Decision::Borrowed), _) => "`borrowed`: the last channel of each key, given up for it",
         };
+        let decision = match recipe.looks_back {
+            true => format!("{decision}, which also reads the token before"),
+            false => decision.to_owned(),
+        };
         let decision = match recipe.fitted_tokens {
             Some(tokens) => {
                 format!("{decision}; it began as a fit to what folding costs, on {} tokens", format::exact(tokens))
             }
-            None => decision.to_owned(),
+            None => decision,
         };
         let trained = recipe.ratio_trained.map_or_else(|| "not trained".to_owned(), format::ratio_and_removed);
         let delay = match (recipe.delay, recipe.method) {
@@ -331,6 +337,7 @@ mod tests {
                 delay: 16,
                 sinks: 1,
                 decision: Some(Decision::Head),
+                looks_back: false,
                 fitted_tokens: None,
                 loss: "distill".to_owned(),
                 steps: 150,

@@ -286,6 +286,17 @@ impl Corpus {
             })
             .collect()
     }
+
+    /// The sequences that a run takes first and that have `tokens` tokens together, or all there are.
+    pub(crate) fn first_taken(&self, seed: u64, tokens: usize) -> Vec<usize> {
+        let mut taken = 0;
+        let wanted = self.batch(seed, 0, self.len()).into_iter().take_while(|&n| {
+            let before = taken;
+            taken += self.sequence(n).len();
+            before < tokens
+        });
+        wanted.collect()
+    }
 }
 
 fn check_length(length: usize) -> Result<(), RetrofitError> {

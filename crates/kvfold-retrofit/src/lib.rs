@@ -11,6 +11,7 @@
 //! * `gqa`: a model with fewer KV heads, where a student of GQA starts;
 //! * `origin`: a retrofitted model, where a run to a higher ratio starts;
 //! * [`trainer`]: one step, from ids to new weights;
+//! * `settle`: decisions that land on the ratio that was asked for;
 //! * [`run`]: the directory in which a run survives;
 //! * [`watch`]: whether the loss is beyond hope;
 //! * [`plan`]: what a run takes, before it starts.
@@ -26,6 +27,7 @@ mod pressure;
 pub mod run;
 pub mod schedule;
 pub mod settings;
+mod settle;
 pub mod trainer;
 pub mod watch;
 
@@ -36,5 +38,6 @@ pub use gqa::mean_pooled;
 pub use origin::Origin;
 pub use run::RunDir;
 pub use settings::Settings;
+pub use settle::{PASSES as SETTLE_PASSES, Settled};
 pub use trainer::{StepReport, Trainer};
 pub use watch::Watch;

@@ -366,6 +366,26 @@ impl Settings {
         }
     }
 
+    /// Of the tokens that may fold, the share that does at the ratio that is trained towards.
+    pub(crate) fn fold_share(&self, dmc: &Dmc) -> f64 {
+        (1.0 - 1.0 / self.target_ratio()) / self.foldable_share(dmc)
+    }
+
+    /// The ratio of a sequence of full length of whose tokens that may fold this share does.
+    pub(crate) fn ratio_of_share(&self, dmc: &Dmc, share: f64) -> f64 {
+        1.0 / (1.0 - share * self.foldable_share(dmc))
+    }
+
+    /// Of the tokens of a sequence of full length, the share that may fold.
+    fn foldable_share(&self, dmc: &Dmc) -> f64 {
+        dmc.exempt().foldable(self.length).len() as f64 / self.length as f64
+    }
+
+    /// How the decisions of this run settle on its ratio at the end: by the biases of their heads, where they have some.
+    pub(crate) fn settles(&self) -> Option<&Dmc> {
+        self.method.dynamic().filter(|dmc| dmc.decide_bias())
+    }
+
     /// Sequences of each part of a step's batch.
     pub fn part(&self) -> usize {
         self.batch.div_ceil(self.accumulate)
@@ -419,7 +439,8 @@ impl Settings {
         };
         number(self.ratio, 1.0, "ratio")?;
         let (first, expected) = (self.first_ratio(), "at least that of the model the run begins at".to_owned());
-        must(self.ratio >= first, "ratio", self.ratio.to_string(), format!("{expected}, {first}"))?;
+        let moves_only = self.stages.total() == 0;
+        must(self.ratio >= first || moves_only, "ratio", self.ratio.to_string(), format!("{expected}, {first}"))?;
         let (context, length) = (shape.context, self.length);
         let in_context = (2..=context).contains(&length);
         must(in_context, "length", length.to_string(), format!("2 to {context}, the model's context"))?;
@@ -438,8 +459,10 @@ impl Settings {
         must(sequences, "batch", self.batch.to_string(), format!("1 to {MAX_BATCH} sequences"))?;
         let (parts, expected) = (self.accumulate, format!("1 to {}, the sequences of a step", self.batch));
         must((1..=self.batch).contains(&parts), "accumulate", parts.to_string(), expected)?;
-        let something = self.stages.total() > 0 || self.calibration.is_some();
-        must(something, "steps", "0".into(), "at least 1 step, or decisions that are fitted (--calibrate)".into())?;
+        let something =
+            self.stages.total() > 0 || self.calibration.is_some() || self.from.is_some() && self.settles().is_some();
+        let expected = "at least 1 step, or decisions that are fitted (--calibrate) or, of a model that was fitted, moved (--from)";
+        must(something, "steps", "0".into(), expected.into())?;
         let heads = self.shape(shape).decide_outputs > 0;
         let expected = "qk, attention or all: without decision heads nothing would train".into();
         must(heads || self.train != Train::Decide, "train", self.train.name().into(), expected)?;

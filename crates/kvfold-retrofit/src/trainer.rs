@@ -8,9 +8,10 @@ use crate::origin::Origin;
 use crate::pressure::{BatchRates, asked};
 use crate::schedule::{Place, Stage, place};
 use crate::settings::{Loss, Method, Pressure, Settings};
+use crate::settle::{self, Settled, Taken, settled};
 use kvfold_autograd::{Optimizer, Rates, Tape, Var};
 use kvfold_kernels::Grad;
-use kvfold_kernels::dmc::{Borrows, Dmc};
+use kvfold_kernels::dmc::{Borrows, Decision, Dmc};
 use kvfold_kernels::ops::{Goal, Hinge, Moments, NO_TARGET, Ops, Over, Precision, Predictions, Spans};
 use kvfold_model::attend::{Fading, Folding, Mode, Noise, Plain};
 use kvfold_model::block::Pass;
@@ -255,6 +256,39 @@ where
             block.decide_ahead = fitted.ahead.and_then(|ahead| master(&[kv, hidden], &ahead));
         }
         Ok(Some(fit))
+    }
+
+    /// Moves the biases of decision heads until the model folds, without noise, what the ratio asks for: the end of a run.
+    /// Where heads have no biases, as in the papers, nothing is done. `progress` is told how often decisions were taken.
+    pub fn settle(&mut self, corpus: &Corpus, mut progress: impl FnMut(usize)) -> Option<Settled> {
+        let dmc = self.settings.settles()?.clone();
+        let (asked, share) = (self.settings.target_ratio(), self.settings.fold_share(&dmc));
+        let sequences = corpus.first_taken(self.settings.seed, settle::TOKENS);
+        let tokens = sequences.iter().map(|&n| corpus.sequence(n).len()).sum();
+        let mut before = None;
+        for passes in 1.. {
+            let Self { ops, shape, angles, weights, .. } = &*self;
+            let taken = Taken::of(&Reader { ops, shape, angles, weights }, &dmc, corpus, &sequences);
+            progress(passes);
+            let after = self.settings.ratio_of_share(&dmc, taken.share()?);
+            let before = *before.get_or_insert(after);
+            if settled(after, asked) || passes == settle::PASSES {
+                return Some(Settled { tokens, passes, before, after });
+            }
+            self.shift_decisions(&dmc, &taken.shifts(self.settings.pressure.scope, share));
+        }
+        None
+    }
+
+    /// Adds numbers by layer and KV head to the decision logits, by the heads' biases.
+    fn shift_decisions(&mut self, dmc: &Dmc, shifts: &[Vec<f64>]) {
+        let Decision::Head { scale, .. } = dmc.decision else { unreachable!("only decision heads have biases") };
+        for (block, shifts) in self.weights.blocks.iter_mut().zip(shifts) {
+            let bias = block.decide_bias.as_mut().expect("a shape whose decisions have biases has them in every layer");
+            let mut biases = self.ops.to_host(bias);
+            biases.iter_mut().zip(shifts).for_each(|(bias, shift)| *bias += (shift / scale) as f32);
+            *bias = self.ops.master(&[biases.len()], &biases, Precision::F32);
+        }
     }
 
     /// Tokens seen per slot held in the last step's batch, by layer and KV head; empty while nothing is folded.

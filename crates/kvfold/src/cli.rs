@@ -500,7 +500,8 @@ pub(crate) struct RetrofitArgs {
 
     /// Retrofitted model, or delta over --model, to go on from towards a higher --ratio; the original is still the teacher
     ///
-    /// It keeps its own way to compress. So one training passes through several ratios, each of which can be kept.
+    /// It keeps its own way to compress. So one training passes through several ratios, each of which can be kept. With
+    /// --steps 0 a model whose decisions were fitted moves to any --ratio, lower ones too, and nothing is trained.
     #[arg(long, value_name = "MODEL", conflicts_with_all = [
         "kv_heads", "method", "decision", "delay", "sinks", "pool_window", "log_mass", "share", "decision_scale", "decision_offset",
     ])]
@@ -536,7 +537,7 @@ pub(crate) struct RetrofitArgs {
     #[arg(long, value_name = "TOKENS", conflicts_with = "kv_heads")]
     pub(crate) calibrate: Option<usize>,
 
-    /// Optimiser steps; 0 leaves the model as it was fitted
+    /// Optimiser steps; 0 leaves the model as it was fitted. At the end fitted decisions are moved to the --ratio
     #[arg(long, default_value_t = settings::STEPS, value_name = "N")]
     pub(crate) steps: u64,
 

@@ -104,7 +104,7 @@ pub(crate) fn fit<O: Grad>(
     mut progress: impl FnMut(usize),
 ) -> Result<(Vec<HeadWeights>, Fit), RetrofitError> {
     let Reader { ops, shape, angles, weights } = *reader;
-    let sequences = chosen(settings, corpus, calibration.tokens);
+    let sequences = corpus.first_taken(settings.seed, calibration.tokens);
     let held_out = sequences.len().div_ceil(HELD_OUT);
     let mut passages: Vec<_> = sequences
         .iter()
@@ -166,43 +166,32 @@ pub(crate) fn fit<O: Grad>(
         progress(layer + 1);
     }
 
-    let foldable = dmc.exempt().foldable(settings.length).len() as f64;
-    let share = (1.0 - 1.0 / settings.target_ratio()) * settings.length as f64 / foldable;
-    let thresholds = thresholds(&layers, settings.pressure.scope, share);
+    let all: Vec<Vec<&[f64]>> =
+        layers.iter().map(|heads| heads.iter().map(|head| head.all.as_slice()).collect()).collect();
+    let thresholds = thresholds(&all, settings.pressure.scope, settings.fold_share(dmc));
     let tokens = sequences.iter().map(|&n| corpus.sequence(n).len()).sum();
     let fit = judge(&layers, &thresholds, tokens);
     let heads = layers.iter().zip(&thresholds);
     Ok((heads.map(|(heads, thresholds)| head_weights(shape, dmc, calibration, (heads, thresholds))).collect(), fit))
 }
 
-/// Sequences that have `tokens` tokens together, or all there are, in the order in which a run takes them.
-fn chosen(settings: &Settings, corpus: &Corpus, tokens: usize) -> Vec<usize> {
-    let order = corpus.batch(settings.seed, 0, corpus.len());
-    let mut taken = 0;
-    let wanted = order.into_iter().take_while(|&n| {
-        let before = taken;
-        taken += corpus.sequence(n).len();
-        before < tokens
-    });
-    wanted.collect()
-}
-
-/// Predictions below which `share` of the tokens lie, by layer and KV head, over the heads that share a target.
-fn thresholds(layers: &[Vec<Head>], scope: Scope, share: f64) -> Vec<Vec<f64>> {
-    let of = |heads: &mut dyn Iterator<Item = &Head>| {
-        let mut all: Vec<f64> = heads.flat_map(|head| &head.all).copied().collect();
+/// Numbers below which `share` of all lie, by layer and KV head, over the heads that share a target.
+pub(crate) fn thresholds<H: AsRef<[f64]>>(layers: &[Vec<H>], scope: Scope, share: f64) -> Vec<Vec<f64>> {
+    let of = |heads: &mut dyn Iterator<Item = &H>| {
+        let mut all: Vec<f64> = heads.flat_map(|head| head.as_ref()).copied().collect();
         let at = ((all.len() as f64 * share) as usize).min(all.len() - 1);
         *all.select_nth_unstable_by(at, f64::total_cmp).1
     };
-    let all = of(&mut layers.iter().flatten());
-    layers
-        .iter()
-        .map(|heads| match scope {
-            Scope::Global => vec![all; heads.len()],
-            Scope::Layer => vec![of(&mut heads.iter()); heads.len()],
-            Scope::Head => heads.iter().map(|head| of(&mut std::iter::once(head))).collect(),
-        })
-        .collect()
+    match scope {
+        Scope::Global => {
+            let all = of(&mut layers.iter().flatten());
+            layers.iter().map(|heads| vec![all; heads.len()]).collect()
+        }
+        Scope::Layer => layers.iter().map(|heads| vec![of(&mut heads.iter()); heads.len()]).collect(),
+        Scope::Head => {
+            layers.iter().map(|heads| heads.iter().map(|head| of(&mut std::iter::once(head))).collect()).collect()
+        }
+    }
 }
 
 /// What the folds below the thresholds cost, beside as many others.

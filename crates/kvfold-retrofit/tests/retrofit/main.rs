@@ -11,5 +11,6 @@ mod origin;
 mod run;
 mod schedule;
 mod settings;
+mod settle;
 mod trainer;
 mod watch;

@@ -69,6 +69,7 @@ impl Papers<'_> {
                 delay: settings.method.exempt().delay as u64,
                 sinks: settings.method.exempt().sinks as u64,
                 decision: settings.method.dynamic().map(|dmc| decision(dmc.decision)),
+                looks_back: settings.method.dynamic().is_some_and(dmc::Dmc::decide_ahead),
                 fitted_tokens: settings.calibration.map(|calibration| calibration.tokens as u64),
                 loss: match settings.loss {
                     Loss::Lm => "lm".to_owned(),

@@ -17,7 +17,7 @@ use kvfold_model::{Checkpoint, ModelError, ensure_absent};
 use kvfold_report::receipt::{Memory, Quality, Training};
 use kvfold_report::{format, heat_map};
 use kvfold_retrofit::settings::{BORROWED_SCALE, CALIBRATION_TOKENS, DMS_BORROWED, HEAD_SCALE, Loss, Method, OFFSET};
-use kvfold_retrofit::{Fit, Origin, RetrofitError, RunDir, Settings, Trainer};
+use kvfold_retrofit::{Corpus, Fit, Origin, RetrofitError, RunDir, SETTLE_PASSES, Settings, Settled, Trainer};
 use serde::Serialize;
 use std::path::Path;
 
@@ -42,6 +42,9 @@ struct Output<'a> {
     /// What fitting the decisions found, where this process did it.
     #[serde(skip_serializing_if = "Option::is_none")]
     calibration: Option<Fit>,
+    /// How far decisions were moved at the end, where their heads have biases.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    settled: Option<Settled>,
     command: String,
 }
 
@@ -107,6 +110,7 @@ pub(crate) fn run(args: &RetrofitArgs, interrupt: &Interrupt) -> Result<(), AppE
         })
     })?;
 
+    let settled = settle(&mut trainer, &training_text, args.json);
     let model = trainer.checkpoint(&base)?;
     let settings = trainer.settings().clone();
     // Teacher, moments and buffers make room for the two models that are measured.
@@ -139,6 +143,7 @@ pub(crate) fn run(args: &RetrofitArgs, interrupt: &Interrupt) -> Result<(), AppE
         quality: &quality,
         training: papers.training(),
         calibration: fit,
+        settled,
         command: output::command_line(),
     };
     if args.json {
@@ -155,6 +160,25 @@ pub(crate) fn run(args: &RetrofitArgs, interrupt: &Interrupt) -> Result<(), AppE
         format::change(quality.perplexity.rise()),
         format::exact(quality.evaluated_tokens),
     ))
+}
+
+/// Moves decisions to the ratio that was asked for, and says how far.
+fn settle(trainer: &mut Trainer<FastCpu>, text: &Corpus, quiet: bool) -> Option<Settled> {
+    let bar = output::bar("settling on the ratio", SETTLE_PASSES, "passes at most", quiet);
+    let settled = trainer.settle(text, |passes| bar.set_position(passes as u64));
+    let seen = !bar.is_hidden();
+    bar.finish_and_clear();
+    let settled = settled?;
+    if seen && settled.passes > 1 {
+        let Settled { tokens, before, after, .. } = settled;
+        output::note(&format!(
+            "decisions moved from {} to {} on {} tokens of training text",
+            format::ratio(before),
+            format::ratio(after),
+            format::exact(tokens as u64),
+        ));
+    }
+    Some(settled)
 }
 
 /// A model that is a directory, or a delta over a base.
