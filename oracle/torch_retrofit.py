@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Plain PyTorch retrofit of a Llama-family checkpoint with DMC or DMS: the baseline that kvfold's training speed is
-measured against (runs/throughput.sh). Readable, not tuned beyond bf16 matmuls, SDPA where no bias is needed, and a malloc
+measured against (runs/throughput.sh). Readable, not tuned beyond bf16 matmuls (--dtype float32 where a machine has no bf16 instructions), SDPA where no bias is needed, and a malloc
 that keeps its memory.
 
     pip install torch safetensors tokenizers
@@ -18,22 +18,23 @@ from tokenizers import Tokenizer
 
 arg = argparse.ArgumentParser()
 for name, default in dict(model="smol", text="", method="dmc", decision="head", ratio=2.0, steps=120, zero_steps=0,
-                          seq=512, batch=2, lr=2e-4, offset=3.0, scale=1.0, hinge=2.0, window=32, tau=0.1, tail=0.25, out="").items():
+                          seq=512, batch=2, lr=2e-4, offset=3.0, scale=1.0, hinge=2.0, window=32, tau=0.1, tail=0.25, dtype="bfloat16", out="").items():
     arg.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
 arg.add_argument("--log-mass", action="store_true", help="add log z (mass of a slot) to its attention score")
 a = arg.parse_args()
+TYPE = getattr(torch, a.dtype)  # of activations and products; trained weights and moments are f32
 cfg, weights = json.load(open(a.model + "/config.json")), load_file(a.model + "/model.safetensors")
 L, H, G, C = (cfg[k] for k in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size"))
 D = cfg.get("head_dim") or C // H
 theta = cfg.get("rope_theta") or cfg["rope_parameters"]["rope_theta"]
 tokenizer = Tokenizer.from_file(a.model + "/tokenizer.json")
 angle = torch.arange(8192).float()[:, None] * theta ** (-torch.arange(0, D, 2).float() / D)
-COS, SIN = angle.cos().bfloat16(), angle.sin().bfloat16()
+COS, SIN = angle.cos().to(TYPE), angle.sin().to(TYPE)
 POOL = 12  # tokens averaged into a slot at most
 
 
-def rms(x, w): return F.rms_norm(x, (x.size(-1),), w.bfloat16(), cfg["rms_norm_eps"])
-def linear(x, w): return F.linear(x, w.bfloat16())
+def rms(x, w): return F.rms_norm(x, (x.size(-1),), w.to(TYPE), cfg["rms_norm_eps"])
+def linear(x, w): return F.linear(x, w.to(TYPE))
 def rope(x, T):  # half-rotation layout
     x1, x2 = x.chunk(2, -1)
     return torch.cat([x1 * COS[:T] - x2 * SIN[:T], x2 * COS[:T] + x1 * SIN[:T]], -1)
@@ -57,12 +58,12 @@ class Model(nn.Module):
     def forward(self, ids, method="none", keep=1.0, train=True):
         """ids [B,T] -> logits [B,T,V], straight-through mean decision per layer. keep: factor on the borrowed channel."""
         B, T = ids.shape
-        x, decisions = F.embedding(ids, self.embed).bfloat16(), []
+        x, decisions = F.embedding(ids, self.embed).to(TYPE), []
         causal = torch.full((T, T), float("-inf")).triu(1)
         for layer in self.layers:
             y = rms(x, layer.n1)
             q, k, v = (linear(y, w).view(B, T, n, D).transpose(1, 2) for w, n in ((layer.q, H), (layer.k, G), (layer.v, G)))
-            channel = torch.ones(D).bfloat16()
+            channel = torch.ones(D).to(TYPE)
             if method != "none" and a.decision == "borrowed": channel[-1] = keep
             if method in ("dmc", "dms"):
                 if a.decision == "head":
@@ -88,7 +89,7 @@ class Model(nn.Module):
                     coef = coef * F.pad(alpha, (j - 1, 0))[..., :T]
                     num = num + coef[..., None] * F.pad(kv, (0, 0, j, 0))[..., :T, :]
                     den = den + coef * F.pad(mass, (j, 0))[..., :T]
-                k, v = (num / den[..., None]).bfloat16().split(D, -1)
+                k, v = (num / den[..., None]).to(TYPE).split(D, -1)
                 bias = F.pad(closed, (-1, 1))[..., None, :].expand(B, G, T, T).masked_fill(torch.eye(T, dtype=torch.bool), 0.0)
                 if a.log_mass: bias = bias + den.log()[..., None, :]
             elif method == "dms":
@@ -97,7 +98,7 @@ class Model(nn.Module):
             q, k = rope(q, T) * channel, rope(k, T) * channel
             k, v = (t.repeat_interleave(H // G, 1) for t in (k, v))
             if method in ("dmc", "dms"):
-                out = F.scaled_dot_product_attention(q, k, v, attn_mask=(bias + causal).repeat_interleave(H // G, 1).bfloat16())
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=(bias + causal).repeat_interleave(H // G, 1).to(TYPE))
             else:
                 out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + linear(out.transpose(1, 2).reshape(B, T, H * D), layer.o)

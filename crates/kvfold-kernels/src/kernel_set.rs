@@ -5,6 +5,7 @@
 
 use crate::attention::{self, AttentionJob, AttentionJobGrad};
 use crate::bf16::{self, GemmBf16};
+use crate::ops::{Late, LateReads};
 use crate::paged::{self, DecodeJob};
 use crate::q8::{self, GemmQ8};
 use crate::real::Real;
@@ -50,8 +51,8 @@ pub trait KernelSet<F: Real>: Copy + std::fmt::Debug + Send + Sync + 'static {
     /// Attention of one KV head's queries in one sequence.
     fn attention(self, job: &AttentionJob<'_, F>, out: &mut [F], lse: &mut [F]);
 
-    /// Sums of squared shares that later queries give each key, `[group][T]`; of plain attention.
-    fn late_reads(self, job: &AttentionJob<'_, F>, lse: &[F], later: usize, reads: &mut [F]);
+    /// Sums over the queries that read each key late; of plain attention.
+    fn late_reads(self, job: &AttentionJob<'_, F>, lse: &[F], late: Late, reads: LateReads<&mut [F]>);
 
     /// The adjoint of [`KernelSet::attention`].
     fn attention_grad(self, job: &AttentionJob<'_, F>, grad: &mut AttentionJobGrad<'_, F>);
@@ -98,8 +99,8 @@ impl<F: Real> KernelSet<F> for Scalar {
         attention::reference(job, out, lse);
     }
 
-    fn late_reads(self, job: &AttentionJob<'_, F>, lse: &[F], later: usize, reads: &mut [F]) {
-        attention::reference_reads(job, lse, later, reads);
+    fn late_reads(self, job: &AttentionJob<'_, F>, lse: &[F], late: Late, reads: LateReads<&mut [F]>) {
+        attention::reference_reads(job, lse, late, reads);
     }
 
     fn attention_grad(self, job: &AttentionJob<'_, F>, grad: &mut AttentionJobGrad<'_, F>) {
@@ -149,8 +150,8 @@ impl KernelSet<f32> for Fast {
         attention::blocked::forward(self, job, out, lse);
     }
 
-    fn late_reads(self, job: &AttentionJob<'_, f32>, lse: &[f32], later: usize, reads: &mut [f32]) {
-        attention::blocked::reads(self, job, lse, later, reads);
+    fn late_reads(self, job: &AttentionJob<'_, f32>, lse: &[f32], late: Late, reads: LateReads<&mut [f32]>) {
+        attention::blocked::reads(self, job, lse, late, reads);
     }
 
     fn attention_grad(self, job: &AttentionJob<'_, f32>, grad: &mut AttentionJobGrad<'_, f32>) {

@@ -529,6 +529,28 @@ pub struct AttentionSaved<T> {
     pub lse: T,
 }
 
+/// Which reads are late, and what a fold makes of two keys.
+#[derive(Clone, Copy, Debug)]
+pub struct Late {
+    /// Tokens between a key and the first query that counts.
+    pub later: usize,
+    /// What the exponential of a slot's score counts for when two keys are in it: 2 with log masses, 1 without.
+    pub pair: f64,
+}
+
+/// Sums over the queries that read a key late, by query head, `[N,H]` each: of the share `p` that a query gives the key and
+/// the share `p'` that it gives the key before it (0 for a sequence's first).
+#[derive(Clone, Debug)]
+pub struct LateReads<T> {
+    /// `p^2`.
+    pub own: T,
+    /// `(p - p')^2`: what a slot cannot tell apart.
+    pub apart: T,
+    /// `(p + p' - pair sqrt(p p'))^2`: what a slot is read less than its two tokens, since its key is their mean and the
+    /// exponential of a mean is smaller than the mean of the exponentials.
+    pub lost: T,
+}
+
 /// AdamW's numbers for one parameter and step (decoupled weight decay).
 #[derive(Clone, Copy, Debug)]
 pub struct AdamW {
@@ -634,16 +656,16 @@ pub trait Grad: Ops {
         spans: &Spans,
         heads: Heads,
     ) -> AttentionSaved<Self::Tensor>;
-    /// How strongly each key is read late: the sum of the squared shares that queries at least `later` tokens further on give
-    /// it, by query head, `[N,H]`. Of plain attention that [`Grad::attention_saving`] ran, with its `lse`.
+    /// How each key is read late, and how unlike the one before it. Of plain attention that [`Grad::attention_saving`] ran,
+    /// with its `lse`.
     fn late_reads(
         &self,
         inputs: (&Self::Tensor, &Visible<Self::Tensor>),
         saved: &AttentionSaved<Self::Tensor>,
         spans: &Spans,
         heads: Heads,
-        later: usize,
-    ) -> Self::Tensor;
+        late: Late,
+    ) -> LateReads<Self::Tensor>;
     /// Gradients of the inputs of [`Ops::attention`].
     fn attention_grad(
         &self,

@@ -3,8 +3,8 @@
 
 use kvfold_kernels::noise::{hash, unit};
 use kvfold_kernels::ops::{
-    AdamW, Borrowed, Channel, Decided, Exempt, Gate, Goal, Heads, Hinge, Keys, KlDirection, Moments, NO_TARGET, Over,
-    PoolInput, PoolOutput, PoolShape, Pooled, Precision, Predictions, Pull, Scope, Spans, Visible,
+    AdamW, Borrowed, Channel, Decided, Exempt, Gate, Goal, Heads, Hinge, Keys, KlDirection, Late, Moments, NO_TARGET,
+    Over, PoolInput, PoolOutput, PoolShape, Pooled, Precision, Predictions, Pull, Scope, Spans, Visible,
 };
 use kvfold_kernels::simd::Level;
 use kvfold_kernels::team::Team;
@@ -342,8 +342,11 @@ impl<O: Grad> Bench<'_, O> {
         let out = ops.attention(&q, visible, spans, heads);
         self.keep_tokens(&format!("attention {name}"), [&out, &saved.out, &saved.lse]);
         if visible.pooled.is_none() {
-            let reads = ops.late_reads((&q, visible), &saved, spans, heads, self.case.delay);
-            self.keep(&format!("late_reads {name}"), true, &reads);
+            for pair in [1.0, 2.0] {
+                let late = Late { later: self.case.delay, pair };
+                let reads = ops.late_reads((&q, visible), &saved, spans, heads, late);
+                self.keep_tokens(&format!("late_reads {name} {pair}"), [&reads.own, &reads.apart, &reads.lost]);
+            }
         }
         let back = ops.attention_grad((&q, visible), &saved, spans, heads, &d);
         self.keep(&format!("attention_grad {name} q"), true, &back.q);

@@ -1,7 +1,7 @@
 //! Attention and pooling over whole sequences, as training runs them.
 
 use super::{Bench, Cost};
-use kvfold_kernels::ops::{Heads, Keys, PoolInput, PoolShape, Pooled, Precision, Spans, Visible};
+use kvfold_kernels::ops::{Heads, Keys, Late, PoolInput, PoolShape, Pooled, Precision, Spans, Visible};
 use kvfold_kernels::{Grad, Ops};
 
 impl Bench<'_> {
@@ -27,6 +27,14 @@ impl Bench<'_> {
                 drop(ops.attention_grad((&q, visible), &saved, spans, heads, &d));
             });
         }
+        // Scores alone, and a number per query head.
+        let saved = self.ops.attention_saving(&q, &plain, spans, heads);
+        let late = Late { later: self.work.delay, pair: 2.0 };
+        let cost = Cost::of_products(Precision::F32, flops / 2.0, rows * (dim * (query + kv) + 4 * query));
+        self.time("late reads", shape(), cost, |ops| {
+            drop(ops.late_reads((&q, &plain), &saved, spans, heads, late));
+        });
+
         let alpha = self.ops.tensor(&[rows, kv], &vec![0.5; rows * kv]);
         let input = PoolInput { k: keys.k, v: keys.v, omega: alpha.clone(), alpha };
         let pool = PoolShape { heads, window: None };

@@ -5,6 +5,7 @@
 
 use super::{AttentionJob, AttentionJobGrad, KeyGrad, KeyView, View};
 use crate::kernel_set::KernelSet;
+use crate::ops::{Late, LateReads};
 use crate::real::{self, Real};
 use crate::simd::{Gemm, STRIP};
 
@@ -238,33 +239,50 @@ pub(crate) fn forward<F: Real, K: KernelSet<F>>(set: K, job: &AttentionJob<'_, F
     }
 }
 
-/// Sums of squared shares that queries at least `later` tokens further on give each key, `[group][T]`; of plain attention.
+/// Sums over the queries that read each key late, `[group][T]` each; of plain attention.
 pub(crate) fn reads<F: Real, K: KernelSet<F>>(
     set: K,
     job: &AttentionJob<'_, F>,
     lse: &[F],
-    later: usize,
-    reads: &mut [F],
+    Late { later, pair }: Late,
+    LateReads { own, apart, lost }: LateReads<&mut [F]>,
 ) {
-    let len = job.len;
+    let (len, more) = (job.len, F::of(2.0 - pair));
     let walk = Walk::new(job, Pass::Forward);
     let q = gather_group(job, &job.q, job.scale());
     let mut s = vec![F::zero(); QUERIES * KEYS];
-    reads.fill(F::zero());
+    // Roots of the shares of a block's keys, after that of the key before them.
+    let mut roots = [F::zero(); KEYS + 1];
+    let mut before = vec![[F::zero(); QUERIES]; job.group];
+    let half = F::of(0.5);
+    [&mut *own, &mut *apart, &mut *lost].into_iter().for_each(|sums| sums.fill(F::zero()));
     for i0 in (0..len).step_by(QUERIES) {
+        before.fill([F::zero(); QUERIES]);
+        // Blocks come in the order of their keys.
         walk.blocks(i0, QUERIES.min(len - i0), |packed, block| {
-            for (g, q) in q.iter().enumerate() {
+            for ((g, q), before) in q.iter().enumerate().zip(&mut before) {
                 walk.scores(set, packed, block, q, &mut s);
-                let to = &mut reads[g * len + block.j0..][..block.width];
+                let at = g * len + block.j0..g * len + block.j0 + block.width;
+                let (own, apart, lost) = (&mut own[at.clone()], &mut apart[at.clone()], &mut lost[at]);
                 set.run(
                     #[inline(always)]
                     || {
                         for (r, s) in s.chunks_exact(KEYS).take(block.rows).enumerate() {
                             let (i, lse) = (block.i0 + r, lse[g * len + block.i0 + r]);
                             let late = (i + 1).saturating_sub(later).clamp(block.j0, block.j0 + block.width) - block.j0;
-                            for (to, &s) in to[..late].iter_mut().zip(s) {
-                                let share = K::exp(s - lse);
-                                *to += share * share;
+                            roots[0] = before[r];
+                            for (root, &s) in roots[1..][..late].iter_mut().zip(s) {
+                                *root = K::exp((s - lse) * half);
+                            }
+                            before[r] = roots[late];
+                            let sums = own[..late].iter_mut().zip(&mut apart[..late]).zip(&mut lost[..late]);
+                            for (((own, apart), lost), (&last, &root)) in sums.zip(roots.iter().zip(&roots[1..])) {
+                                let (p, q) = (root * root, last * last);
+                                *own += p * p;
+                                *apart += (p - q) * (p - q);
+                                // Without the cancellation of p + q - pair * root * last.
+                                let less = (root - last) * (root - last) + more * root * last;
+                                *lost += less * less;
                             }
                         }
                     },

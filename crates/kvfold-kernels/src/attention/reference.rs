@@ -1,6 +1,7 @@
 //! Attention by its definition, one score at a time.
 
 use super::{AttentionJob, AttentionJobGrad, KeyView};
+use crate::ops::{Late, LateReads};
 use crate::real::Real;
 
 /// A key that a query sees.
@@ -54,14 +55,24 @@ pub(crate) fn reference<F: Real>(job: &AttentionJob<'_, F>, out: &mut [F], lse: 
     }
 }
 
-/// Sums of squared shares that queries at least `later` tokens further on give each key, `[group][T]`; of plain attention.
-pub(crate) fn reference_reads<F: Real>(job: &AttentionJob<'_, F>, lse: &[F], later: usize, reads: &mut [F]) {
-    reads.fill(F::zero());
+/// Sums over the queries that read each key late, `[group][T]` each; of plain attention.
+pub(crate) fn reference_reads<F: Real>(
+    job: &AttentionJob<'_, F>,
+    lse: &[F],
+    Late { later, pair }: Late,
+    LateReads { own, apart, lost }: LateReads<&mut [F]>,
+) {
+    [&mut *own, &mut *apart, &mut *lost].into_iter().for_each(|sums| sums.fill(F::zero()));
     for g in 0..job.group {
         for i in later..job.len {
+            let mut before = F::zero();
             for s in seen(job, g, i).iter().filter(|s| s.j + later <= i) {
                 let share = (s.score - lse[g * job.len + i]).exp();
-                reads[g * job.len + s.j] += share * share;
+                let at = g * job.len + s.j;
+                own[at] += share.powi(2);
+                apart[at] += (share - before).powi(2);
+                lost[at] += (share + before - F::of(pair) * (share * before).sqrt()).powi(2);
+                before = share;
             }
         }
     }

@@ -3,6 +3,7 @@
 use super::*;
 use crate::kernel_set::Scalar;
 use crate::noise::{hash, unit};
+use crate::ops::{Late, LateReads};
 
 /// Largest difference of an output or a gradient; what is left is the order of the sums.
 const TOLERANCE: f64 = 1e-12;
@@ -136,17 +137,26 @@ fn late_reads_are_the_definition_at_every_border() {
             let rows = job.group * len;
             let (mut out, mut lse) = (vec![0.0; rows * job.dim], vec![0.0; rows]);
             reference(&job, &mut out, &mut lse);
-            let (mut expected, mut got) = (vec![f64::NAN; rows], vec![f64::NAN; rows]);
-            reference_reads(&job, &lse, later, &mut expected);
-            blocked::reads(Scalar, &job, &lse, later, &mut got);
-            for (n, (expected, got)) in expected.iter().zip(&got).enumerate() {
-                assert!(
-                    (expected - got).abs() <= TOLERANCE,
-                    "{shape:?}, {later} later, {n}: {got}, expected {expected}"
-                );
+            for pair in [1.0, 2.0] {
+                let sums = |fill: &dyn Fn(LateReads<&mut [f64]>)| {
+                    let [mut own, mut apart, mut lost] = [(); 3].map(|()| vec![f64::NAN; rows]);
+                    fill(LateReads { own: &mut own, apart: &mut apart, lost: &mut lost });
+                    [own, apart, lost]
+                };
+                let late = Late { later, pair };
+                let expected = sums(&|to| reference_reads(&job, &lse, late, to));
+                let got = sums(&|to| blocked::reads(Scalar, &job, &lse, late, to));
+                for (n, (expected, got)) in expected.iter().flatten().zip(got.iter().flatten()).enumerate() {
+                    assert!(
+                        (expected - got).abs() <= TOLERANCE,
+                        "{shape:?}, {late:?}, {n}: {got}, expected {expected}"
+                    );
+                }
                 // A query gives shares of 1 in all: none of the keys gets more than one per query that reads it late.
-                let queries = (len - n % len).saturating_sub(later) as f64;
-                assert!(*got <= queries && (*got > 0.0) == (queries > 0.0), "{shape:?}, {later} later, {n}: {got}");
+                for (n, own) in got[0].iter().enumerate() {
+                    let queries = (len - n % len).saturating_sub(later) as f64;
+                    assert!(*own <= queries && (*own > 0.0) == (queries > 0.0), "{shape:?}, {late:?}, {n}: {own}");
+                }
             }
         }
     }

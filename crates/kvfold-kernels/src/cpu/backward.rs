@@ -8,8 +8,9 @@ use crate::gate::{self, Deciding};
 use crate::kernel_set::KernelSet;
 use crate::norm;
 use crate::ops::{
-    AdamW, AttentionGrad, AttentionSaved, Borrowed, Decided, Exempt, Gate, Goal, Grad, Heads, Hinge, Keys, LossGrad,
-    Moments, PoolInput, PoolOutput, PoolShape, Pooled, Precision, Predictions, Span, Spans, Visible,
+    AdamW, AttentionGrad, AttentionSaved, Borrowed, Decided, Exempt, Gate, Goal, Grad, Heads, Hinge, Keys, Late,
+    LateReads, LossGrad, Moments, PoolInput, PoolOutput, PoolShape, Pooled, Precision, Predictions, Span, Spans,
+    Visible,
 };
 use crate::pool::{self, PoolJob, PoolJobGrad};
 use crate::real::{self, Real};
@@ -263,17 +264,20 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
         saved: &AttentionSaved<Array<F>>,
         spans: &Spans,
         heads: Heads,
-        later: usize,
-    ) -> Array<F> {
+        late: Late,
+    ) -> LateReads<Array<F>> {
         let (kv, group) = (heads.kv, heads.group());
-        let mut reads = self.buffer(spans.rows() * heads.query);
+        let [mut own, mut apart, mut lost] = [(); 3].map(|()| self.buffer(spans.rows() * heads.query));
         let jobs = Self::attention_jobs(q, visible, spans, heads);
         let places = spans.iter().flat_map(|span| (0..kv).map(move |g| (span, g)));
-        let work = jobs.iter().zip(places).zip(split_jobs(&mut reads, spans, kv, group));
-        team::each(work, |((job, (span, g)), reads)| {
-            self.set.late_reads(job, &by_head(&saved.lse, (span, g), (group, 1)), later, reads);
+        let [owns, aparts, losts] = [&mut own, &mut apart, &mut lost].map(|sums| split_jobs(sums, spans, kv, group));
+        let reads = owns.into_iter().zip(aparts).zip(losts).map(|((own, apart), lost)| LateReads { own, apart, lost });
+        team::each(jobs.iter().zip(places).zip(reads), |((job, (span, g)), reads)| {
+            self.set.late_reads(job, &by_head(&saved.lse, (span, g), (group, 1)), late, reads);
         });
-        self.to_rows(&reads, spans, JobLayout { kv, parts: group, width: 1 })
+        let [own, apart, lost] =
+            [own, apart, lost].map(|sums| self.to_rows(&sums, spans, JobLayout { kv, parts: group, width: 1 }));
+        LateReads { own, apart, lost }
     }
 
     fn attention_grad(

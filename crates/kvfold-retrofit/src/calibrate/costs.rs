@@ -3,7 +3,7 @@
 use super::Reader;
 use kvfold_kernels::Grad;
 use kvfold_kernels::dmc::{Dmc, Method, Share};
-use kvfold_kernels::ops::{Heads, Keys, Precision, Span, Spans, Visible};
+use kvfold_kernels::ops::{Heads, Keys, Late, LateReads, Precision, Span, Spans, Visible};
 use kvfold_model::block::{Attend, Pass, Projected};
 use kvfold_model::weights::Block;
 
@@ -16,9 +16,16 @@ const FLOOR: f64 = 1e-6;
 
 /// Plain attention that notes who is read late.
 pub(super) struct Reading<T> {
-    pub(super) later: usize,
-    /// Late reads `[N, H]` and values `[N, G*D]`.
-    pub(super) seen: Option<(T, T)>,
+    pub(super) late: Late,
+    /// Late reads and values `[N, G*D]`.
+    pub(super) seen: Option<(LateReads<T>, T)>,
+}
+
+impl<T> Reading<T> {
+    /// What folds of these decisions need to know.
+    pub(super) fn of(dmc: &Dmc) -> Self {
+        Self { late: Late { later: dmc.delay, pair: if dmc.log_mass { 2.0 } else { 1.0 } }, seen: None }
+    }
 }
 
 impl<O: Grad> Attend<O> for Reading<O::Tensor> {
@@ -28,7 +35,7 @@ impl<O: Grad> Attend<O> for Reading<O::Tensor> {
         let exact = Some(Keys { k: ops.rope(&p.k, angles, spans), v: p.v.clone(), mass: None });
         let visible = Visible { exact, pooled: None, delay: 0 };
         let saved = ops.attention_saving(&q, &visible, spans, shape.heads);
-        let reads = ops.late_reads((&q, &visible), &saved, spans, shape.heads, self.later);
+        let reads = ops.late_reads((&q, &visible), &saved, spans, shape.heads, self.late);
         self.seen = Some((reads, p.v));
         saved.out
     }
@@ -50,37 +57,36 @@ pub(super) fn costs<O: Grad>(
     dmc: &Dmc,
     (spans, known): (&Spans, &[bool]),
     block: &Block<O::Tensor>,
-    (x, reads, v): (&O::Tensor, &O::Tensor, &O::Tensor),
+    (x, reads, v): (&O::Tensor, &LateReads<O::Tensor>, &O::Tensor),
 ) -> Vec<f64> {
     let Reader { ops, shape, .. } = *reader;
     let Heads { query, kv, dim } = shape.heads;
     let (group, rows) = (shape.heads.group(), spans.rows());
     let stream = mean_norm(&ops.to_host(x), known);
-    let roots = roots(&ops.to_host(reads), spans, (query, dmc.delay));
+    let mean = |sums: &O::Tensor| means(&ops.to_host(sums), spans, (query, dmc.delay));
+    // What each error of a fold is weighed by; of an eviction, that of the token before.
+    let weights = match dmc.method {
+        Method::Dmc => vec![(mean(&reads.apart), 0), (mean(&reads.lost), 0)],
+        Method::Dms => vec![(mean(&reads.own), 1)],
+    };
     let (o, v) = (ops.to_host(&block.o), ops.to_host(v));
     let like = ops.master(&[dim, dim], &vec![0.0; dim * dim], Precision::F32);
     let mut squares = vec![0.0f64; rows * kv];
     for g in 0..kv {
-        let away = apart(&v, spans, (dmc.method, g), (kv, dim));
-        let away_rows = ops.tensor(&[rows, dim], &away);
+        let errors = errors(&v, spans, (dmc.method, g), (kv, dim));
         for h in g * group..(g + 1) * group {
             // |O_h d|^2 = d . (O_h^T O_h d)
             let columns =
                 o.chunks_exact(query * dim).flat_map(|row| &row[h * dim..][..dim]).copied().collect::<Vec<_>>();
             let columns = ops.tensor(&[shape.hidden, dim], &columns);
             let square = ops.to_host(&ops.linear_grad_w(&columns, &like, &columns));
-            let turned = ops.linear(&away_rows, &ops.master(&[dim, dim], &square, Precision::F32));
-            let turned = ops.to_host(&turned);
-            for span in spans {
-                for t in span.start + 1..span.start + span.len {
-                    let pairs = away[t * dim..][..dim].iter().zip(&turned[t * dim..]);
+            let square = ops.master(&[dim, dim], &square, Precision::F32);
+            for (errors, (weights, before)) in errors.iter().zip(&weights) {
+                let turned = ops.to_host(&ops.linear(&ops.tensor(&[rows, dim], errors), &square));
+                for t in spans.iter().flat_map(|span| span.start + 1..span.start + span.len) {
+                    let pairs = errors[t * dim..][..dim].iter().zip(&turned[t * dim..]);
                     let moved: f64 = pairs.map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
-                    let before = roots[(t - 1) * query + h];
-                    let read = match dmc.method {
-                        Method::Dmc => roots[t * query + h] + before,
-                        Method::Dms => before,
-                    };
-                    squares[t * kv + g] += read * read * moved.max(0.0);
+                    squares[t * kv + g] += weights[(t - before) * query + h] * moved.max(0.0);
                 }
             }
         }
@@ -102,39 +108,46 @@ fn mean_norm(x: &[f32], known: &[bool]) -> f64 {
     (sum / rows as f64).max(f64::MIN_POSITIVE)
 }
 
-/// Root mean squares of late shares, `[N, H]`.
-fn roots(reads: &[f32], spans: &Spans, (query, delay): (usize, usize)) -> Vec<f64> {
-    let mut roots = vec![0.0; reads.len()];
+/// Means over late readers of sums over them, `[N, H]`.
+fn means(sums: &[f32], spans: &Spans, (query, delay): (usize, usize)) -> Vec<f64> {
+    let mut means = vec![0.0; sums.len()];
     for &Span { start, len, .. } in spans {
         for t in 0..len {
             let readers = len.saturating_sub(t + delay).max(READERS) as f64;
             for at in (start + t) * query..(start + t + 1) * query {
-                roots[at] = (f64::from(reads[at]) / readers).sqrt();
+                means[at] = f64::from(sums[at]) / readers;
             }
         }
     }
-    roots
+    means
 }
 
-/// How far the two values that a fold makes one of are apart, `[N, D]`: of a KV head's `v [N, G*D]`, each value minus the one
-/// before it; where the one before is evicted, that one minus the mean of its sequence.
-fn apart(v: &[f32], spans: &Spans, (method, g): (Method, usize), (kv, dim): (usize, usize)) -> Vec<f32> {
-    let mut away = vec![0.0; spans.rows() * dim];
+/// What a fold of each token changes, `[N, D]` each, of a KV head's values `v [N, G*D]`. A fold: half of how far the value is
+/// from the one before it, which is what a slot cannot tell apart; and how far the mean of both is from their sequence's, for
+/// what the slot is read less. An eviction: how far the value before is from its sequence's mean.
+fn errors(v: &[f32], spans: &Spans, (method, g): (Method, usize), (kv, dim): (usize, usize)) -> Vec<Vec<f32>> {
     let value = |t: usize| &v[(t * kv + g) * dim..][..dim];
-    for &Span { start, len, .. } in spans {
-        let mut mean = vec![0.0; dim];
-        for t in start..start + len {
-            mean.iter_mut().zip(value(t)).for_each(|(mean, &v)| *mean += v / len as f32);
+    let of = |error: &dyn Fn(f32, f32, f32) -> f32| {
+        let mut errors = vec![0.0; spans.rows() * dim];
+        for &Span { start, len, .. } in spans {
+            let mut mean = vec![0.0; dim];
+            for t in start..start + len {
+                mean.iter_mut().zip(value(t)).for_each(|(mean, &v)| *mean += v / len as f32);
+            }
+            for t in start + 1..start + len {
+                let values = value(t).iter().zip(value(t - 1)).zip(&mean);
+                errors[t * dim..]
+                    .iter_mut()
+                    .zip(values)
+                    .for_each(|(to, ((&v, &last), &mean))| *to = error(v, last, mean));
+            }
         }
-        for t in start + 1..start + len {
-            let (from, to) = match method {
-                Method::Dmc => (value(t), value(t - 1)),
-                Method::Dms => (value(t - 1), &mean[..]),
-            };
-            away[t * dim..][..dim].iter_mut().zip(from.iter().zip(to)).for_each(|(d, (&a, &b))| *d = a - b);
-        }
+        errors
+    };
+    match method {
+        Method::Dmc => vec![of(&|v, last, _| (v - last) / 2.0), of(&|v, last, mean| (v + last) / 2.0 - mean)],
+        Method::Dms => vec![of(&|_, last, mean| last - mean)],
     }
-    away
 }
 
 #[cfg(test)]
@@ -160,21 +173,25 @@ mod tests {
                 |j| (0..dim).map(|c| of(q, i, h, query, c) * of(k, j, g, kv, c)).sum::<f64>() / (dim as f64).sqrt();
             score(j).exp() / (0..=i).map(|j| score(j).exp()).sum::<f64>()
         };
-        let root = |h: usize, t: usize| {
-            let shares: Vec<f64> = (t + DELAY..span.len).map(|i| share(h, i, t).powi(2)).collect();
-            (shares.iter().sum::<f64>() / shares.len().max(READERS) as f64).sqrt()
+        // The mean of a function of the shares of a token and the one before it over the queries that read it late.
+        let late = |h: usize, t: usize, of: &dyn Fn(f64, f64) -> f64| {
+            let seen: Vec<f64> = (t + DELAY..span.len).map(|i| of(share(h, i, t), share(h, i, t - 1))).collect();
+            seen.iter().sum::<f64>() / seen.len().max(READERS) as f64
         };
         let mean = |c: usize| (0..span.len).map(|t| of(v, t, g, kv, c)).sum::<f64>() / span.len as f64;
-        let squares = (g * query / kv..(g + 1) * query / kv).map(|h| {
-            let (read, away): (f64, Vec<f64>) = match dmc.method {
-                Method::Dmc => {
-                    let away = |c| of(v, t, g, kv, c) - of(v, t - 1, g, kv, c);
-                    (root(h, t) + root(h, t - 1), (0..dim).map(away).collect())
-                }
-                Method::Dms => (root(h, t - 1), (0..dim).map(|c| of(v, t - 1, g, kv, c) - mean(c)).collect()),
-            };
-            let out = |row: &[f32]| (0..dim).map(|c| f64::from(row[h * dim + c]) * away[c]).sum::<f64>();
-            read * read * o.chunks_exact(query * dim).map(|row| out(row).powi(2)).sum::<f64>()
+        let seen = |h: usize, away: &dyn Fn(usize) -> f64| {
+            let out = |row: &[f32]| (0..dim).map(|c| f64::from(row[h * dim + c]) * away(c)).sum::<f64>();
+            o.chunks_exact(query * dim).map(|row| out(row).powi(2)).sum::<f64>()
+        };
+        let (new, old) = (|c| of(v, t, g, kv, c), |c| of(v, t - 1, g, kv, c));
+        let squares = (g * query / kv..(g + 1) * query / kv).map(|h| match dmc.method {
+            Method::Dmc => {
+                let pair = if dmc.log_mass { 2.0 } else { 1.0 };
+                let apart = late(h, t, &|p, q| (p - q).powi(2)) * seen(h, &|c| (new(c) - old(c)) / 2.0);
+                let lost = late(h, t, &|p, q| (p + q - pair * (p * q).sqrt()).powi(2));
+                apart + lost * seen(h, &|c| (new(c) + old(c)) / 2.0 - mean(c))
+            }
+            Method::Dms => late(h, t - 1, &|p, _| p.powi(2)) * seen(h, &|c| old(c) - mean(c)),
         });
         squares.sum::<f64>().sqrt() / mean_norm(x, &[true].repeat(x.len() / shape.hidden)) + FLOOR
     }
@@ -194,24 +211,30 @@ mod tests {
         let ids: Vec<u32> = (0..spans.rows() as u32).map(|n| 3 + n * 37 % 500).collect();
         let (x, block) = (ops.embed(&ids, &weights.embed), &weights.blocks[0]);
         let pass = Pass { ops: &ops, shape: &shape, angles: &angles, spans: &spans };
-        let mut reading = Reading { later: DELAY, seen: None };
-        pass.block(0, block, &x, &mut reading);
-        let (reads, v) = reading.seen.unwrap();
         let y = ops.rms_norm(&x, &block.input_norm, shape.norm_eps);
         let turned = |w| ops.to_host(&ops.rope(&ops.linear(&y, w), &angles, &spans));
         let (q, k) = (turned(&block.q), turned(&block.k));
-        let host = [&v, &block.o, &x].map(|x| ops.to_host(x));
         let all = vec![true; spans.rows()];
-        for (method, share) in [(Method::Dmc, Share::Head), (Method::Dmc, Share::Layer), (Method::Dms, Share::Head)] {
+        let cases = [
+            (Method::Dmc, Share::Head, true),
+            (Method::Dmc, Share::Head, false),
+            (Method::Dmc, Share::Layer, true),
+            (Method::Dms, Share::Head, false),
+        ];
+        for (method, share, log_mass) in cases {
             let dmc = Dmc {
                 method,
                 decision: Decision::Head { scale: 1.0, offset: 0.0, bias: true, ahead: false },
                 delay: DELAY,
                 sinks: 1,
                 pool_window: None,
-                log_mass: false,
+                log_mass,
                 share,
             };
+            let mut reading = Reading::of(&dmc);
+            pass.block(0, block, &x, &mut reading);
+            let (reads, v) = reading.seen.unwrap();
+            let host = [&v, &block.o, &x].map(|x| ops.to_host(x));
             let found = costs(&reader, &dmc, (&spans, &all), block, (&x, &reads, &v));
             for span in &spans {
                 for t in dmc.exempt().foldable(span.len) {

@@ -1,19 +1,23 @@
 //! Decision heads that begin where folding costs little, before anything is trained.
 //!
 //! A decision head that begins at zero folds tokens at random, and what it is to learn, which tokens a KV head can do
-//! without, is drowned for hundreds of steps in the noise of its own decisions. But the original model shows it: the error
-//! that a fold makes is the attention that later queries give to the two tokens of which one becomes, times how far apart
-//! their values are. Of a text that the original reads once,
+//! without, is drowned for hundreds of steps in the noise of its own decisions. But the original model shows it: what
+//! later queries make of two tokens, and of the slot that they become. Let a query give them the shares p and p' of its
+//! attention. It sees `p v_t + p' v_{t-1} = (p + p') m + (p - p') (v_t - v_{t-1}) / 2` with m the mean of their values. Of the slot it
+//! sees m; its key is the mean of the two keys, so the exponential of its score is the geometric mean of theirs, counted
+//! twice where log masses are added, and it is read with about `2 sqrt(p p')` in place of `p + p'`. The rest goes to other tokens. Of
+//! a text that the original reads once,
 //!
 //! ```text
 //! cost(t)^2 = sum over the query heads h of the KV head of
-//!             (r_h(t) + r_h(t-1))^2 * |O_h (v_t - v_{t-1})|^2 / |x|^2                      DMC: t folds into t-1
-//!             r_h(t-1)^2            * |O_h (v_{t-1} - mean v)|^2 / |x|^2                   DMS: t evicts t-1
+//!             mean (p - p')^2                 * |O_h (v_t - v_{t-1}) / 2|^2 / |x|^2        DMC: t folds into t-1
+//!           + mean (p + p' - 2 sqrt(p p'))^2  * |O_h (m - mean v)|^2 / |x|^2
+//!             mean p'^2                       * |O_h (v_{t-1} - mean v)|^2 / |x|^2         DMS: t evicts t-1
 //! ```
 //!
-//! where `r_h(t)` is the root mean square of the shares of attention that queries at least W tokens later give t, `O_h` the
-//! head's columns of the output projection and `|x|` the mean norm of the residual stream that it adds to, so that costs of
-//! all heads and layers can be compared. A decision head becomes the linear function of its input that predicts the expected
+//! where means are over queries at least W tokens later, `O_h` are the head's columns of the output projection and `|x|` is the
+//! mean norm of the residual stream that it adds to, so that costs of all heads and layers can be compared. Tokens that are
+//! read alike cost nothing to fold, however far apart their values are. A decision head becomes the linear function of its input that predicts the expected
 //! cost (`regression`), and of the input of the token before where it looks back (`Decision::Head`); its threshold is the cost below which as many tokens of the text fold as the ratio asks for.
 //!
 //! The text goes through the model block by block, so memory is that of one layer's inputs.
@@ -135,7 +139,7 @@ pub(crate) fn fit<O: Grad>(
         for passage in &mut passages {
             let Passage { spans, known, held_out, x } = passage;
             let pass = Pass { ops, shape, angles, spans };
-            let mut reading = Reading { later: dmc.delay, seen: None };
+            let mut reading = Reading::of(dmc);
             let next = pass.block(layer, block, x, &mut reading);
             let (reads, v) = reading.seen.expect("a block attends");
             if known.contains(&true) {
