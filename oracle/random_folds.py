@@ -48,8 +48,10 @@ class Model:
         a, b = np.split(x, 2, -1)
         return np.concatenate([a * self.cos - b * self.sin, b * self.cos + a * self.sin], -1)
 
-    def log_probabilities(self, ids, folds=None, delay=0):
-        """[T, V]; `folds` [L, G, T] says which tokens fold into the slot before them, `delay` tokens later."""
+    def log_probabilities(self, ids, folds=None, delay=0, masses=False, evict=False, watch=None):
+        """[T, V]; `folds` [L, G, T] says which tokens fold into the slot before them, `delay` tokens later; with `masses` the
+        log of a slot's tokens is added to its scores, with `evict` a slot is its newest token. `watch` sees every layer:
+        its number, residual stream [T, C], rotated and scaled queries [H, T, D], rotated keys and values [G, T, D]."""
         w, length = self.weights, len(ids)
         x = w["model.embed_tokens.weight"][ids]
         age = np.arange(length)[:, None] - np.arange(length)[None]
@@ -61,6 +63,8 @@ class Model:
                 for name in "qkv"
             )
             q, exact = self.rope(q) / np.sqrt(self.dim), self.rope(k)
+            if watch:
+                watch(layer, x, q, exact, v)
             out = np.empty((self.heads, length, self.dim), np.float32)
             for h in range(self.heads):
                 g = h * self.kv // self.heads
@@ -69,11 +73,15 @@ class Model:
                     out[h] = softmax(scores) @ v[g]
                     continue
                 fold = folds[layer, g]
-                pooled_k, pooled_v = running_means(k[g], fold), running_means(v[g], fold)
+                if evict:
+                    pooled_k, pooled_v, mass = exact[g], v[g], 0
+                else:
+                    pooled_k, pooled_v = self.rope(running_means(k[g], fold)), running_means(v[g], fold)
+                    mass = np.log(counts(fold)) if masses else 0
                 superseded = np.append(fold[1:], False)
                 gone = age >= delay
                 seen = gone & (~superseded[None] | (age == delay))
-                scores = np.where(gone, np.where(seen, q[h] @ self.rope(pooled_k).T, -np.inf), scores)
+                scores = np.where(gone, np.where(seen, q[h] @ pooled_k.T + mass, -np.inf), scores)
                 shares = softmax(scores)
                 out[h] = np.where(gone, 0, shares) @ v[g] + np.where(gone, shares, 0) @ pooled_v
             x = x + out.swapaxes(0, 1).reshape(length, -1) @ w[p + "self_attn.o_proj.weight"].T
@@ -98,6 +106,14 @@ def running_means(x, fold):
         total, count = (total + x[t], count + 1) if fold[t] and t > 0 else (x[t], 1)
         means[t] = total / count
     return means
+
+
+def counts(fold):
+    """[T]: of every token, the tokens of its slot once it is in it."""
+    count = np.ones(len(fold))
+    for t in range(1, len(fold)):
+        count[t] = count[t - 1] + 1 if fold[t] else 1
+    return count
 
 
 def main():
