@@ -38,6 +38,6 @@ pub use gqa::mean_pooled;
 pub use origin::Origin;
 pub use run::RunDir;
 pub use settings::Settings;
-pub use settle::{PASSES as SETTLE_PASSES, Settled};
+pub use settle::{PASSES as SETTLE_PASSES, Settled, TOKENS as SETTLE_TOKENS};
 pub use trainer::{StepReport, Trainer};
 pub use watch::Watch;

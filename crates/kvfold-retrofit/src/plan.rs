@@ -15,6 +15,9 @@ use serde::Serialize;
 /// Bytes of a number.
 const F32: u64 = 4;
 
+/// Bytes of a number of a regression.
+const F64: u64 = 8;
+
 /// Rows that packed weights are filled up to.
 const PANEL: u64 = 32;
 
@@ -61,11 +64,13 @@ pub struct Memory {
     pub activations: u64,
     /// Logits of model and teacher, and their gradient.
     pub logits: u64,
+    /// What decisions are fitted to: before the first step, when there are no gradients.
+    pub fitting: u64,
     /// A checkpoint before it is written.
     pub checkpoint: u64,
     /// The new model, and both as they are measured at the end, when the trainer is gone.
     pub evaluation: u64,
-    /// The highest of training, saving and evaluating.
+    /// The highest of fitting, training, saving and evaluating.
     pub peak: u64,
 }
 
@@ -103,13 +108,14 @@ impl Plan {
         let logits = rows.min(LOSS_ROWS as u64) * shape.vocab as u64 * F32 * if teaches { 3 } else { 2 };
         let gradients = trained * F32 * if settings.accumulate > 1 { 2 } else { 1 };
         let moments = 2 * trained * F32;
+        let fitting = fitting(&shape, settings);
         let checkpoint = 3 * trained * F32;
         let new_model = base_bytes + trained * F32;
         let evaluation = new_model + (parameters + original + packed_of(&student) + packed_original) * F32;
 
         let step = gradients + activations + logits;
         let saving = step.min(RECYCLED) + checkpoint.max(new_model);
-        let training = weights + packed + moments + step.max(saving);
+        let training = weights + packed + moments + step.max(saving).max(fitting);
         Self {
             steps: settings.stages.total(),
             batch: settings.batch,
@@ -126,6 +132,7 @@ impl Plan {
                 moments,
                 activations,
                 logits,
+                fitting,
                 checkpoint,
                 evaluation,
                 peak: base_bytes + training.max(evaluation),
@@ -143,6 +150,17 @@ fn count(weights: &[(String, Vec<usize>)]) -> u64 {
 fn packed(weights: &[(String, Vec<usize>)], tied: bool) -> u64 {
     let matrices = weights.iter().filter(|(name, dims)| dims.len() == 2 && (name != names::EMBED || tied));
     matrices.map(|(_, dims)| (dims[0] as u64).next_multiple_of(PANEL) * dims[1] as u64).sum()
+}
+
+/// Bytes that a fit takes at its highest: the residual streams of all its text, and a layer's inputs of decisions, twice
+/// while they are centred; the square of their number as products, covariance and its root.
+fn fitting(shape: &Shape, settings: &Settings) -> u64 {
+    let Some(calibration) = settings.calibration else { return 0 };
+    let hidden = shape.hidden as u64;
+    let inputs = if shape.decide_ahead { 2 * hidden } else { hidden };
+    // Whole sequences are read.
+    let rows = (calibration.tokens.div_ceil(settings.length) * settings.length) as u64;
+    rows * (hidden + 2 * inputs) * F32 + inputs * inputs * (F32 + 2 * F64)
 }
 
 /// Numbers per token that a part's passes hold at their highest.

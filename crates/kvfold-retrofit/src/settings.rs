@@ -381,9 +381,9 @@ impl Settings {
         dmc.exempt().foldable(self.length).len() as f64 / self.length as f64
     }
 
-    /// How the decisions of this run settle on its ratio at the end: by the biases of their heads, where they have some.
-    pub(crate) fn settles(&self) -> Option<&Dmc> {
-        self.method.dynamic().filter(|dmc| dmc.decide_bias())
+    /// Whether the decisions of this run settle on its ratio at the end: they do by the biases of their heads.
+    pub fn settles(&self) -> bool {
+        self.method.dynamic().is_some_and(Dmc::decide_bias)
     }
 
     /// Sequences of each part of a step's batch.
@@ -459,8 +459,7 @@ impl Settings {
         must(sequences, "batch", self.batch.to_string(), format!("1 to {MAX_BATCH} sequences"))?;
         let (parts, expected) = (self.accumulate, format!("1 to {}, the sequences of a step", self.batch));
         must((1..=self.batch).contains(&parts), "accumulate", parts.to_string(), expected)?;
-        let something =
-            self.stages.total() > 0 || self.calibration.is_some() || self.from.is_some() && self.settles().is_some();
+        let something = self.stages.total() > 0 || self.calibration.is_some() || self.from.is_some() && self.settles();
         let expected = "at least 1 step, or decisions that are fitted (--calibrate) or, of a model that was fitted, moved (--from)";
         must(something, "steps", "0".into(), expected.into())?;
         let heads = self.shape(shape).decide_outputs > 0;

@@ -16,7 +16,7 @@ use kvfold_model::block::Pass;
 use serde::Serialize;
 
 /// Tokens of text that decisions are taken on.
-pub(crate) const TOKENS: usize = 8_192;
+pub const TOKENS: usize = 8_192;
 /// Times that decisions are taken at most.
 pub const PASSES: usize = 5;
 /// What a ratio may be off, relatively.

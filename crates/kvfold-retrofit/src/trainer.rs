@@ -261,7 +261,7 @@ where
     /// Moves the biases of decision heads until the model folds, without noise, what the ratio asks for: the end of a run.
     /// Where heads have no biases, as in the papers, nothing is done. `progress` is told how often decisions were taken.
     pub fn settle(&mut self, corpus: &Corpus, mut progress: impl FnMut(usize)) -> Option<Settled> {
-        let dmc = self.settings.settles()?.clone();
+        let dmc = self.settings.method.dynamic().filter(|_| self.settings.settles())?.clone();
         let (asked, share) = (self.settings.target_ratio(), self.settings.fold_share(&dmc));
         let sequences = corpus.first_taken(self.settings.seed, settle::TOKENS);
         let tokens = sequences.iter().map(|&n| corpus.sequence(n).len()).sum();

@@ -10,7 +10,7 @@ use kvfold_model::Checkpoint;
 use kvfold_report::format;
 use kvfold_retrofit::plan::Plan;
 use kvfold_retrofit::settings::Stages;
-use kvfold_retrofit::{Corpus, Settings, Trainer};
+use kvfold_retrofit::{Corpus, SETTLE_TOKENS, Settings, Trainer};
 use serde::Serialize;
 use std::time::{Duration, Instant};
 
@@ -36,13 +36,18 @@ struct Output<'a> {
 /// What a token of a fit costs of one that is trained on, about: no gradients, and attention twice.
 const FIT_COST: f64 = 0.4;
 
+/// What a token that decisions settle on costs of one that is trained on, about: two forward passes.
+const SETTLE_COST: f64 = 0.5;
+
 /// Prints the plan.
 pub(crate) fn plan(args: &RetrofitArgs, base: &Checkpoint, settings: Settings) -> Result<(), AppError> {
     let plan = Plan::new(base, &settings);
     let step = measured_step(base, &settings)?;
     let rate = (plan.batch * plan.length) as f64 / step.as_secs_f64();
     let fitted = settings.calibration.as_ref().map_or(0, |calibration| calibration.tokens);
-    let seconds = (plan.tokens as f64 + FIT_COST * fitted as f64) / rate;
+    let settled = if settings.settles() { SETTLE_TOKENS } else { 0 };
+    let tokens = plan.tokens as f64 + FIT_COST * fitted as f64 + SETTLE_COST * settled as f64;
+    let seconds = tokens / rate;
     let result = Output {
         schema: "kvfold.plan/1",
         model: &args.model,
@@ -79,6 +84,7 @@ pub(crate) fn plan(args: &RetrofitArgs, base: &Checkpoint, settings: Settings) -
         ("  gradients", format::bytes(memory.gradients)),
         ("  activations", format!("{} for {} sequences at a time", format::bytes(memory.activations), plan.part)),
         ("  logits", format::bytes(memory.logits)),
+        ("  fitting", format::bytes(memory.fitting)),
         ("  evaluation", format::bytes(memory.evaluation)),
         ("disk", format!("{} for checkpoints", format::bytes(plan.run_bytes))),
         (
