@@ -8,7 +8,7 @@
 # What is there is kept, and an interrupted run goes on, when this is called again with the same arguments. A fit takes minutes,
 # training hours: `kvfold retrofit --plan` says how many on your machine.
 #
-# Usage: runs/smollm2.sh STEPS PATH...     steps of 2 x 1024 tokens; files or folders of text, 100,000 tokens at least
+# Usage: runs/smollm2.sh STEPS PATH...     steps of 1,024 tokens; files or folders of text, 100,000 tokens at least
 set -euo pipefail
 if [ $# -lt 2 ]; then
   grep '^# Usage' "$0" | cut -c3- >&2
@@ -29,7 +29,7 @@ cargo build --release
 receipt="$(mktemp)"
 trap 'rm -f "$receipt"' EXIT
 # As much text for every run, so that what is held out is the same.
-tokens=$((steps > 44 ? steps * 2276 : 100000))
+tokens=$((steps > 88 ? steps * 1138 : 100000))
 
 # teach NAME STEPS DTYPE ARGUMENT...
 teach() {
@@ -40,7 +40,7 @@ teach() {
       resume=(--resume)
     fi
     target/release/kvfold retrofit --model "$base" --out "$out" --text "${texts[@]}" --max-tokens "$tokens" --steps "$steps" \
-      --length 1024 --batch 2 --train attention --checkpoint-every 20 --json "$@" "${resume[@]}" >"$receipt"
+      --length 1024 --batch 1 --train attention --checkpoint-every 8 --json "$@" "${resume[@]}" >"$receipt"
     cp "$receipt" "results/smollm2-$name.json"
   fi
   if ! [ -f "$out.safetensors" ]; then
