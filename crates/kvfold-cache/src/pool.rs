@@ -126,19 +126,18 @@ impl<O: CacheOps> PagePool<O> {
     /// Says whether the pool can take `more` tokens of each sequence even if nothing folds. While it can, and sequences
     /// take no other tokens, [`PagePool::reserve`] cannot run out.
     pub fn admit<'s>(&self, more: impl IntoIterator<Item = (&'s SequenceCache, usize)>) -> Result<(), CacheError> {
-        let needed = more
-            .into_iter()
-            .flat_map(|(sequence, more)| sequence.layers.iter().flatten().map(move |table| (table, more)))
-            .map(|(table, more)| {
-                let (slots, ring) = table.worst_pages(self.rule(), more);
-                slots.saturating_sub(table.pages.len()) + ring.saturating_sub(table.ring.len())
-            })
-            .sum();
+        let needed = more.into_iter().map(|(sequence, more)| sequence.pages_needed(more)).sum();
         let available = self.limit - self.pages_held();
         if needed > available {
             return Err(CacheError::OutOfPages { needed, available, limit: self.limit });
         }
         Ok(())
+    }
+
+    /// Pages that a sequence of `tokens` tokens holds if nothing folds.
+    pub fn worst_pages(&self, tokens: usize) -> usize {
+        let (slots, ring) = HeadTable::default().worst_pages(self.rule(), tokens);
+        (slots + ring) * self.shape.layers * self.shape.heads.kv
     }
 
     /// Gives a layer of a sequence the pages that `more` tokens can need at most.
@@ -151,8 +150,8 @@ impl<O: CacheOps> PagePool<O> {
         let mut left = self.limit - self.pages_held();
         let Free { pages, rings, states } = &mut *lock(&self.free);
         for table in &mut sequence.layers[layer] {
+            let wanted = missing(table, rule, more);
             let (slots, ring) = table.worst_pages(rule, more);
-            let wanted = slots.saturating_sub(table.pages.len()) + ring.saturating_sub(table.ring.len());
             assert!(wanted <= left, "the pool's {} pages are gone: admit was not asked", self.limit);
             left -= wanted;
             for n in table.pages.len()..slots {
@@ -215,6 +214,12 @@ impl<O: CacheOps> PagePool<O> {
     }
 }
 
+/// Pages that `more` tokens of a head can need beyond those that it holds, at most.
+fn missing(table: &HeadTable, rule: Rule, more: usize) -> usize {
+    let (slots, ring) = table.worst_pages(rule, more);
+    slots.saturating_sub(table.pages.len()) + ring.saturating_sub(table.ring.len())
+}
+
 /// The cache of one sequence. Dropping it gives its pages and states back to the pool.
 #[derive(Debug)]
 pub struct SequenceCache {
@@ -227,6 +232,16 @@ impl SequenceCache {
     /// Tokens seen.
     pub fn tokens(&self) -> usize {
         self.layers.first().and_then(|heads| heads.first()).map_or(0, |head| head.tokens)
+    }
+
+    /// Pages of slots and of the ring that it holds.
+    pub fn pages(&self) -> usize {
+        self.layers.iter().flatten().map(|table| table.pages.len() + table.ring.len()).sum()
+    }
+
+    /// Pages that `more` tokens can need beyond those that it holds, at most.
+    pub fn pages_needed(&self, more: usize) -> usize {
+        self.layers.iter().flatten().map(|table| missing(table, self.rule, more)).sum()
     }
 
     /// The heads of a layer, for the kernel.

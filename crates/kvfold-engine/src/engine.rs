@@ -27,6 +27,9 @@ pub enum EngineError {
         "the prompt is empty and the model names no token to start a text with; give a prompt of at least one token"
     )]
     EmptyPrompt,
+    /// The cache could never take the text to its end.
+    #[error(transparent)]
+    TooLarge(#[from] crate::scheduler::TooLarge),
     /// The cache cannot take the tokens.
     #[error(transparent)]
     Cache(#[from] CacheError),
@@ -121,6 +124,16 @@ impl<O: CacheOps> Engine<O> {
     /// Bytes and pages that a sequence holds.
     pub fn usage(&self, sequence: &Sequence) -> Usage {
         self.pool.usage(&self.model.ops, &sequence.cache)
+    }
+
+    /// Pages that a sequence holds.
+    pub fn pages_held(&self, sequence: &Sequence) -> usize {
+        sequence.cache.pages()
+    }
+
+    /// Pages that `more` tokens of a sequence can need beyond those that it holds, at most.
+    pub fn pages_needed(&self, sequence: &Sequence, more: usize) -> usize {
+        sequence.cache.pages_needed(more)
     }
 
     /// Bytes and pages that the full cache of a sequence of `tokens` holds.

@@ -1,8 +1,11 @@
 //! Decoding texts, one or many at a time.
 
+use crate::batcher::{Batcher, Event, Request};
 use crate::engine::{Engine, EngineError, Sequence};
 use crate::sampler::Sampler;
+use crate::scheduler::Limits;
 use kvfold_kernels::CacheOps;
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 
 /// When to stop.
@@ -52,30 +55,30 @@ pub fn generate<O: CacheOps>(
     options: &Options,
     mut on_token: impl FnMut(u32) -> ControlFlow<()>,
 ) -> Result<Generation, EngineError> {
-    ensure_fits(engine, prompt, options.stop.max_new_tokens)?;
-    let mut sequence = engine.sequence();
+    let request = Request { prompt: prompt.to_vec(), options: options.clone(), stream: 0 };
+    let limits = Limits { tokens: prompt.len().max(1), running: 1 };
+    let mut batcher = Batcher::new(engine, limits, 1.0);
+    let id = batcher.submit(request)?;
     let mut tokens = Vec::new();
-    let mut stopped = false;
-    if options.stop.max_new_tokens > 0 {
-        let mut logits = engine.last_logits(&mut [(&mut sequence, prompt)])?;
-        loop {
-            let token = options.sampler.sample(&logits, (0, (prompt.len() + tokens.len()) as u64));
-            stopped = options.stop.at.contains(&token);
-            if stopped {
-                break;
+    loop {
+        for event in batcher.step()? {
+            match event {
+                Event::Token { token, .. } => {
+                    tokens.push(token);
+                    if on_token(token).is_break()
+                        && let Some(sequence) = batcher.cancel(id)
+                    {
+                        return Ok(Generation { tokens, stopped: false, sequence });
+                    }
+                }
+                Event::Finished { stopped, sequence, .. } => return Ok(Generation { tokens, stopped, sequence }),
             }
-            tokens.push(token);
-            if on_token(token).is_break() || tokens.len() == options.stop.max_new_tokens {
-                break;
-            }
-            logits = engine.last_logits(&mut [(&mut sequence, &[token])])?;
         }
     }
-    Ok(Generation { tokens, stopped, sequence })
 }
 
-/// Texts that the model writes itself, each `start` and then draws up to `length` tokens in all, `batch` at a time.
-/// Whatever the batch, text n is the same. `on_text` is told how many tokens are there.
+/// Texts that the model writes itself, each `start` and then draws up to `length` tokens in all, some at a time. Whatever
+/// runs beside it, text n is the same. `on_step` is told how many tokens are there.
 pub fn sample_corpus<O: CacheOps>(
     engine: &mut Engine<O>,
     sampler: Sampler,
@@ -83,24 +86,25 @@ pub fn sample_corpus<O: CacheOps>(
     start: u32,
     mut on_step: impl FnMut(usize),
 ) -> Result<Vec<Vec<u32>>, EngineError> {
-    const BATCH: usize = 64;
-    let vocab = engine.model().shape.vocab;
-    let mut corpus = Vec::with_capacity(texts);
+    const TOGETHER: usize = 64;
+    let mut batcher = Batcher::new(engine, Limits { tokens: TOGETHER, running: TOGETHER }, 1.0);
+    let mut corpus = vec![vec![start]; texts];
+    let stop = Stop { max_new_tokens: length.saturating_sub(1), at: Vec::new() };
+    let options = Options { sampler, stop };
+    let mut places = BTreeMap::new();
+    for n in 0..texts {
+        let request = Request { prompt: vec![start], options: options.clone(), stream: n as u64 };
+        places.insert(batcher.submit(request)?, n);
+    }
     let mut drawn = 0;
-    for first in (0..texts).step_by(BATCH) {
-        let count = BATCH.min(texts - first);
-        let mut members: Vec<(Sequence, Vec<u32>)> = (0..count).map(|_| (engine.sequence(), vec![start])).collect();
-        for position in 1..length {
-            let mut batch: Vec<(&mut Sequence, &[u32])> =
-                members.iter_mut().map(|(sequence, tokens)| (sequence, &tokens[position - 1..])).collect();
-            let logits = engine.last_logits(&mut batch)?;
-            for (n, ((_, tokens), logits)) in members.iter_mut().zip(logits.chunks_exact(vocab)).enumerate() {
-                tokens.push(sampler.sample(logits, ((first + n) as u64, position as u64)));
+    while !batcher.is_idle() {
+        for event in batcher.step()? {
+            if let Event::Token { id, token } = event {
+                corpus[places[&id]].push(token);
+                drawn += 1;
             }
-            drawn += count;
-            on_step(drawn);
         }
-        corpus.extend(members.into_iter().map(|(_, tokens)| tokens));
+        on_step(drawn);
     }
     Ok(corpus)
 }

@@ -2,14 +2,18 @@
 //!
 //! An [`Engine`] is a model on a backend with a cache policy and a page pool. It takes ragged batches: any number of
 //! sequences, each with any number of new tokens, one for decoding, a chunk for prefill. [`CachedAttend`] is the one place
-//! where a pass meets the cache. [`generate`] decodes texts, [`sample_corpus`] lets a model write its own training data.
+//! where a pass meets the cache. A [`Batcher`] runs many requests on an engine, in the order and at the pace that its
+//! [`scheduler`] finds memory for. [`generate`] decodes a text, [`sample_corpus`] lets a model write its own training data.
 
 mod attend;
+mod batcher;
 mod engine;
 mod generate;
 mod sampler;
+pub mod scheduler;
 
 pub use attend::CachedAttend;
+pub use batcher::{Batcher, Event, Request};
 pub use engine::{Engine, EngineError, Sequence};
 pub use generate::{Generation, Options, Stop, ensure_fits, generate, sample_corpus};
 pub use sampler::Sampler;

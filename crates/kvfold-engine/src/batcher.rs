@@ -1,0 +1,212 @@
+//! Many requests on one engine: continuous batching, step by step.
+//!
+//! A request waits, runs, and ends; each step computes one pass over whoever the [`Scheduler`] chose, prompts in chunks
+//! beside those that decode. It ends by itself, or is cancelled at any moment, and its pages are free for the next step.
+
+use crate::engine::{Engine, EngineError, Sequence};
+use crate::generate::{Options, ensure_fits};
+use crate::scheduler::{Id, Limits, Memory, Plan, Scheduler};
+use kvfold_kernels::CacheOps;
+use std::collections::BTreeMap;
+
+/// A text to continue.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Tokens to begin with, at least one.
+    pub prompt: Vec<u32>,
+    /// How to decode.
+    pub options: Options,
+    /// Of draws with one seed, which stream is this request's.
+    pub stream: u64,
+}
+
+/// What a step brought.
+#[derive(Debug)]
+pub enum Event {
+    /// A request has a new token.
+    Token {
+        /// Which.
+        id: Id,
+        /// The token.
+        token: u32,
+    },
+    /// A request has ended; nothing more will come of it.
+    Finished {
+        /// Which.
+        id: Id,
+        /// Whether a stop token ended it, and not its limit.
+        stopped: bool,
+        /// The text as its cache holds it: all tokens but the last new one. Dropping it gives its pages back.
+        sequence: Sequence,
+    },
+}
+
+/// A request on its way.
+#[derive(Debug)]
+struct Active {
+    /// The prompt's and the new ones.
+    tokens: Vec<u32>,
+    prompt: usize,
+    options: Options,
+    stream: u64,
+    /// While it runs.
+    sequence: Option<Sequence>,
+}
+
+/// Requests, and the engine that they share. Dropping it cancels all of them.
+#[derive(Debug)]
+pub struct Batcher<'e, O: CacheOps> {
+    engine: &'e mut Engine<O>,
+    scheduler: Scheduler,
+    active: BTreeMap<Id, Active>,
+    /// Events that need no step.
+    early: Vec<Event>,
+    next: Id,
+    preemptions: u64,
+}
+
+/// The engine's pages, and who holds them.
+struct Pages<'a, O: CacheOps> {
+    engine: &'a Engine<O>,
+    active: &'a BTreeMap<Id, Active>,
+}
+
+impl<O: CacheOps> Pages<'_, O> {
+    fn of<T>(&self, id: Id, ask: impl FnOnce(&Sequence) -> T) -> Option<T> {
+        self.active.get(&id).and_then(|active| active.sequence.as_ref()).map(ask)
+    }
+}
+
+impl<O: CacheOps> Memory for Pages<'_, O> {
+    fn limit(&self) -> usize {
+        self.engine.pool().limit()
+    }
+
+    fn free(&self) -> usize {
+        self.engine.pool().limit() - self.engine.pool().pages_held()
+    }
+
+    fn held(&self, id: Id) -> usize {
+        self.of(id, |sequence| self.engine.pages_held(sequence)).unwrap_or(0)
+    }
+
+    fn more(&self, id: Id, more: usize) -> usize {
+        self.of(id, |sequence| self.engine.pages_needed(sequence, more)).unwrap_or_else(|| self.worst(more))
+    }
+
+    fn worst(&self, tokens: usize) -> usize {
+        self.engine.pool().worst_pages(tokens)
+    }
+}
+
+impl<'e, O: CacheOps> Batcher<'e, O> {
+    /// No requests yet. `share` is the first guess of the pages that a text holds, relative to a full cache's.
+    pub fn new(engine: &'e mut Engine<O>, limits: Limits, share: f64) -> Self {
+        let scheduler = Scheduler::new(limits, share);
+        Self { engine, scheduler, active: BTreeMap::new(), early: Vec::new(), next: 0, preemptions: 0 }
+    }
+
+    /// Takes a request into the queue. An error if the model or the memory could never take it to its end.
+    pub fn submit(&mut self, request: Request) -> Result<Id, EngineError> {
+        let Request { prompt, options, stream } = request;
+        let new = options.stop.max_new_tokens;
+        ensure_fits(self.engine, &prompt, new)?;
+        let id = self.next;
+        if new == 0 {
+            self.early.push(Event::Finished { id, stopped: false, sequence: self.engine.sequence() });
+        } else {
+            // The last new token is never read.
+            let lengths = (prompt.len(), prompt.len() + new - 1);
+            self.scheduler.submit(id, lengths, &Pages { engine: self.engine, active: &self.active })?;
+            let active = Active { prompt: prompt.len(), tokens: prompt, options, stream, sequence: None };
+            self.active.insert(id, active);
+        }
+        self.next += 1;
+        Ok(id)
+    }
+
+    /// Ends a request: nothing more comes of it, and its pages are free. What its cache held, if it ran.
+    pub fn cancel(&mut self, id: Id) -> Option<Sequence> {
+        self.early.retain(|event| !matches!(event, Event::Finished { id: early, .. } if *early == id));
+        self.scheduler.remove(id, &Pages { engine: self.engine, active: &self.active });
+        self.active.remove(&id)?.sequence
+    }
+
+    /// Whether nothing is left to do.
+    pub fn is_idle(&self) -> bool {
+        self.active.is_empty() && self.early.is_empty()
+    }
+
+    /// Who runs and who waits.
+    pub fn scheduler(&self) -> &Scheduler {
+        &self.scheduler
+    }
+
+    /// The engine.
+    pub fn engine(&self) -> &Engine<O> {
+        self.engine
+    }
+
+    /// Times that a request lost its cache and began again.
+    pub fn preemptions(&self) -> u64 {
+        self.preemptions
+    }
+
+    /// Computes one pass, and says what came of it. After an error, which means that the plan was wrong, the batcher is of
+    /// no more use.
+    pub fn step(&mut self) -> Result<Vec<Event>, EngineError> {
+        let Plan { preempted, admitted, work } =
+            self.scheduler.plan(&Pages { engine: self.engine, active: &self.active });
+        self.preemptions += preempted.len() as u64;
+        for id in preempted {
+            self.request(id).sequence = None;
+        }
+        for id in admitted {
+            self.request(id).sequence = Some(self.engine.sequence());
+        }
+        let mut events = std::mem::take(&mut self.early);
+        if work.is_empty() {
+            return Ok(events);
+        }
+        let mut sequences: Vec<Sequence> = work
+            .iter()
+            .map(|&(id, _)| self.request(id).sequence.take().expect("a job that runs has a cache"))
+            .collect();
+        let mut batch: Vec<(&mut Sequence, &[u32])> = sequences
+            .iter_mut()
+            .zip(&work)
+            .map(|(sequence, (id, count))| {
+                let from = sequence.tokens();
+                (sequence, &self.active[id].tokens[from..from + count])
+            })
+            .collect();
+        let logits = self.engine.last_logits(&mut batch)?;
+        let vocab = self.engine.model().shape.vocab;
+        for ((sequence, (id, _)), logits) in sequences.into_iter().zip(work).zip(logits.chunks_exact(vocab)) {
+            let request = self.request(id);
+            let read = sequence.tokens() == request.tokens.len();
+            request.sequence = Some(sequence);
+            if !read {
+                continue;
+            }
+            let Options { sampler, stop } = &request.options;
+            let token = sampler.sample(logits, (request.stream, request.tokens.len() as u64));
+            let stopped = stop.at.contains(&token);
+            let mut done = stopped;
+            if !stopped {
+                request.tokens.push(token);
+                done = request.tokens.len() - request.prompt == stop.max_new_tokens;
+                events.push(Event::Token { id, token });
+            }
+            match done {
+                true => events.extend(self.cancel(id).map(|sequence| Event::Finished { id, stopped, sequence })),
+                false => self.scheduler.grow(id),
+            }
+        }
+        Ok(events)
+    }
+
+    fn request(&mut self, id: Id) -> &mut Active {
+        self.active.get_mut(&id).expect("the scheduler knows of live requests alone")
+    }
+}

@@ -1,0 +1,244 @@
+//! Who computes next, and who waits for memory: a state machine that knows no model.
+//!
+//! Jobs are known by number. Each step the scheduler hands out tokens to take: one to every running job that decodes, what
+//! is left of the step's budget to prompts, oldest first, and to jobs that wait, in the order in which they came.
+//!
+//! How far a text folds is known only once it is read, so memory is promised on a prediction and defended on the worst
+//! case:
+//!
+//! * a job is admitted when the pages that it is *predicted* to hold in the end fit beside those predicted of all others
+//!   that run; the prediction is what jobs before it held, relative to what they would have held if nothing had folded;
+//! * a job takes tokens only if the pages that these can need *at most* are free. The oldest job's are set aside first,
+//!   and younger ones are sent back to the queue for them, youngest first; any other job that finds none just waits;
+//! * a job that could outgrow all of the memory by itself is refused when it comes.
+//!
+//! So the oldest job takes tokens in every step and ends, whatever the texts do, and after it the next. A job that was sent
+//! back begins again with all the tokens it has; since a sequence's bytes depend on nothing beside it (promise I3), nobody
+//! sees a difference but in time.
+
+use std::collections::VecDeque;
+
+/// A job's number, the caller's choice.
+pub type Id = u64;
+
+/// What a step may hand out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Tokens of a step, those of decoding included. A step hands out at least one to every job that decodes.
+    pub tokens: usize,
+    /// Jobs that run at the same time.
+    pub running: usize,
+}
+
+/// Pages, as the cache counts them.
+pub trait Memory {
+    /// All there are.
+    fn limit(&self) -> usize;
+    /// Those that nobody holds.
+    fn free(&self) -> usize;
+    /// Those that a running job holds.
+    fn held(&self, id: Id) -> usize;
+    /// Those that `more` tokens of a running job can need beyond what it holds, at most.
+    fn more(&self, id: Id, more: usize) -> usize;
+    /// Those that a job of `tokens` tokens holds if nothing folds.
+    fn worst(&self, tokens: usize) -> usize;
+}
+
+/// A job that can never run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "a text of {tokens} tokens can need {needed} pages of cache and there are {limit} in all; ask for fewer tokens, or allow more memory"
+)]
+pub struct TooLarge {
+    /// Tokens that it has at most.
+    pub tokens: usize,
+    /// Pages that these can need.
+    pub needed: usize,
+    /// Pages there are.
+    pub limit: usize,
+}
+
+/// What happens in a step, in this order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// Jobs that lose their caches and wait again.
+    pub preempted: Vec<Id>,
+    /// Jobs that begin, with empty caches.
+    pub admitted: Vec<Id>,
+    /// Tokens that running jobs take.
+    pub work: Vec<(Id, usize)>,
+}
+
+/// A job's tokens.
+#[derive(Clone, Copy, Debug)]
+struct Job {
+    id: Id,
+    /// Tokens that its cache has taken.
+    taken: usize,
+    /// Tokens there are to take.
+    known: usize,
+    /// Tokens that its cache takes at most before it ends.
+    most: usize,
+}
+
+impl Job {
+    fn left(&self) -> usize {
+        self.known - self.taken
+    }
+}
+
+/// Weight of one more job in the prediction.
+const NEWEST: f64 = 0.1;
+
+/// The prediction is raised by this, relatively: being wrong costs a job its work.
+const MARGIN: f64 = 1.1;
+
+/// Tokens below which a job says nothing about how far texts fold.
+const TELLING: usize = 64;
+
+/// The queue and who runs.
+#[derive(Clone, Debug)]
+pub struct Scheduler {
+    limits: Limits,
+    waiting: VecDeque<Job>,
+    /// Oldest first.
+    running: Vec<Job>,
+    /// Pages held at a job's end, over those that it would have held if nothing had folded.
+    share: f64,
+}
+
+impl Scheduler {
+    /// Nobody waits. `share` is the first guess of the pages that a job holds over those of a full cache: 1 without
+    /// compression.
+    pub fn new(limits: Limits, share: f64) -> Self {
+        Self { limits, waiting: VecDeque::new(), running: Vec::new(), share: share.clamp(0.0, 1.0) }
+    }
+
+    /// Takes a job into the queue: `known` tokens, and `most` when it is at its longest.
+    pub fn submit(&mut self, id: Id, (known, most): (usize, usize), memory: &impl Memory) -> Result<(), TooLarge> {
+        let (tokens, limit) = (most.max(known), memory.limit());
+        let needed = memory.worst(tokens);
+        if needed > limit {
+            return Err(TooLarge { tokens, needed, limit });
+        }
+        self.waiting.push_back(Job { id, taken: 0, known, most: tokens });
+        Ok(())
+    }
+
+    /// A running job has one more token to take.
+    pub fn grow(&mut self, id: Id) {
+        if let Some(job) = self.running.iter_mut().find(|job| job.id == id) {
+            job.known += 1;
+            job.most = job.most.max(job.known);
+        }
+    }
+
+    /// A job is over, done or cancelled, wherever it is. To be told while the job still holds its pages.
+    pub fn remove(&mut self, id: Id, memory: &impl Memory) {
+        if let Some(at) = self.running.iter().position(|job| job.id == id) {
+            let Job { taken, .. } = self.running.remove(at);
+            if taken >= TELLING {
+                let share = memory.held(id) as f64 / memory.worst(taken).max(1) as f64;
+                self.share += NEWEST * (share.min(1.0) - self.share);
+            }
+        }
+        self.waiting.retain(|job| job.id != id);
+    }
+
+    /// Jobs that run.
+    pub fn running(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Jobs that wait.
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Pages held at a job's end over those of a full cache, as far as jobs have shown.
+    pub fn predicted_share(&self) -> f64 {
+        self.share
+    }
+
+    /// The next step. What it hands out counts as taken.
+    pub fn plan(&mut self, memory: &impl Memory) -> Plan {
+        let mut plan = Plan::default();
+        let mut free = memory.free();
+        let mut budget = self.limits.tokens;
+
+        // The oldest job's pages, from younger ones if need be. It decodes, or takes what it can of its prompt.
+        let mut given = vec![0; self.running.len()];
+        if let Some(&oldest) = self.running.first() {
+            let wanted = oldest.left().min(budget.max(1));
+            while memory.more(oldest.id, wanted.min(1)) > free && self.running.len() > 1 {
+                free += self.preempt(memory, &mut plan);
+            }
+            given.truncate(self.running.len());
+            given[0] = fitting(wanted, free, |tokens| memory.more(oldest.id, tokens));
+            free -= memory.more(oldest.id, given[0]);
+            budget = budget.saturating_sub(given[0]);
+        }
+        // Those that decode, then prompts.
+        for decodes in [true, false] {
+            for (job, given) in self.running.iter().zip(&mut given).skip(1) {
+                if (job.left() == 1) == decodes {
+                    let wanted = if decodes { 1 } else { job.left().min(budget) };
+                    *given = fitting(wanted, free, |tokens| memory.more(job.id, tokens));
+                    free -= memory.more(job.id, *given);
+                    budget = budget.saturating_sub(*given);
+                }
+            }
+        }
+        for (job, given) in self.running.iter_mut().zip(given).filter(|(_, given)| *given > 0) {
+            job.taken += given;
+            plan.work.push((job.id, given));
+        }
+
+        // Whoever was sent back waits until what was needed is there.
+        let open = plan.preempted.is_empty();
+        let mut promised: usize =
+            self.running.iter().map(|job| self.predicted(job, memory).max(memory.held(job.id))).sum();
+        while open && budget > 0 && self.running.len() < self.limits.running {
+            let Some(&first) = self.waiting.front() else { break };
+            let predicted = self.predicted(&first, memory);
+            if !self.running.is_empty() && promised + predicted > memory.limit() {
+                break;
+            }
+            let taken = fitting(first.left().min(budget), free, |tokens| memory.worst(tokens));
+            if taken == 0 {
+                break;
+            }
+            self.waiting.pop_front();
+            self.running.push(Job { taken, ..first });
+            plan.admitted.push(first.id);
+            plan.work.push((first.id, taken));
+            free -= memory.worst(taken);
+            budget -= taken;
+            promised += predicted;
+        }
+        plan
+    }
+
+    /// Sends the youngest job back to the front of the queue; the pages that it held.
+    fn preempt(&mut self, memory: &impl Memory, plan: &mut Plan) -> usize {
+        let Some(job) = self.running.pop() else { return 0 };
+        self.waiting.push_front(Job { taken: 0, ..job });
+        plan.preempted.push(job.id);
+        memory.held(job.id)
+    }
+
+    /// Pages that a job is predicted to hold in the end.
+    fn predicted(&self, job: &Job, memory: &impl Memory) -> usize {
+        let worst = memory.worst(job.most);
+        ((worst as f64 * self.share * MARGIN).ceil() as usize).min(worst)
+    }
+}
+
+/// The most tokens up to `wanted` whose pages are free: all, or half as many again and again.
+fn fitting(wanted: usize, free: usize, pages: impl Fn(usize) -> usize) -> usize {
+    let mut tokens = wanted;
+    while tokens > 0 && pages(tokens) > free {
+        tokens /= 2;
+    }
+    tokens
+}
