@@ -5,6 +5,7 @@
 
 use crate::engine::{Engine, EngineError, Sequence};
 use crate::generate::{Options, ensure_fits};
+use crate::sampler::{LogProbs, Place};
 use crate::scheduler::{Id, Limits, Memory, Plan, Scheduler};
 use kvfold_kernels::CacheOps;
 use std::collections::BTreeMap;
@@ -18,6 +19,8 @@ pub struct Request {
     pub options: Options,
     /// Of draws with one seed, which stream is this request's.
     pub stream: u64,
+    /// Whether logarithms of probabilities are wanted, and of how many of the likeliest tokens beside the chosen one.
+    pub log_probs: Option<usize>,
 }
 
 /// What a step brought.
@@ -29,6 +32,8 @@ pub enum Event {
         id: Id,
         /// The token.
         token: u32,
+        /// Its probability, where the request asked for it.
+        log_probs: Option<LogProbs>,
     },
     /// A request has ended; nothing more will come of it.
     Finished {
@@ -49,6 +54,7 @@ struct Active {
     prompt: usize,
     options: Options,
     stream: u64,
+    log_probs: Option<usize>,
     /// While it runs.
     sequence: Option<Sequence>,
 }
@@ -108,9 +114,10 @@ impl<'e, O: CacheOps> Batcher<'e, O> {
 
     /// Takes a request into the queue. An error if the model or the memory could never take it to its end.
     pub fn submit(&mut self, request: Request) -> Result<Id, EngineError> {
-        let Request { prompt, options, stream } = request;
+        let Request { prompt, options, stream, log_probs } = request;
         let new = options.stop.max_new_tokens;
         ensure_fits(self.engine, &prompt, new)?;
+        options.sampler.validate(self.engine.model().shape.vocab)?;
         let id = self.next;
         if new == 0 {
             self.early.push(Event::Finished { id, stopped: false, sequence: self.engine.sequence() });
@@ -118,7 +125,7 @@ impl<'e, O: CacheOps> Batcher<'e, O> {
             // The last new token is never read.
             let lengths = (prompt.len(), prompt.len() + new - 1);
             self.scheduler.submit(id, lengths, &Pages { engine: self.engine, active: &self.active })?;
-            let active = Active { prompt: prompt.len(), tokens: prompt, options, stream, sequence: None };
+            let active = Active { prompt: prompt.len(), tokens: prompt, options, stream, log_probs, sequence: None };
             self.active.insert(id, active);
         }
         self.next += 1;
@@ -190,13 +197,15 @@ impl<'e, O: CacheOps> Batcher<'e, O> {
                 continue;
             }
             let Options { sampler, stop } = &request.options;
-            let token = sampler.sample(logits, (request.stream, request.tokens.len() as u64));
+            let (prompt, new) = request.tokens.split_at(request.prompt);
+            let token = sampler.sample(logits, Place { prompt, new, stream: request.stream });
             let stopped = stop.at.contains(&token);
             let mut done = stopped;
             if !stopped {
                 request.tokens.push(token);
                 done = request.tokens.len() - request.prompt == stop.max_new_tokens;
-                events.push(Event::Token { id, token });
+                let log_probs = request.log_probs.map(|top| LogProbs::of(logits, token, top));
+                events.push(Event::Token { id, token, log_probs });
             }
             match done {
                 true => events.extend(self.cancel(id).map(|sequence| Event::Finished { id, stopped, sequence })),

@@ -27,6 +27,9 @@ pub enum EngineError {
         "the prompt is empty and the model names no token to start a text with; give a prompt of at least one token"
     )]
     EmptyPrompt,
+    /// A sampling setting that means nothing.
+    #[error(transparent)]
+    Sampler(#[from] crate::sampler::BadSampler),
     /// The cache could never take the text to its end.
     #[error(transparent)]
     TooLarge(#[from] crate::scheduler::TooLarge),

@@ -16,4 +16,4 @@ pub use attend::CachedAttend;
 pub use batcher::{Batcher, Event, Request};
 pub use engine::{Engine, EngineError, Sequence};
 pub use generate::{Generation, Options, Stop, ensure_fits, generate, sample_corpus};
-pub use sampler::Sampler;
+pub use sampler::{BadSampler, LogProbs, Place, Sampler};

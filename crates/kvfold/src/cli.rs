@@ -290,6 +290,22 @@ pub(crate) struct GenerateArgs {
     #[arg(long, default_value_t = 0.0, value_name = "T", value_parser = temperature, allow_negative_numbers = true)]
     pub(crate) temperature: f64,
 
+    /// Draw from the N most likely tokens alone; 0 for all
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub(crate) top_k: usize,
+
+    /// Draw from the most likely tokens that have probability P together
+    #[arg(long, default_value_t = 1.0, value_name = "P")]
+    pub(crate) top_p: f64,
+
+    /// Draw no token of less than P times the most likely one's probability
+    #[arg(long, default_value_t = 0.0, value_name = "P")]
+    pub(crate) min_p: f64,
+
+    /// Divide the logits of tokens that are there already (multiply negative ones) by X
+    #[arg(long, default_value_t = 1.0, value_name = "X")]
+    pub(crate) repetition_penalty: f64,
+
     /// Seed of the draws
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub(crate) seed: u64,

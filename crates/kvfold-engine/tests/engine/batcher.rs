@@ -15,10 +15,18 @@ fn request(case: &Case, rng: &mut Rng) -> Request {
     Request {
         prompt: rng.tokens(prompt, case.shape.vocab),
         options: Options {
-            sampler: Sampler { temperature: rng.pick(&[0.0, 0.8, 2.0]), seed: rng.within(0..3) as u64 },
+            sampler: Sampler {
+                temperature: rng.pick(&[0.0, 0.8, 2.0]),
+                seed: rng.within(0..3) as u64,
+                top_k: rng.pick(&[0, 0, 7]),
+                repetition_penalty: rng.pick(&[1.0, 1.0, 1.3]),
+                frequency_penalty: rng.pick(&[0.0, 0.0, 0.4]),
+                ..Sampler::GREEDY
+            },
             stop: Stop { max_new_tokens: rng.within(0..room.min(60)), at: (0..rng.pick(&[0, 1, 3])).collect() },
         },
         stream: 0,
+        log_probs: None,
     }
 }
 
@@ -59,7 +67,7 @@ fn a_request_is_the_same_bytes_among_others_that_come_go_and_are_preempted() {
             }
             for event in batcher.step().unwrap() {
                 match event {
-                    Event::Token { id, token } => live.get_mut(&id).expect("a live request").1.push(token),
+                    Event::Token { id, token, .. } => live.get_mut(&id).expect("a live request").1.push(token),
                     Event::Finished { id, stopped, sequence } => {
                         let (request, tokens) = live.remove(&id).expect("a live request");
                         let expected = alone((&case, dtype), &request);
@@ -94,7 +102,7 @@ fn threads_change_nothing() {
             let mut tokens = Vec::new();
             while !batcher.is_idle() {
                 tokens.extend(batcher.step().unwrap().into_iter().filter_map(|event| match event {
-                    Event::Token { id, token } => Some((id, token)),
+                    Event::Token { id, token, .. } => Some((id, token)),
                     Event::Finished { .. } => None,
                 }));
             }
@@ -112,7 +120,12 @@ fn requests_that_refuse_to_fold_all_end_with_the_same_bytes() {
     let mut rng = Rng::new(2);
     let options = Options { sampler: Sampler::GREEDY, stop: Stop { max_new_tokens: 40, at: vec![] } };
     let requests: Vec<Request> = (0..20)
-        .map(|_| Request { prompt: rng.tokens(50, case.shape.vocab), options: options.clone(), stream: 0 })
+        .map(|_| Request {
+            prompt: rng.tokens(50, case.shape.vocab),
+            options: options.clone(),
+            stream: 0,
+            log_probs: None,
+        })
         .collect();
     let whole = case.engine(FastCpu::new()).pool().worst_pages(89);
     assert!(whole >= heads * 5, "{whole}");
@@ -122,7 +135,7 @@ fn requests_that_refuse_to_fold_all_end_with_the_same_bytes() {
     let mut texts: BTreeMap<Id, Vec<u32>> = BTreeMap::new();
     while !batcher.is_idle() {
         for event in batcher.step().unwrap() {
-            if let Event::Token { id, token } = event {
+            if let Event::Token { id, token, .. } = event {
                 texts.entry(id).or_default().push(token);
             }
         }
@@ -144,6 +157,7 @@ fn a_request_that_could_never_run_is_refused_when_it_comes() {
         prompt: vec![1; prompt],
         options: Options { sampler: Sampler::GREEDY, stop: Stop { max_new_tokens: new, at: vec![] } },
         stream: 0,
+        log_probs: None,
     };
     assert!(matches!(batcher.submit(of(0, 3)), Err(EngineError::EmptyPrompt)));
     assert!(matches!(batcher.submit(of(100, 100)), Err(EngineError::TooLong { .. })));

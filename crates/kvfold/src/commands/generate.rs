@@ -3,7 +3,7 @@
 use crate::cli::GenerateArgs;
 use crate::error::AppError;
 use crate::output;
-use kvfold_engine::{Options, Sampler, Stop, ensure_fits, generate};
+use kvfold_engine::{EngineError, Options, Sampler, Stop, ensure_fits, generate};
 use kvfold_kernels::paged::CacheDType;
 use kvfold_model::tokenizer::DecodeStream;
 use kvfold_model::{Chat, ChatTemplate, Checkpoint, ModelError};
@@ -43,7 +43,15 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<(), AppError> {
     prompt.extend(checkpoint.config.bos_token_id.filter(|_| prompt.is_empty()));
     let room = checkpoint.config.max_position_embeddings.saturating_sub(prompt.len());
     let options = Options {
-        sampler: Sampler { temperature: args.temperature, seed: args.seed },
+        sampler: Sampler {
+            temperature: args.temperature,
+            seed: args.seed,
+            top_k: args.top_k,
+            top_p: args.top_p,
+            min_p: args.min_p,
+            repetition_penalty: args.repetition_penalty,
+            ..Sampler::GREEDY
+        },
         stop: Stop {
             max_new_tokens: args.max_new_tokens.unwrap_or(NEW_TOKENS.min(room.max(1))),
             at: stop_tokens(&checkpoint)?,
@@ -51,6 +59,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<(), AppError> {
     };
     let mut engine = args.model.engine(&checkpoint);
     ensure_fits(&engine, &prompt, options.stop.max_new_tokens)?;
+    options.sampler.validate(engine.model().shape.vocab).map_err(EngineError::from)?;
 
     let mut text = Shown { stream: stream_after(&checkpoint, &prompt)?, all: String::new(), silent: args.json };
     if !args.json && !args.chat {

@@ -31,7 +31,7 @@ pub(crate) fn self_text(
     let SelfText { texts, length, seed } = wanted;
     let start = start_token(checkpoint)?;
     let bar = output::bar("sampling its own text", texts * (length - 1), "tokens", quiet);
-    let sampler = Sampler { temperature: 1.0, seed };
+    let sampler = Sampler { temperature: 1.0, seed, ..Sampler::GREEDY };
     let corpus = sample_corpus(engine, sampler, (texts, length), start, |done| bar.set_position(done as u64))?;
     bar.finish_and_clear();
     Ok(corpus)

@@ -69,6 +69,16 @@ fn draws_depend_on_the_seed_and_on_nothing_else() {
     assert_eq!(drawn("1", &[]), first);
     assert_eq!(drawn("1", &["--threads", "1"]), first);
     assert_ne!(drawn("2", &[]), first);
+
+    // What is left to draw from: only the most likely token, or all of them.
+    let greedy = text(&dir.run_with(ONCE, &["--max-new-tokens", "60", "--json"]).json()).to_owned();
+    for one in [["--top-k", "1"], ["--top-p", "0.01"], ["--min-p", "1"]] {
+        assert_eq!(drawn("1", &one), greedy, "{one:?}");
+    }
+    assert_eq!(drawn("1", &["--top-k", "512", "--top-p", "1", "--min-p", "0", "--repetition-penalty", "1"]), first);
+    assert_ne!(drawn("1", &["--repetition-penalty", "1.5"]), first);
+    let refused = ["--top-p", "0", "--temperature", "1"];
+    dir.run_with(ONCE, &refused).fails(3, &["`top_p` is 0", "above 0, at most 1"]);
 }
 
 #[test]
