@@ -265,19 +265,21 @@ where
         let (asked, share) = (self.settings.target_ratio(), self.settings.fold_share(&dmc));
         let sequences = corpus.first_taken(self.settings.seed, settle::TOKENS);
         let tokens = sequences.iter().map(|&n| corpus.sequence(n).len()).sum();
-        let mut before = None;
-        for passes in 1.. {
+        let mut found: Option<Settled> = None;
+        for passes in 1..=settle::PASSES {
             let Self { ops, shape, angles, weights, .. } = &*self;
             let taken = Taken::of(&Reader { ops, shape, angles, weights }, &dmc, corpus, &sequences);
             progress(passes);
             let after = self.settings.ratio_of_share(&dmc, taken.share()?);
-            let before = *before.get_or_insert(after);
+            let before = found.map_or(after, |found| found.before);
+            found = Some(Settled { tokens, passes, before, after });
+            // What was moved last has been looked at.
             if settled(after, asked) || passes == settle::PASSES {
-                return Some(Settled { tokens, passes, before, after });
+                break;
             }
             self.shift_decisions(&dmc, &taken.shifts(self.settings.pressure.scope, share));
         }
-        None
+        found
     }
 
     /// Adds numbers by layer and KV head to the decision logits, by the heads' biases.
