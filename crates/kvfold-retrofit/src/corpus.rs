@@ -246,10 +246,11 @@ impl Corpus {
         })
     }
 
-    /// Some of the sequences, in their order.
-    pub fn range(&self, sequences: std::ops::Range<usize>) -> Self {
-        let tokens = self.tokens[self.starts[sequences.start]..self.starts[sequences.end]].to_vec();
-        Self::of(tokens, Layout { sequences: self.layout.sequences[sequences].to_vec(), ..self.layout.clone() })
+    /// Some of the sequences, in the order given.
+    pub fn select(&self, sequences: &[usize]) -> Self {
+        let tokens = sequences.iter().flat_map(|&n| self.sequence(n)).copied().collect();
+        let sequences = sequences.iter().map(|&n| self.layout.sequences[n].clone()).collect();
+        Self::of(tokens, Layout { sequences, ..self.layout.clone() })
     }
 
     /// SHA-256 of tokens, boundaries and names, in hex.

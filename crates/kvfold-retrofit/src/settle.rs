@@ -2,8 +2,8 @@
 //!
 //! A fit sees inputs of a model that folds nothing yet, and training steers decisions that have noise on them. Taken without
 //! noise, on what folding makes of the inputs, they fold more than either meant, and every token folded beyond what was
-//! asked costs quality. So at the end of a run decisions are taken as the cache will take them, on some of the training
-//! text, and the biases of the decision heads are moved until the share that the ratio asks for folds. What a decision
+//! asked costs quality. So at the end of a run decisions are taken as the cache will take them, on text that was not
+//! trained on, and the biases of the decision heads are moved until the share that the ratio asks for folds. What a decision
 //! changes downstream moves other decisions, so this is repeated until it holds.
 
 use crate::calibrate::{Reader, thresholds};
@@ -22,7 +22,7 @@ pub const PASSES: usize = 5;
 /// What a ratio may be off, relatively.
 const TOLERANCE: f64 = 0.005;
 
-/// Ratios at a sequence's full length, without noise, on training text.
+/// Ratios at a sequence's full length, without noise.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Settled {
     /// Tokens that decisions were taken on.

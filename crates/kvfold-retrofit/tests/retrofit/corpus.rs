@@ -82,7 +82,7 @@ fn documents_are_packed_where_they_fit_best_and_long_ones_are_cut() {
     assert_eq!(layout, expected.map(|(lengths, sources)| (lengths, sources.to_owned())));
     assert_eq!(corpus.sequence(2), [20, 21, 22, 23, 24, 1000, 1001, 1002, 5000, 5001]);
     assert_eq!(corpus.pieces(2).nth(1).unwrap(), [1000, 1001, 1002]);
-    let part = corpus.range(2..4);
+    let part = corpus.select(&[2, 3]);
     assert_eq!((part.len(), part.sequence(1)), (2, corpus.sequence(3)));
     assert_eq!(part.describe(&[0]), "d0, d1, d5");
 }

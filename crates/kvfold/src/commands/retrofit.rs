@@ -3,7 +3,7 @@
 use super::measure::measure;
 use super::papers::Papers;
 use super::plan::plan;
-use super::texts::{self, Texts};
+use super::texts::{self, Split, Texts};
 use super::train::train;
 use crate::cli::{DecisionSource, LossKind, MethodArg, RetrofitArgs};
 use crate::error::AppError;
@@ -80,10 +80,10 @@ pub(crate) fn run(args: &RetrofitArgs, interrupt: &Interrupt) -> Result<(), AppE
         (corpus, Vec::new())
     };
     drop(texts);
-    let (training_text, windows) = texts::split(&corpus);
+    let Split { training, settling, held_out } = texts::split(&corpus);
 
     let bar = output::bar("fitting decisions", trainer.shape().layers, "layers", args.json);
-    let fit = trainer.calibrate(&training_text, |done| bar.set_position(done as u64))?;
+    let fit = trainer.calibrate(&training, |done| bar.set_position(done as u64))?;
     let seen = !bar.is_hidden();
     bar.finish_and_clear();
     if let Some(fit) = fit.filter(|_| seen) {
@@ -97,7 +97,7 @@ pub(crate) fn run(args: &RetrofitArgs, interrupt: &Interrupt) -> Result<(), AppE
     let saved = format!("the run is saved in {}: go on with --resume", run.path().display());
     interrupt.farewell(&format!("interrupted; {saved}"));
     let trained = interrupt.deferred(|asked| {
-        train(&mut trainer, &training_text, reports, args.json, |trainer, reports, wary| {
+        train(&mut trainer, &training, reports, args.json, |trainer, reports, wary| {
             let stop = asked() && !trainer.finished();
             let due = trainer.steps().is_multiple_of(args.checkpoint_every) || trainer.finished();
             if stop || due && !wary {
@@ -110,14 +110,14 @@ pub(crate) fn run(args: &RetrofitArgs, interrupt: &Interrupt) -> Result<(), AppE
         })
     })?;
 
-    let settled = settle(&mut trainer, &training_text, args.json);
+    let settled = settle(&mut trainer, &settling, args.json);
     let model = trainer.checkpoint(&base)?;
     let settings = trainer.settings().clone();
     // Teacher, moments and buffers make room for the two models that are measured.
     drop(trainer);
     let mut original = Engine::new(FastCpu::new(), &base);
     let mut compressed = Engine::new(FastCpu::new(), &model);
-    let (memory, quality) = measure((&mut original, &mut compressed), &windows, args.json)?;
+    let (memory, quality) = measure((&mut original, &mut compressed), &held_out, args.json)?;
     let papers = Papers {
         base: &base,
         settings: &settings,
@@ -172,7 +172,7 @@ fn settle(trainer: &mut Trainer<FastCpu>, text: &Corpus, quiet: bool) -> Option<
     if seen && settled.passes > 1 {
         let Settled { tokens, before, after, .. } = settled;
         output::note(&format!(
-            "decisions moved from {} to {} on {} tokens of training text",
+            "decisions moved from {} to {} on {} tokens of text",
             format::ratio(before),
             format::ratio(after),
             format::exact(tokens as u64),

@@ -14,6 +14,8 @@ use kvfold_retrofit::{Corpus, Settings, corpus};
 
 /// Sequences that are kept from training to measure on: a tenth of the text, at least one and at most this many.
 const HELD_OUT: usize = 16;
+/// Sequences of the rest that decisions settle on: another tenth, and at most this many.
+const SETTLING: usize = 8;
 
 /// The user's documents; none when the model writes its own.
 pub(crate) struct Texts(Vec<Document>);
@@ -91,11 +93,26 @@ pub(crate) fn check(corpus: &Corpus, settings: &Settings) -> Result<(), AppError
     Ok(())
 }
 
-/// Keeps the last sequences from training: their documents, each by itself.
-pub(crate) fn split(corpus: &Corpus) -> (Corpus, Vec<&[u32]>) {
+/// What a corpus is used for.
+#[derive(Debug)]
+pub(crate) struct Split<'a> {
+    pub(crate) training: Corpus,
+    /// On which decisions settle: a model folds more of a text that it was trained on. The training text where there is too
+    /// little to keep any from training.
+    pub(crate) settling: Corpus,
+    /// Documents of the last sequences, each by itself, for the measurement.
+    pub(crate) held_out: Vec<&'a [u32]>,
+}
+
+/// Keeps the last sequences for the measurement, and of the others some from here and there to settle on.
+pub(crate) fn split(corpus: &Corpus) -> Split<'_> {
     let held = (corpus.len() / 10).clamp(1, HELD_OUT);
     let kept = corpus.len() - held;
     // One token predicts nothing.
     let held_out = (kept..corpus.len()).flat_map(|n| corpus.pieces(n)).filter(|piece| piece.len() > 1).collect();
-    (corpus.range(0..kept), held_out)
+    let settles = (kept / 10).min(SETTLING);
+    let settling: Vec<usize> = (0..settles).map(|n| (2 * n + 1) * kept / (2 * settles)).collect();
+    let training = corpus.select(&(0..kept).filter(|n| !settling.contains(n)).collect::<Vec<_>>());
+    let settling = if settling.is_empty() { training.clone() } else { corpus.select(&settling) };
+    Split { training, settling, held_out }
 }
