@@ -15,7 +15,8 @@ import datetime, hashlib, json, os, pathlib, platform, random, shutil, subproces
 KILLS = 20
 scratch, seed = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 STEPS = 160
-command = ["target/release/kvfold", "retrofit", "--model", "stories260k", "--ratio", "4", "--steps", str(STEPS),
+command = ["target/release/kvfold", "retrofit", "--model", "stories260k", "--method", "dmc", "--ratio", "4",
+           "--steps", str(STEPS),
            "--batch", "4", "--length", "256", "--text", "data/tinystories_heldout.txt", "--checkpoint-every", "2",
            "--out"]
 

@@ -30,7 +30,7 @@ torch() {
 
 kvfold() {
   rm -rf "$scratch/model"
-  target/release/kvfold retrofit --model "$model" --out "$scratch/model" --ratio 2 --text "$text" --no-reset \
+  target/release/kvfold retrofit --model "$model" --out "$scratch/model" --method dmc --ratio 2 --text "$text" --no-reset \
     --delay 0 --sinks 0 --calibrate 0 --pool-window 12 --log-mass --precision bf16 --steps "$steps" --length 1024 --batch 2 --json |
     python3 -c 'import json, sys; print(json.load(sys.stdin)["training"]["tokens_per_second"])'
 }

@@ -15,8 +15,8 @@ trial() {
   local name="$1"
   shift
   rm -rf "$scratch/model"
-  target/release/kvfold retrofit --model stories260k --out "$scratch/model" --ratio 4 --sinks 0 --calibrate 0 --steps 60 --samples 256 \
-    --json "$@" |
+  target/release/kvfold retrofit --model stories260k --out "$scratch/model" --method dmc --ratio 4 --sinks 0 --calibrate 0 --steps 60 \
+    --samples 256 --json "$@" |
     python3 -c '
 import datetime, json, os, platform, sys
 with open("/proc/cpuinfo") as info:

@@ -523,8 +523,8 @@ pub(crate) struct RetrofitArgs {
     ])]
     pub(crate) from: Option<PathBuf>,
 
-    /// How the cache becomes smaller
-    #[arg(long, value_enum, default_value_t = MethodArg::Dmc)]
+    /// How the cache becomes smaller; dms keeps more of a model at equal training and ratio (docs/LOG.md)
+    #[arg(long, value_enum, default_value_t = MethodArg::Dms)]
     pub(crate) method: MethodArg,
 
     /// KV heads that are left by --method gqa; divides the model's

@@ -110,7 +110,8 @@ fn a_model_is_measured_beside_what_its_bytes_allow() {
 #[test]
 fn two_models_take_turns_and_a_compressed_one_states_its_ratios() {
     let dir = Dir::new();
-    let retrofit = ["retrofit", "--model", "stories260k", "--out", "folded", "--ratio", "2", "--steps", "2"];
+    let retrofit =
+        ["retrofit", "--model", "stories260k", "--out", "folded", "--method", "dmc", "--ratio", "2", "--steps", "2"];
     dir.run_with(&retrofit, &["--length", "64", "--batch", "2", "--samples", "8", "--delay", "4"]).ok();
     let extra = ["--text", HELD_OUT, "--against", "folded", "--json"];
     let json = dir.run_with(&MODEL, &extra).json();

@@ -12,6 +12,8 @@ pub(crate) const TINY: &[&str] = &[
     "out",
     "--ratio",
     "2",
+    "--method",
+    "dmc",
     "--length",
     "64",
     "--delay",
@@ -68,6 +70,7 @@ fn the_directory_is_a_complete_model_with_its_papers() {
             "top1_agreement",
             "training",
             "calibration",
+            "settled",
             "command",
         ],
     );
@@ -148,7 +151,8 @@ fn decisions_that_are_fitted_need_no_training() {
 fn dms_evicts_and_its_papers_say_so() {
     for decision in ["head", "borrowed"] {
         let dir = Dir::new();
-        let json = dir.run_with(TINY, &["--steps", "20", "--method", "dms", "--decision", decision, "--json"]).json();
+        let dms = tiny_with(&["--method", "dms"]);
+        let json = dir.run_with(&dms, &["--steps", "20", "--decision", decision, "--json"]).json();
         assert_eq!((&json["method"], number(&json, "/delay")), (&"dms".into(), 4.0));
         let cache = &dir.json("out/config.json")["kvfold"]["cache"];
         assert_eq!((&cache["method"], &cache["decision"]["source"]), (&"dms".into(), &decision.into()));
@@ -160,8 +164,9 @@ fn dms_evicts_and_its_papers_say_so() {
             assert_serves(&dir);
         }
     }
-    Dir::new().run_with(TINY, &["--method", "dms", "--pool-window", "3"]).fails(3, &["`pool_window` is 3", "DMS"]);
-    Dir::new().run_with(TINY, &["--method", "dms", "--log-mass"]).fails(3, &["`log_mass` is true", "DMS"]);
+    let dms = tiny_with(&["--method", "dms"]);
+    Dir::new().run_with(&dms, &["--pool-window", "3"]).fails(3, &["`pool_window` is 3", "DMS"]);
+    Dir::new().run_with(&dms, &["--log-mass"]).fails(3, &["`log_mass` is true", "DMS"]);
 }
 
 #[test]
