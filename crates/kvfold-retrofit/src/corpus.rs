@@ -32,16 +32,48 @@ pub struct Encoded {
     pub tokens: Vec<u32>,
 }
 
+/// How much of some documents is wanted.
+#[derive(Clone, Copy, Debug)]
+pub struct Amount {
+    /// Tokens in all.
+    pub tokens: usize,
+    /// Tokens of each document, where there are enough documents: many texts say more of what a model will meet than one
+    /// long one.
+    pub of_each: usize,
+}
+
+impl Amount {
+    /// Everything.
+    pub const ALL: Self = Self { tokens: usize::MAX, of_each: usize::MAX };
+}
+
 /// Tokenises documents in parallel, in their order, with the special tokens that the tokenizer puts around a text, until
-/// there are `limit` tokens. `on_progress` is told the bytes read.
+/// there are as many tokens as wanted: an excerpt of each, or whole documents if these are too few. `on_progress` is told the
+/// bytes read.
 pub fn encode(
     documents: &[Document],
     tokenizer: &Tokenizer,
-    limit: Option<usize>,
+    Amount { tokens, of_each }: Amount,
     mut on_progress: impl FnMut(usize),
 ) -> Result<Vec<Encoded>, RetrofitError> {
+    if of_each < tokens {
+        let excerpts = encode_each(documents, tokenizer, (tokens, of_each), &mut on_progress)?;
+        if excerpts.iter().map(|document| document.tokens.len()).sum::<usize>() == tokens {
+            return Ok(excerpts);
+        }
+    }
+    encode_each(documents, tokenizer, (tokens, usize::MAX), &mut on_progress)
+}
+
+/// Up to `limit` tokens of documents, `of_each` at most.
+fn encode_each(
+    documents: &[Document],
+    tokenizer: &Tokenizer,
+    (limit, of_each): (usize, usize),
+    on_progress: &mut impl FnMut(usize),
+) -> Result<Vec<Encoded>, RetrofitError> {
     let (mut encoded, mut rest, mut bytes) = (Vec::new(), documents, 0);
-    let mut left = limit.unwrap_or(usize::MAX);
+    let mut left = limit;
     while !rest.is_empty() && left > 0 {
         let mut size = 0;
         let within = |document: &&Document| {
@@ -50,10 +82,11 @@ pub fn encode(
             taken
         };
         let (chunk, later) = rest.split_at(rest.iter().take_while(within).count());
-        let tokens = team::map(chunk, |document| encode_prefix(&document.text, tokenizer, left));
+        let wanted = left.min(of_each);
+        let tokens = team::map(chunk, |document| encode_prefix(excerpt(&document.text, of_each), tokenizer, wanted));
         let tokens = tokens.into_iter().collect::<Result<Vec<_>, ModelError>>()?;
         for (document, mut tokens) in chunk.iter().zip(tokens) {
-            tokens.truncate(left);
+            tokens.truncate(left.min(of_each));
             left -= tokens.len();
             if !tokens.is_empty() {
                 encoded.push(Encoded { source: document.source.clone(), tokens });
@@ -64,6 +97,17 @@ pub fn encode(
         rest = later;
     }
     Ok(encoded)
+}
+
+/// A text from somewhere in its first half on, if it is much longer than the tokens that are wanted: its beginning is often
+/// a title page or a licence.
+fn excerpt(text: &str, tokens: usize) -> &str {
+    if text.len() / BYTES_PER_TOKEN < tokens {
+        return text;
+    }
+    let at = hash(&[text.len() as u64]) % (text.len() as u64 / 2);
+    let rest = &text[text.floor_char_boundary(at as usize)..];
+    rest.find(char::is_whitespace).map_or(rest, |word| rest[word..].trim_start())
 }
 
 /// At least the first `limit` tokens of a text, without reading all of it if it has many more.

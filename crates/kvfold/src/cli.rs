@@ -668,6 +668,9 @@ pub(crate) struct RetrofitArgs {
     pub(crate) text_field: String,
 
     /// Tokens of --text that are used at most [default: what the steps take]
+    ///
+    /// Of each document as many as a sequence has, from somewhere inside, if that makes enough: many texts say more than one.
+    /// With --no-reset, whole documents.
     #[arg(long, value_name = "N", help_heading = "How to train")]
     pub(crate) max_tokens: Option<usize>,
 

@@ -1,7 +1,7 @@
 //! Sequences and batches.
 
 use kvfold_model::Checkpoint;
-use kvfold_retrofit::corpus::{Encoded, encode};
+use kvfold_retrofit::corpus::{Amount, Encoded, encode};
 use kvfold_retrofit::documents::Document;
 use kvfold_retrofit::{Corpus, RetrofitError};
 use proptest::prelude::*;
@@ -116,7 +116,8 @@ fn texts_are_tokenised_in_order_up_to_a_limit_without_reading_on() {
     let document = |n: usize| Document { source: n.to_string(), text: format!("Story {n}. ").repeat(1 + n % 9) };
     let texts: Vec<Document> = (0..40_000).map(document).collect();
     let mut read = Vec::new();
-    let some = encode(&texts, &stories.tokenizer, Some(5000), |bytes| read.push(bytes)).unwrap();
+    let some =
+        encode(&texts, &stories.tokenizer, Amount { tokens: 5000, ..Amount::ALL }, |bytes| read.push(bytes)).unwrap();
     let total: usize = texts.iter().map(|document| document.text.len()).sum();
     assert_eq!(some.iter().map(|document| document.tokens.len()).sum::<usize>(), 5000);
     assert!(read.len() == 1 && read[0] < total / 2, "{read:?} of {total} bytes");
@@ -127,12 +128,39 @@ fn texts_are_tokenised_in_order_up_to_a_limit_without_reading_on() {
 
     // One text of which a little is wanted: the same tokens as of the whole.
     let one = [Document { source: "one".into(), text: "Once upon a time there was a dog. ".repeat(3000) }];
-    let whole = encode(&one, &stories.tokenizer, None, |_| {}).unwrap();
-    let part = encode(&one, &stories.tokenizer, Some(700), |_| {}).unwrap();
+    let whole = encode(&one, &stories.tokenizer, Amount::ALL, |_| {}).unwrap();
+    let part = encode(&one, &stories.tokenizer, Amount { tokens: 700, ..Amount::ALL }, |_| {}).unwrap();
     assert_eq!(part[0].tokens, whole[0].tokens[..700]);
     let all = stories.tokenizer.encode(&one[0].text, true).unwrap();
     assert_eq!(whole[0].tokens, all);
-    assert_eq!(encode(&one, &stories.tokenizer, Some(usize::MAX), |_| {}).unwrap()[0].tokens, all);
+    assert_eq!(
+        encode(&one, &stories.tokenizer, Amount { tokens: usize::MAX - 1, ..Amount::ALL }, |_| {}).unwrap()[0].tokens,
+        all
+    );
+}
+
+#[test]
+fn a_little_of_many_documents_is_an_excerpt_of_each() {
+    let stories = Checkpoint::open("stories260k").unwrap();
+    let document = |n: usize| Document {
+        source: n.to_string(),
+        text: (0..[3, 4000][n % 2]).map(|m| format!("Once upon a time {n} dogs saw {m} cats. ")).collect(),
+    };
+    let texts: Vec<Document> = (0..40).map(document).collect();
+    let tokens_of = |amount| encode(&texts, &stories.tokenizer, amount, |_| {}).unwrap();
+    let excerpts = tokens_of(Amount { tokens: 900, of_each: 64 });
+    assert_eq!(excerpts.iter().map(|document| document.tokens.len()).sum::<usize>(), 900);
+    assert!(excerpts.iter().all(|document| document.tokens.len() <= 64) && excerpts.len() >= 900 / 64);
+    for (n, excerpt) in excerpts[..excerpts.len() - 1].iter().enumerate() {
+        let whole = stories.tokenizer.encode(&texts[n].text, true).unwrap();
+        assert_eq!(excerpt.source, n.to_string());
+        // Of a long text from its inside, and from a short one's beginning.
+        let inside = excerpt.tokens[1..] != whole[1..excerpt.tokens.len()];
+        assert_eq!(inside, n % 2 == 1, "{n}");
+    }
+    // Where excerpts are too few, whole documents are taken.
+    let wanted = Amount { tokens: 40 * 64 + 1, of_each: 64 };
+    assert_eq!(tokens_of(wanted), tokens_of(Amount { of_each: usize::MAX, ..wanted }));
 }
 
 proptest! {

@@ -8,6 +8,7 @@ use kvfold_engine::Engine;
 use kvfold_kernels::FastCpu;
 use kvfold_model::Checkpoint;
 use kvfold_report::format;
+use kvfold_retrofit::corpus::Amount;
 use kvfold_retrofit::documents::{self, Document};
 use kvfold_retrofit::settings::Text;
 use kvfold_retrofit::{Corpus, Settings, corpus};
@@ -59,8 +60,10 @@ impl Texts {
             Text::Given { max_tokens, reset, .. } => {
                 let bytes = self.0.iter().map(|document| document.text.len()).sum();
                 let bar = output::bar("reading the text", bytes, "bytes", quiet);
-                let encoded =
-                    corpus::encode(&self.0, &base.tokenizer, max_tokens, |done| bar.set_position(done as u64))?;
+                let tokens = max_tokens.unwrap_or(usize::MAX);
+                // A sequence of each document; a stream is what the documents are, one after the other.
+                let amount = Amount { tokens, of_each: if reset { length } else { usize::MAX } };
+                let encoded = corpus::encode(&self.0, &base.tokenizer, amount, |done| bar.set_position(done as u64))?;
                 bar.finish_and_clear();
                 Ok(if reset { Corpus::pack(encoded, length)? } else { Corpus::stream(encoded, length)? })
             }
