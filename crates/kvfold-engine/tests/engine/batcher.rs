@@ -85,7 +85,7 @@ fn a_request_is_the_same_bytes_among_others_that_come_go_and_are_preempted() {
         drop(batcher);
         assert_eq!((engine.pool().pages_held(), engine.pool().states_held()), (0, 0), "{case:?}");
     }
-    assert!(preempted > 20 && cancelled > 200 && finished > 500, "{preempted}, {cancelled}, {finished}");
+    assert!(preempted >= 10 && cancelled > 200 && finished > 500, "{preempted}, {cancelled}, {finished}");
 }
 
 #[test]
