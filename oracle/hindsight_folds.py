@@ -12,13 +12,10 @@ Costs, with p and p' the shares that queries at least `delay` tokens later give 
 `unlike` and `evict` are what `kvfold-retrofit/src/calibrate/costs.rs` fits decisions to. A share of all tokens of all heads
 and layers together is folded, with log masses, or evicted; KL(original || compressed) in nats per token.
 """
-import argparse
 import json
-from pathlib import Path
 
 import numpy as np
-from random_folds import Model, softmax
-from tokenizers import Tokenizer
+from random_folds import Model, arguments, divergence, softmax, texts, write
 
 READERS = 32  # queries that a mean is taken over at least
 
@@ -57,20 +54,10 @@ def costs(model, ids, delay):
 
 
 def main():
-    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("--model", type=Path, required=True)
-    parse.add_argument("--text", type=Path, nargs="+", required=True)
-    parse.add_argument("--out", type=Path, required=True)
-    parse.add_argument("--tokens", type=int, default=512)
-    parse.add_argument("--delay", type=int, default=32)
-    args = parse.parse_args()
+    args = arguments(__doc__).parse_args()
     model = Model(args.model, args.tokens)
-    tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
-    tokenizer.no_truncation()
     rows = []
-    for text in args.text:
-        ids = tokenizer.encode(text.read_text(errors="replace")).ids[: args.tokens]
-        assert len(ids) == args.tokens, f"{text} has {len(ids)} tokens, {args.tokens} are needed"
+    for text, ids in texts(args):
         original, found = costs(model, ids, args.delay)
         for share in (0.5, 0.78):
             kl = {}
@@ -79,11 +66,10 @@ def main():
                 cost[:, :, :2], cost[:, :, args.tokens - args.delay :] = np.inf, np.inf
                 folds = cost < np.quantile(cost[np.isfinite(cost)], share)
                 compressed = model.log_probabilities(ids, folds, args.delay, masses=True, evict=name == "evict")
-                kl[name] = round(float((np.exp(original) * (original - compressed)).sum(-1).mean()), 5)
+                kl[name] = round(divergence(original, compressed), 5)
             rows.append(dict(text=text.name, share=share, kl_by_cost=kl))
             print(json.dumps(rows[-1]), flush=True)
-    settings = dict(model=args.model.name, tokens=args.tokens, delay=args.delay)
-    args.out.write_text(json.dumps(dict(schema="kvfold.hindsight_folds/1", **settings, rows=rows), indent=2) + "\n")
+    write(args, "kvfold.hindsight_folds/1", rows)
 
 
 if __name__ == "__main__":

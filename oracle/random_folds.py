@@ -116,22 +116,45 @@ def counts(fold):
     return count
 
 
-def main():
-    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description):
+    """What every script takes that compresses texts with this model."""
+    parse = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("--model", type=Path, required=True)
     parse.add_argument("--text", type=Path, nargs="+", required=True)
     parse.add_argument("--out", type=Path, required=True)
     parse.add_argument("--tokens", type=int, default=512)
     parse.add_argument("--delay", type=int, default=32)
-    parse.add_argument("--seed", type=int, default=0)
-    args = parse.parse_args()
-    model, draw = Model(args.model, args.tokens), np.random.default_rng(args.seed)
+    return parse
+
+
+def texts(args):
+    """Every text's path and its first tokens."""
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
     tokenizer.no_truncation()
-    rows = []
     for text in args.text:
         ids = tokenizer.encode(text.read_text(errors="replace")).ids[: args.tokens]
         assert len(ids) == args.tokens, f"{text} has {len(ids)} tokens, {args.tokens} are needed"
+        yield text, ids
+
+
+def divergence(original, other):
+    """KL(original || other) of log probabilities [T, V], nats per token."""
+    return float((np.exp(original) * (original - other)).sum(-1).mean())
+
+
+def write(args, schema, rows, **more):
+    """The rows, and what they were made with."""
+    settings = dict(model=args.model.name, tokens=args.tokens, delay=args.delay, **more)
+    args.out.write_text(json.dumps(dict(schema=schema, **settings, rows=rows), indent=2) + "\n")
+
+
+def main():
+    parse = arguments(__doc__)
+    parse.add_argument("--seed", type=int, default=0)
+    args = parse.parse_args()
+    model, draw = Model(args.model, args.tokens), np.random.default_rng(args.seed)
+    rows = []
+    for text, ids in texts(args):
         original = model.log_probabilities(ids)
         for fold in (0.05, 0.5):
             folds = draw.random((model.layers, model.kv, args.tokens)) < fold
@@ -140,11 +163,10 @@ def main():
                 kept = folds.copy()
                 kept[:, :, : sinks + 1] = False
                 folded = model.log_probabilities(ids, kept, args.delay)
-                kl[sinks] = round(float((np.exp(original) * (original - folded)).sum(-1).mean()), 4)
+                kl[sinks] = round(divergence(original, folded), 4)
             rows.append(dict(text=text.name, fold=fold, kl_by_sinks=kl))
             print(json.dumps(rows[-1]), flush=True)
-    settings = dict(model=args.model.name, tokens=args.tokens, delay=args.delay, seed=args.seed)
-    args.out.write_text(json.dumps(dict(schema="kvfold.random_folds/1", **settings, rows=rows), indent=2) + "\n")
+    write(args, "kvfold.random_folds/1", rows, seed=args.seed)
 
 
 if __name__ == "__main__":

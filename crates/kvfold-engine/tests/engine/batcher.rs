@@ -40,7 +40,7 @@ fn alone((case, dtype): (&Case, CacheDType), request: &Request) -> (Vec<u32>, bo
 #[test]
 fn a_request_is_the_same_bytes_among_others_that_come_go_and_are_preempted() {
     let (mut preempted, mut cancelled, mut finished) = (0, 0, 0);
-    for (seed, method) in (5000..5016).flat_map(|seed| METHODS.map(|method| (seed, method))) {
+    for (seed, method) in (5000..5030).flat_map(|seed| METHODS.map(|method| (seed, method))) {
         let case = Case::draw_of(method, seed);
         let mut rng = Rng::new(seed);
         let dtype = CacheDType::ALL[seed as usize % 3];
@@ -85,7 +85,7 @@ fn a_request_is_the_same_bytes_among_others_that_come_go_and_are_preempted() {
         drop(batcher);
         assert_eq!((engine.pool().pages_held(), engine.pool().states_held()), (0, 0), "{case:?}");
     }
-    assert!(preempted >= 10 && cancelled > 200 && finished > 500, "{preempted}, {cancelled}, {finished}");
+    assert!(preempted > 20 && cancelled > 200 && finished > 500, "{preempted}, {cancelled}, {finished}");
 }
 
 #[test]

@@ -154,7 +154,7 @@ fn no_page_is_promised_twice_and_every_job_ends() {
         assert_eq!((table.free(), scheduler.running(), scheduler.waiting()), (table.limit, 0, 0));
     }
     assert!(operations > 1_000_000, "{operations}");
-    assert!(preempted >= 10 && cancelled > 1000 && refused > 100, "{preempted}, {cancelled}, {refused}");
+    assert!(preempted > 20 && cancelled > 1000 && refused > 100, "{preempted}, {cancelled}, {refused}");
 }
 
 /// Texts that fold nothing, in a memory for one and a half of them.
