@@ -3,7 +3,8 @@
 //! A request waits, runs, and ends; each step computes one pass over whoever the [`Scheduler`] chose, prompts in chunks
 //! beside those that decode. It ends by itself, or is cancelled at any moment, and its pages are free for the next step.
 
-use crate::engine::{Engine, EngineError, Sequence};
+use crate::constraint::Constraint;
+use crate::engine::{Engine, EngineError, Kind, Part, Rows, Sequence};
 use crate::generate::{Options, ensure_fits};
 use crate::sampler::{LogProbs, Place};
 use crate::scheduler::{Id, Limits, Memory, Plan, Scheduler};
@@ -21,11 +22,32 @@ pub struct Request {
     pub stream: u64,
     /// Whether logarithms of probabilities are wanted, and of how many of the likeliest tokens beside the chosen one.
     pub log_probs: Option<usize>,
+    /// The same of the prompt's tokens.
+    pub prompt_log_probs: Option<usize>,
+    /// How its cache is held.
+    pub kind: Kind,
+    /// A form that the new text must have.
+    pub constraint: Option<Box<dyn Constraint>>,
+}
+
+impl Request {
+    /// A request that wants nothing but tokens.
+    pub fn new(prompt: Vec<u32>, options: Options) -> Self {
+        let kind = Kind::default();
+        Self { prompt, options, stream: 0, log_probs: None, prompt_log_probs: None, kind, constraint: None }
+    }
 }
 
 /// What a step brought.
 #[derive(Debug)]
 pub enum Event {
+    /// A request's prompt is read, and it asked for its probabilities.
+    Prompt {
+        /// Which.
+        id: Id,
+        /// Those of the prompt's tokens, from the second on.
+        log_probs: Vec<LogProbs>,
+    },
     /// A request has a new token.
     Token {
         /// Which.
@@ -39,10 +61,17 @@ pub enum Event {
     Finished {
         /// Which.
         id: Id,
-        /// Whether a stop token ended it, and not its limit.
+        /// Whether a stop token, or a constraint that is met, ended it, and not its limit.
         stopped: bool,
         /// The text as its cache holds it: all tokens but the last new one. Dropping it gives its pages back.
         sequence: Sequence,
+    },
+    /// A request's constraint failed; nothing more will come of it.
+    Failed {
+        /// Which.
+        id: Id,
+        /// What the constraint says.
+        reason: String,
     },
 }
 
@@ -55,8 +84,69 @@ struct Active {
     options: Options,
     stream: u64,
     log_probs: Option<usize>,
+    prompt_log_probs: Option<usize>,
+    /// Of the prompt's tokens, from the second on, as far as they are read.
+    prompt_said: Vec<LogProbs>,
+    kind: Kind,
+    constraint: Option<Box<dyn Constraint>>,
     /// While it runs.
     sequence: Option<Sequence>,
+}
+
+/// What a chosen token comes to.
+enum Chosen {
+    /// With it the text may be at its end, by a constraint that is met (true) or by its limit (false).
+    Token {
+        token: u32,
+        log_probs: Option<LogProbs>,
+        ended: Option<bool>,
+    },
+    /// The text ends, and this token is not part of it.
+    End,
+    Failed(String),
+}
+
+impl Active {
+    /// Whether probabilities of the prompt are still to be found.
+    fn scores(&self) -> bool {
+        self.prompt_log_probs.is_some() && self.prompt_said.len() + 1 < self.prompt
+    }
+
+    /// Probabilities of the prompt tokens that follow the tokens from `first` on, whose logits are `[rows, V]`. What was read
+    /// before a preemption is known.
+    fn scored(&self, first: usize, logits: &[f32], vocab: usize) -> Vec<LogProbs> {
+        let top = self.prompt_log_probs.unwrap_or(0);
+        let next = (first + 1..self.prompt).zip(logits.chunks_exact(vocab));
+        let new = next.filter(|(next, _)| *next > self.prompt_said.len());
+        new.map(|(next, logits)| LogProbs::of(logits, self.tokens[next], top)).collect()
+    }
+
+    /// Chooses the token that follows all that were read.
+    fn choose(&mut self, logits: &mut [f32]) -> Chosen {
+        let (prompt, new) = self.tokens.split_at(self.prompt);
+        let Options { sampler, stop } = &self.options;
+        let own = (self.log_probs.is_some() && (self.constraint.is_some() || new.len() < stop.min_new_tokens))
+            .then(|| logits.to_vec());
+        if new.len() < stop.min_new_tokens {
+            stop.at.iter().for_each(|&token| logits[token as usize] = f32::NEG_INFINITY);
+        }
+        if let Some(Err(reason)) = self.constraint.as_mut().map(|constraint| constraint.restrict(logits)) {
+            return Chosen::Failed(reason);
+        }
+        let token = sampler.sample(logits, Place { prompt, new, stream: self.stream });
+        if stop.at.contains(&token) {
+            return Chosen::End;
+        }
+        let complete = match self.constraint.as_mut().map(|constraint| constraint.take(token)) {
+            Some(Err(reason)) => return Chosen::Failed(reason),
+            Some(Ok(complete)) => complete,
+            None => false,
+        };
+        let ended = if complete { Some(true) } else { (new.len() + 1 == stop.max_new_tokens).then_some(false) };
+        let log_probs = self.log_probs.map(|top| LogProbs::of(own.as_deref().unwrap_or(logits), token, top));
+        self.tokens.push(token);
+        Chosen::Token { token, log_probs, ended }
+    }
 }
 
 /// Requests, and the engine that they share. Dropping it cancels all of them.
@@ -114,18 +204,29 @@ impl<'e, O: CacheOps> Batcher<'e, O> {
 
     /// Takes a request into the queue. An error if the model or the memory could never take it to its end.
     pub fn submit(&mut self, request: Request) -> Result<Id, EngineError> {
-        let Request { prompt, options, stream, log_probs } = request;
+        let Request { prompt, options, stream, log_probs, prompt_log_probs, kind, constraint } = request;
         let new = options.stop.max_new_tokens;
         ensure_fits(self.engine, &prompt, new)?;
-        options.sampler.validate(self.engine.model().shape.vocab)?;
+        options.validate(self.engine.model().shape.vocab)?;
         let id = self.next;
-        if new == 0 {
-            self.early.push(Event::Finished { id, stopped: false, sequence: self.engine.sequence() });
+        if new == 0 && prompt_log_probs.is_none() {
+            self.early.push(Event::Finished { id, stopped: false, sequence: self.engine.sequence_of(kind) });
         } else {
             // The last new token is never read.
-            let lengths = (prompt.len(), prompt.len() + new - 1);
+            let lengths = (prompt.len(), prompt.len() + new.saturating_sub(1));
             self.scheduler.submit(id, lengths, &Pages { engine: self.engine, active: &self.active })?;
-            let active = Active { prompt: prompt.len(), tokens: prompt, options, stream, log_probs, sequence: None };
+            let active = Active {
+                prompt: prompt.len(),
+                tokens: prompt,
+                options,
+                stream,
+                log_probs,
+                prompt_log_probs,
+                prompt_said: Vec::new(),
+                kind,
+                constraint,
+                sequence: None,
+            };
             self.active.insert(id, active);
         }
         self.next += 1;
@@ -154,6 +255,11 @@ impl<'e, O: CacheOps> Batcher<'e, O> {
         self.engine
     }
 
+    /// A request's cache, while it runs.
+    pub fn sequence(&self, id: Id) -> Option<&Sequence> {
+        self.active.get(&id)?.sequence.as_ref()
+    }
+
     /// Times that a request lost its cache and began again.
     pub fn preemptions(&self) -> u64 {
         self.preemptions
@@ -169,7 +275,8 @@ impl<'e, O: CacheOps> Batcher<'e, O> {
             self.request(id).sequence = None;
         }
         for id in admitted {
-            self.request(id).sequence = Some(self.engine.sequence());
+            let sequence = self.engine.sequence_of(self.active[&id].kind);
+            self.request(id).sequence = Some(sequence);
         }
         let mut events = std::mem::take(&mut self.early);
         if work.is_empty() {
@@ -179,40 +286,70 @@ impl<'e, O: CacheOps> Batcher<'e, O> {
             .iter()
             .map(|&(id, _)| self.request(id).sequence.take().expect("a job that runs has a cache"))
             .collect();
-        let mut batch: Vec<(&mut Sequence, &[u32])> = sequences
+        let taken: Vec<usize> = sequences.iter().map(Sequence::tokens).collect();
+        let mut batch: Vec<Part<'_>> = sequences
             .iter_mut()
             .zip(&work)
             .map(|(sequence, (id, count))| {
-                let from = sequence.tokens();
-                (sequence, &self.active[id].tokens[from..from + count])
+                let (from, request) = (sequence.tokens(), &self.active[id]);
+                let rows = match () {
+                    () if request.scores() => Rows::All,
+                    () if from + count == request.tokens.len() => Rows::Last,
+                    () => Rows::None,
+                };
+                Part { sequence, tokens: &request.tokens[from..from + count], rows }
             })
             .collect();
-        let logits = self.engine.last_logits(&mut batch)?;
         let vocab = self.engine.model().shape.vocab;
-        for ((sequence, (id, _)), logits) in sequences.into_iter().zip(work).zip(logits.chunks_exact(vocab)) {
+        // Of each part the last logits, and the prompt's probabilities where they are wanted.
+        let (mut last, mut scored) = (vec![Vec::new(); work.len()], Vec::new());
+        let (engine, active) = (&mut *self.engine, &self.active);
+        engine.read(&mut batch, |n, first, logits| {
+            let (id, _) = work[n];
+            last[n] = logits[logits.len() - vocab..].to_vec();
+            if active[&id].scores() {
+                scored.push((id, active[&id].scored(taken[n] + first, logits, vocab)));
+            }
+        })?;
+        for (id, log_probs) in scored {
+            self.request(id).prompt_said.extend(log_probs);
+        }
+        for ((sequence, (id, _)), mut logits) in sequences.into_iter().zip(work).zip(last) {
             let request = self.request(id);
             let read = sequence.tokens() == request.tokens.len();
             request.sequence = Some(sequence);
-            if !read {
-                continue;
-            }
-            let Options { sampler, stop } = &request.options;
-            let (prompt, new) = request.tokens.split_at(request.prompt);
-            let token = sampler.sample(logits, Place { prompt, new, stream: request.stream });
-            let stopped = stop.at.contains(&token);
-            let mut done = stopped;
-            if !stopped {
-                request.tokens.push(token);
-                done = request.tokens.len() - request.prompt == stop.max_new_tokens;
-                let log_probs = request.log_probs.map(|top| LogProbs::of(logits, token, top));
-                events.push(Event::Token { id, token, log_probs });
-            }
-            match done {
-                true => events.extend(self.cancel(id).map(|sequence| Event::Finished { id, stopped, sequence })),
-                false => self.scheduler.grow(id),
+            if read {
+                self.go_on(id, &mut logits, &mut events);
             }
         }
         Ok(events)
+    }
+
+    /// What becomes of a request that has read all its tokens; logits `[V]` are of what follows.
+    fn go_on(&mut self, id: Id, logits: &mut [f32], events: &mut Vec<Event>) {
+        let request = self.request(id);
+        if request.prompt_log_probs.take().is_some() {
+            events.push(Event::Prompt { id, log_probs: std::mem::take(&mut request.prompt_said) });
+        }
+        let ended = match request.options.stop.max_new_tokens {
+            0 => Some(false),
+            _ => match request.choose(logits) {
+                Chosen::End => Some(true),
+                Chosen::Failed(reason) => {
+                    drop(self.cancel(id));
+                    events.push(Event::Failed { id, reason });
+                    return;
+                }
+                Chosen::Token { token, log_probs, ended } => {
+                    events.push(Event::Token { id, token, log_probs });
+                    ended
+                }
+            },
+        };
+        match ended {
+            Some(stopped) => events.extend(self.cancel(id).map(|sequence| Event::Finished { id, stopped, sequence })),
+            None => self.scheduler.grow(id),
+        }
     }
 
     fn request(&mut self, id: Id) -> &mut Active {

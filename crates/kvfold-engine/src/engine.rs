@@ -1,6 +1,7 @@
 //! A model, a cache policy, and the pool its sequences share.
 
-use crate::attend::CachedAttend;
+use crate::attend::{CachedAttend, Member};
+use crate::trace::Trace;
 use kvfold_cache::{CacheError, CachePolicy, CacheShape, Held, PagePool, SequenceCache, Usage, policy_of};
 use kvfold_kernels::CacheOps;
 use kvfold_kernels::ops::Spans;
@@ -38,10 +39,21 @@ pub enum EngineError {
     Cache(#[from] CacheError),
 }
 
+/// How a sequence is held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Kind {
+    /// Every token keeps its slots, whatever the model decides.
+    pub full: bool,
+    /// What the model decides on each token is noted.
+    pub trace: bool,
+}
+
 /// One sequence's tokens so far, as its cache holds them. Dropping it gives its pages back.
 #[derive(Debug)]
 pub struct Sequence {
     cache: SequenceCache,
+    full: bool,
+    trace: Option<Trace>,
 }
 
 impl Sequence {
@@ -54,6 +66,33 @@ impl Sequence {
     pub fn held(&self) -> Held {
         self.cache.held()
     }
+
+    /// What the model decided on each token, if that was to be noted.
+    pub fn trace(&self) -> Option<&Trace> {
+        self.trace.as_ref()
+    }
+}
+
+/// Which of a part's tokens are wanted as logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rows {
+    /// None: more tokens follow before anything is chosen.
+    None,
+    /// The last one's.
+    Last,
+    /// All.
+    All,
+}
+
+/// A sequence's new tokens in a batch.
+#[derive(Debug)]
+pub struct Part<'a> {
+    /// The sequence.
+    pub sequence: &'a mut Sequence,
+    /// The tokens, at least one.
+    pub tokens: &'a [u32],
+    /// Which logits are wanted.
+    pub rows: Rows,
 }
 
 /// A model with cache memory.
@@ -121,7 +160,12 @@ impl<O: CacheOps> Engine<O> {
 
     /// An empty sequence.
     pub fn sequence(&self) -> Sequence {
-        Sequence { cache: self.pool.sequence() }
+        self.sequence_of(Kind::default())
+    }
+
+    /// An empty sequence of a kind.
+    pub fn sequence_of(&self, Kind { full, trace }: Kind) -> Sequence {
+        Sequence { cache: self.pool.sequence(), full, trace: trace.then(Trace::default) }
     }
 
     /// Bytes and pages that a sequence holds.
@@ -146,82 +190,106 @@ impl<O: CacheOps> Engine<O> {
 
     /// Logits `[tokens, V]` of every new token of one sequence, chunk by chunk. On an error it has taken none of them.
     pub fn logits(&mut self, sequence: &mut Sequence, tokens: &[u32]) -> Result<Vec<f32>, EngineError> {
-        self.admit(&[(sequence, tokens)])?;
         let mut all = Vec::with_capacity(tokens.len() * self.model.shape.vocab);
-        for chunk in tokens.chunks(self.chunk) {
-            let logits = self.step(&mut [(sequence, chunk)], Want::All);
-            all.extend(self.model.ops.to_host(&logits));
-        }
+        self.read(&mut [Part { sequence, tokens, rows: Rows::All }], |_, _, logits| all.extend_from_slice(logits))?;
         Ok(all)
     }
 
     /// Logits `[N, V]` of every new token of a ragged batch, in one pass and in the backend's own precision. On an error
     /// no sequence has changed.
     pub fn pass(&mut self, batch: &mut [(&mut Sequence, &[u32])]) -> Result<O::Tensor, EngineError> {
-        self.admit(batch)?;
-        Ok(self.step(batch, Want::All))
+        self.admit(batch.iter().map(|(sequence, tokens)| (&**sequence, tokens.len())))?;
+        let parts = batch.iter_mut().map(|(sequence, tokens)| (&mut **sequence, *tokens)).collect();
+        let (spans, x) = self.step(parts);
+        Ok(self.model.pass(&spans).logits(&self.model.weights, &x))
     }
 
     /// Logits `[S, V]` of the last new token of each sequence of a ragged batch, each with at least one; chunk by chunk.
     /// On an error no sequence has changed.
     pub fn last_logits(&mut self, batch: &mut [(&mut Sequence, &[u32])]) -> Result<Vec<f32>, EngineError> {
-        self.admit(batch)?;
         let vocab = self.model.shape.vocab;
         let mut last = vec![0.0; batch.len() * vocab];
-        let longest = batch.iter().map(|(_, tokens)| tokens.len()).max().unwrap_or(0);
-        for start in (0..longest).step_by(self.chunk) {
-            let mut members = Vec::new();
-            let mut step: Vec<(&mut Sequence, &[u32])> = Vec::new();
-            for (member, (sequence, tokens)) in batch.iter_mut().enumerate() {
-                if start < tokens.len() {
-                    members.push(member);
-                    step.push((sequence, &tokens[start..tokens.len().min(start + self.chunk)]));
-                }
-            }
-            let logits = self.step(&mut step, Want::Last);
-            let logits = self.model.ops.to_host(&logits);
-            for (member, logits) in members.into_iter().zip(logits.chunks_exact(vocab)) {
-                last[member * vocab..][..vocab].copy_from_slice(logits);
-            }
-        }
+        let parts = batch.iter_mut().map(|(sequence, tokens)| Part { sequence, tokens, rows: Rows::Last });
+        let mut parts: Vec<Part<'_>> = parts.collect();
+        self.read(&mut parts, |member, _, logits| last[member * vocab..][..vocab].copy_from_slice(logits))?;
         Ok(last)
     }
 
-    /// Says whether the model and the pool can take a batch to its end, even if nothing folds.
+    /// Takes the tokens of a ragged batch, chunk by chunk. `on_logits` is given wanted logits `[rows, V]` as they come: the
+    /// part's number in the batch, which of its new tokens the first row is of, the rows. On an error no sequence has changed.
+    pub fn read(
+        &mut self,
+        batch: &mut [Part<'_>],
+        mut on_logits: impl FnMut(usize, usize, &[f32]),
+    ) -> Result<(), EngineError> {
+        self.admit(batch.iter().map(|part| (&*part.sequence, part.tokens.len())))?;
+        let vocab = self.model.shape.vocab;
+        let longest = batch.iter().map(|part| part.tokens.len()).max().unwrap_or(0);
+        for start in (0..longest).step_by(self.chunk) {
+            // Rows of this pass that are wanted, and whose they are: part, first of its tokens, how many.
+            let (mut rows, mut whose) = (Vec::new(), Vec::new());
+            let (mut step, mut taken) = (Vec::new(), 0);
+            for (n, part) in batch.iter_mut().enumerate().filter(|(_, part)| start < part.tokens.len()) {
+                let end = part.tokens.len().min(start + self.chunk);
+                let wanted = match part.rows {
+                    Rows::All => end - start,
+                    Rows::Last if end == part.tokens.len() => 1,
+                    Rows::Last | Rows::None => 0,
+                };
+                taken += end - start;
+                if wanted > 0 {
+                    rows.extend((taken - wanted) as u32..taken as u32);
+                    whose.push((n, end - wanted, wanted));
+                }
+                step.push((&mut *part.sequence, &part.tokens[start..end]));
+            }
+            let (spans, mut x) = self.step(step);
+            if rows.is_empty() {
+                continue;
+            }
+            let Loaded { ops, weights, .. } = &self.model;
+            if rows.len() < spans.rows() {
+                x = ops.embed(&rows, &x);
+            }
+            let logits = ops.to_host(&self.model.pass(&spans).logits(weights, &x));
+            let mut rest = &logits[..];
+            for (n, first, wanted) in whose {
+                let (ours, others) = rest.split_at(wanted * vocab);
+                on_logits(n, first, ours);
+                rest = others;
+            }
+        }
+        Ok(())
+    }
+
+    /// Says whether the model and the pool can take a batch, sequences and numbers of new tokens, to its end, even if nothing
+    /// folds.
     ///
     /// All of it is asked for at the start, since tokens that were folded cannot be taken back. A caller that would
     /// rather try a prompt that fits only once it has folded can hand it over in pieces.
-    fn admit(&self, batch: &[(&mut Sequence, &[u32])]) -> Result<(), EngineError> {
+    fn admit<'s>(&self, batch: impl Iterator<Item = (&'s Sequence, usize)> + Clone) -> Result<(), EngineError> {
         let context = self.model.shape.context;
-        for (sequence, tokens) in batch {
-            let tokens = sequence.tokens() + tokens.len();
+        for (sequence, more) in batch.clone() {
+            let tokens = sequence.tokens() + more;
             if tokens > context {
                 return Err(EngineError::TooLong { tokens, context });
             }
         }
-        Ok(self.pool.admit(batch.iter().map(|(sequence, tokens)| (&sequence.cache, tokens.len())))?)
+        Ok(self.pool.admit(batch.map(|(sequence, more)| (&sequence.cache, more)))?)
     }
 
-    /// One pass over a ragged batch that was admitted.
-    fn step(&mut self, batch: &mut [(&mut Sequence, &[u32])], want: Want) -> O::Tensor {
+    /// One pass over a ragged batch that was admitted: its rows, and what the last block leaves, `[N, C]`.
+    fn step(&mut self, batch: Vec<(&mut Sequence, &[u32])>) -> (Spans, O::Tensor) {
         let spans = Spans::of_chunks(batch.iter().map(|(sequence, tokens)| (tokens.len(), sequence.tokens())));
         let ids: Vec<u32> = batch.iter().flat_map(|(_, tokens)| tokens.iter().copied()).collect();
-        let caches = batch.iter_mut().map(|(sequence, _)| &mut sequence.cache).collect();
-        let mut attend = CachedAttend { policy: &*self.policy, pool: &mut self.pool, caches };
-        let Loaded { ops, weights, .. } = &self.model;
-        let pass = self.model.pass(&spans);
-        let mut x = pass.hidden(weights, &ids, &mut attend);
-        if want == Want::Last && spans.rows() > spans.len() {
-            let last: Vec<u32> = spans.iter().map(|span| (span.start + span.len - 1) as u32).collect();
-            x = ops.embed(&last, &x);
-        }
-        pass.logits(weights, &x)
+        let members = batch.into_iter().map(|(Sequence { cache, full, trace }, _)| Member {
+            cache,
+            full: *full,
+            trace: trace.as_mut(),
+        });
+        let members = members.collect();
+        let mut attend = CachedAttend { policy: &*self.policy, pool: &mut self.pool, members };
+        let x = self.model.pass(&spans).hidden(&self.model.weights, &ids, &mut attend);
+        (spans, x)
     }
-}
-
-/// Which rows of a pass are wanted as logits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Want {
-    Last,
-    All,
 }

@@ -2,7 +2,7 @@
 
 use crate::batcher::{Batcher, Event, Request};
 use crate::engine::{Engine, EngineError, Sequence};
-use crate::sampler::Sampler;
+use crate::sampler::{BadSampler, Sampler};
 use crate::scheduler::Limits;
 use kvfold_kernels::CacheOps;
 use std::collections::BTreeMap;
@@ -15,6 +15,8 @@ pub struct Stop {
     pub max_new_tokens: usize,
     /// Tokens that end a text; they are not part of it.
     pub at: Vec<u32>,
+    /// New tokens at least: until then, tokens that end a text are not chosen.
+    pub min_new_tokens: usize,
 }
 
 /// How to decode.
@@ -24,6 +26,18 @@ pub struct Options {
     pub sampler: Sampler,
     /// When to stop.
     pub stop: Stop,
+}
+
+impl Options {
+    /// Says whether all of it means something for a vocabulary.
+    pub fn validate(&self, vocab: usize) -> Result<(), BadSampler> {
+        let Stop { at, .. } = &self.stop;
+        if let Some(token) = at.iter().find(|token| **token as usize >= vocab) {
+            let expected = "tokens of the model's vocabulary";
+            return Err(BadSampler { setting: "stop", found: token.to_string(), expected });
+        }
+        self.sampler.validate(vocab)
+    }
 }
 
 /// A finished text.
@@ -55,7 +69,7 @@ pub fn generate<O: CacheOps>(
     options: &Options,
     mut on_token: impl FnMut(u32) -> ControlFlow<()>,
 ) -> Result<Generation, EngineError> {
-    let request = Request { prompt: prompt.to_vec(), options: options.clone(), stream: 0, log_probs: None };
+    let request = Request::new(prompt.to_vec(), options.clone());
     let limits = Limits { tokens: prompt.len().max(1), running: 1 };
     let mut batcher = Batcher::new(engine, limits, 1.0);
     let id = batcher.submit(request)?;
@@ -72,6 +86,8 @@ pub fn generate<O: CacheOps>(
                     }
                 }
                 Event::Finished { stopped, sequence, .. } => return Ok(Generation { tokens, stopped, sequence }),
+                // Of requests with wishes that this one does not have.
+                Event::Prompt { .. } | Event::Failed { .. } => {}
             }
         }
     }
@@ -89,11 +105,11 @@ pub fn sample_corpus<O: CacheOps>(
     const TOGETHER: usize = 64;
     let mut batcher = Batcher::new(engine, Limits { tokens: TOGETHER, running: TOGETHER }, 1.0);
     let mut corpus = vec![vec![start]; texts];
-    let stop = Stop { max_new_tokens: length.saturating_sub(1), at: Vec::new() };
+    let stop = Stop { max_new_tokens: length.saturating_sub(1), ..Stop::default() };
     let options = Options { sampler, stop };
     let mut places = BTreeMap::new();
     for n in 0..texts {
-        let request = Request { prompt: vec![start], options: options.clone(), stream: n as u64, log_probs: None };
+        let request = Request { stream: n as u64, ..Request::new(vec![start], options.clone()) };
         places.insert(batcher.submit(request)?, n);
     }
     let mut drawn = 0;

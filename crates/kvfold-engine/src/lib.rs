@@ -7,13 +7,17 @@
 
 mod attend;
 mod batcher;
+mod constraint;
 mod engine;
 mod generate;
 mod sampler;
 pub mod scheduler;
+mod trace;
 
-pub use attend::CachedAttend;
+pub use attend::{CachedAttend, Member};
 pub use batcher::{Batcher, Event, Request};
-pub use engine::{Engine, EngineError, Sequence};
+pub use constraint::Constraint;
+pub use engine::{Engine, EngineError, Kind, Part, Rows, Sequence};
 pub use generate::{Generation, Options, Stop, ensure_fits, generate, sample_corpus};
 pub use sampler::{BadSampler, LogProbs, Place, Sampler};
+pub use trace::Trace;

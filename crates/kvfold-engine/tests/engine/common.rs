@@ -199,6 +199,11 @@ pub(crate) struct Decisions {
 }
 
 impl Decisions {
+    /// By layer, KV head and token.
+    pub(crate) fn folds(&self) -> &[Vec<Vec<bool>>] {
+        &self.folds
+    }
+
     fn heads(&self) -> impl Iterator<Item = &Vec<bool>> {
         self.folds.iter().flatten()
     }

@@ -17,7 +17,7 @@ fn greedy_decoding_tells_the_golden_story() {
     let prompt = ids(&golden["prompt_tokens"]);
     assert_eq!(checkpoint.tokenizer.encode(golden["prompt"].as_str().expect("text"), true).expect("tokens"), prompt);
 
-    let stop = Stop { max_new_tokens: 200, at: vec![] };
+    let stop = Stop { max_new_tokens: 200, ..Stop::default() };
     for chunk in [1, 7, 128] {
         let mut engine = Engine::new(FastCpu::new(), &checkpoint).with_chunk(chunk);
         let options = Options { sampler: Sampler::GREEDY, stop: stop.clone() };

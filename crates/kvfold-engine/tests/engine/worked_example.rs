@@ -6,7 +6,7 @@
 
 use crate::common::{cut, worst};
 use kvfold_cache::{CachePolicy, CacheShape, Folding as FoldingCache, PagePool};
-use kvfold_engine::CachedAttend;
+use kvfold_engine::{CachedAttend, Member};
 use kvfold_kernels::dmc::{Decision, Dmc, Method, Share};
 use kvfold_kernels::ops::{Heads, MIN_IMPORTANCE, Spans};
 use kvfold_kernels::paged::CacheDType;
@@ -193,7 +193,8 @@ impl Scene {
                 let spans = Spans::of_chunks([(chunk.len(), chunk.start)]);
                 let pass = Pass { ops: &ops, shape: &shape, angles: &angles, spans: &spans };
                 let projected = self.projected(&ops, chunk);
-                let mut serving = CachedAttend { policy: &policy, pool: &mut pool, caches: vec![&mut cache] };
+                let mut serving =
+                    CachedAttend { policy: &policy, pool: &mut pool, members: vec![Member::of(&mut cache)] };
                 out.extend_from_slice(serving.attend(0, &pass, projected).data());
                 assert_eq!(cache.held().slots, [held(cache.tokens())], "after {} tokens, {self:?}", cache.tokens());
             }

@@ -81,6 +81,12 @@ impl Rule {
         }
     }
 
+    /// Whether a token at this position carries out a decision to fold or to evict. The first token of a sequence, and those
+    /// after sinks, always get slots of their own.
+    pub fn may_fold(self, position: usize) -> bool {
+        position > self.sinks()
+    }
+
     /// Whether later tokens can change the newest slot.
     fn has_open_slot(self) -> bool {
         self != Rule::Keep

@@ -119,8 +119,7 @@ fn absorb<F: Real>(
     open_v.copy_from_slice(v);
 }
 
-/// Whether token t of the input, the newest of those that the table counts, gets no slot of its own. The first token of a
-/// sequence, and those after sinks, always do.
+/// Whether token t of the input, the newest of those that the table counts, gets no slot of its own.
 #[inline(always)]
 pub(super) fn folds<F: Real>(input: &HeadInput<'_, F>, table: &mut HeadTable, t: usize) -> bool {
     let mut logit = input.logit.expect("a rule that decides comes with logits").at(t);
@@ -128,7 +127,7 @@ pub(super) fn folds<F: Real>(input: &HeadInput<'_, F>, table: &mut HeadTable, t:
         logit += F::of(table.ahead);
         table.ahead = ahead.at(t).f64();
     }
-    table.tokens - 1 > input.rule.sinks() && logit > F::zero()
+    input.rule.may_fold(table.tokens - 1) && logit > F::zero()
 }
 
 /// Writes the open slot, when there is one, to its page.

@@ -128,7 +128,7 @@ fn speed(
 /// What a model makes of the prompt, greedily.
 fn continued(engine: &mut Engine<FastCpu>, base: &Checkpoint) -> Result<String, AppError> {
     let prompt = base.tokenizer.encode(PROMPT, true)?;
-    let stop = Stop { max_new_tokens: NEW_TOKENS, at: stop_tokens(base)? };
+    let stop = Stop { max_new_tokens: NEW_TOKENS, at: stop_tokens(base)?, ..Stop::default() };
     let generation =
         generate(engine, &prompt, &Options { sampler: Sampler::GREEDY, stop }, |_| ControlFlow::Continue(()))?;
     let mut stream = stream_after(base, &prompt)?;

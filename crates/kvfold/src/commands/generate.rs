@@ -55,11 +55,12 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<(), AppError> {
         stop: Stop {
             max_new_tokens: args.max_new_tokens.unwrap_or(NEW_TOKENS.min(room.max(1))),
             at: stop_tokens(&checkpoint)?,
+            min_new_tokens: 0,
         },
     };
     let mut engine = args.model.engine(&checkpoint);
     ensure_fits(&engine, &prompt, options.stop.max_new_tokens)?;
-    options.sampler.validate(engine.model().shape.vocab).map_err(EngineError::from)?;
+    options.validate(engine.model().shape.vocab).map_err(EngineError::from)?;
 
     let mut text = Shown { stream: stream_after(&checkpoint, &prompt)?, all: String::new(), silent: args.json };
     if !args.json && !args.chat {
