@@ -2,11 +2,17 @@
 //!
 //! A request waits, runs, and ends; each step computes one pass over whoever the [`Scheduler`] chose, prompts in chunks
 //! beside those that decode. It ends by itself, or is cancelled at any moment, and its pages are free for the next step.
+//! Beginnings of texts may be kept for requests that begin so (`prefixes.rs`).
+
+mod prefixes;
+
+pub use prefixes::{PrefixSettings, PrefixStats};
 
 use crate::engine::{Engine, EngineError, Sequence};
 use crate::generate::{Options, ensure_fits};
 use crate::sampler::{LogProbs, Place};
-use crate::scheduler::{Id, Limits, Memory, Plan, Scheduler};
+use crate::scheduler::{HeadStart, Id, Limits, Memory, Plan, Scheduler};
+use kvfold_cache::SequenceCache;
 use kvfold_kernels::CacheOps;
 use std::collections::BTreeMap;
 
@@ -21,6 +27,9 @@ pub struct Request {
     pub stream: u64,
     /// Whether logarithms of probabilities are wanted, and of how many of the likeliest tokens beside the chosen one.
     pub log_probs: Option<usize>,
+    /// Whether it may begin with tokens that a cache has seen, where the batcher keeps such beginnings. Not if something is
+    /// wanted of every token of the prompt.
+    pub reuse: bool,
 }
 
 /// What a step brought.
@@ -41,6 +50,8 @@ pub enum Event {
         id: Id,
         /// Whether a stop token ended it, and not its limit.
         stopped: bool,
+        /// Tokens of the prompt that were not computed, since a cache had seen them.
+        cached: usize,
         /// The text as its cache holds it: all tokens but the last new one. Dropping it gives its pages back.
         sequence: Sequence,
     },
@@ -55,6 +66,10 @@ struct Active {
     options: Options,
     stream: u64,
     log_probs: Option<usize>,
+    /// Whether it may begin with tokens that a cache has seen.
+    reuse: bool,
+    /// Tokens that it first began with.
+    cached: Option<usize>,
     /// While it runs.
     sequence: Option<Sequence>,
 }
@@ -69,6 +84,9 @@ pub struct Batcher<'e, O: CacheOps> {
     early: Vec<Event>,
     next: Id,
     preemptions: u64,
+    /// Where beginnings of texts are kept, if they are.
+    every: Option<usize>,
+    prefix_stats: PrefixStats,
 }
 
 /// The engine's pages, and who holds them.
@@ -81,6 +99,10 @@ impl<O: CacheOps> Pages<'_, O> {
     fn of<T>(&self, id: Id, ask: impl FnOnce(&Sequence) -> T) -> Option<T> {
         self.active.get(&id).and_then(|active| active.sequence.as_ref()).map(ask)
     }
+
+    fn beginning(&self, id: Id) -> Option<&SequenceCache> {
+        self.active.get(&id).and_then(|active| active.beginning(&self.engine.prefixes))
+    }
 }
 
 impl<O: CacheOps> Memory for Pages<'_, O> {
@@ -89,7 +111,7 @@ impl<O: CacheOps> Memory for Pages<'_, O> {
     }
 
     fn free(&self) -> usize {
-        self.engine.pool().limit() - self.engine.pool().pages_held()
+        self.engine.pool().limit() - self.engine.pool().pages_in_use()
     }
 
     fn held(&self, id: Id) -> usize {
@@ -97,11 +119,25 @@ impl<O: CacheOps> Memory for Pages<'_, O> {
     }
 
     fn more(&self, id: Id, more: usize) -> usize {
-        self.of(id, |sequence| self.engine.pages_needed(sequence, more)).unwrap_or_else(|| self.worst(more))
+        let runs = self.of(id, |sequence| self.engine.pages_needed(sequence, more));
+        let begins = || self.beginning(id).map(|begun| begun.pages_needed(more));
+        runs.or_else(begins).unwrap_or_else(|| self.worst(more))
     }
 
     fn worst(&self, tokens: usize) -> usize {
         self.engine.pool().worst_pages(tokens)
+    }
+
+    fn alone(&self, id: Id) -> usize {
+        self.of(id, |sequence| sequence.cache.pages_alone()).unwrap_or(0)
+    }
+
+    fn head_start(&self, id: Id) -> HeadStart {
+        let start = |begun: &SequenceCache| {
+            let pages = begun.pages_alone();
+            HeadStart { tokens: begun.tokens(), pages, shared: begun.pages() - pages }
+        };
+        self.beginning(id).map(start).unwrap_or_default()
     }
 }
 
@@ -109,23 +145,26 @@ impl<'e, O: CacheOps> Batcher<'e, O> {
     /// No requests yet. `share` is the first guess of the pages that a text holds, relative to a full cache's.
     pub fn new(engine: &'e mut Engine<O>, limits: Limits, share: f64) -> Self {
         let scheduler = Scheduler::new(limits, share);
-        Self { engine, scheduler, active: BTreeMap::new(), early: Vec::new(), next: 0, preemptions: 0 }
+        let (active, early, prefix_stats) = (BTreeMap::new(), Vec::new(), PrefixStats::default());
+        Self { engine, scheduler, active, early, next: 0, preemptions: 0, every: None, prefix_stats }
     }
 
     /// Takes a request into the queue. An error if the model or the memory could never take it to its end.
     pub fn submit(&mut self, request: Request) -> Result<Id, EngineError> {
-        let Request { prompt, options, stream, log_probs } = request;
+        let Request { prompt, options, stream, log_probs, reuse } = request;
         let new = options.stop.max_new_tokens;
         ensure_fits(self.engine, &prompt, new)?;
         options.sampler.validate(self.engine.model().shape.vocab)?;
         let id = self.next;
         if new == 0 {
-            self.early.push(Event::Finished { id, stopped: false, sequence: self.engine.sequence() });
+            self.early.push(Event::Finished { id, stopped: false, cached: 0, sequence: self.engine.sequence() });
         } else {
             // The last new token is never read.
             let lengths = (prompt.len(), prompt.len() + new - 1);
             self.scheduler.submit(id, lengths, &Pages { engine: self.engine, active: &self.active })?;
-            let active = Active { prompt: prompt.len(), tokens: prompt, options, stream, log_probs, sequence: None };
+            let reuse = reuse && self.every.is_some();
+            let (length, cached, sequence) = (prompt.len(), None, None);
+            let active = Active { prompt: length, tokens: prompt, options, stream, log_probs, reuse, cached, sequence };
             self.active.insert(id, active);
         }
         self.next += 1;
@@ -136,6 +175,7 @@ impl<'e, O: CacheOps> Batcher<'e, O> {
     pub fn cancel(&mut self, id: Id) -> Option<Sequence> {
         self.early.retain(|event| !matches!(event, Event::Finished { id: early, .. } if *early == id));
         self.scheduler.remove(id, &Pages { engine: self.engine, active: &self.active });
+        self.offer(id, true);
         self.active.remove(&id)?.sequence
     }
 
@@ -166,11 +206,9 @@ impl<'e, O: CacheOps> Batcher<'e, O> {
             self.scheduler.plan(&Pages { engine: self.engine, active: &self.active });
         self.preemptions += preempted.len() as u64;
         for id in preempted {
-            self.request(id).sequence = None;
+            self.send_back(id);
         }
-        for id in admitted {
-            self.request(id).sequence = Some(self.engine.sequence());
-        }
+        self.begin(&admitted);
         let mut events = std::mem::take(&mut self.early);
         if work.is_empty() {
             return Ok(events);
@@ -193,9 +231,11 @@ impl<'e, O: CacheOps> Batcher<'e, O> {
             let request = self.request(id);
             let read = sequence.tokens() == request.tokens.len();
             request.sequence = Some(sequence);
+            self.offer(id, false);
             if !read {
                 continue;
             }
+            let request = self.request(id);
             let Options { sampler, stop } = &request.options;
             let (prompt, new) = request.tokens.split_at(request.prompt);
             let token = sampler.sample(logits, Place { prompt, new, stream: request.stream });
@@ -207,8 +247,11 @@ impl<'e, O: CacheOps> Batcher<'e, O> {
                 let log_probs = request.log_probs.map(|top| LogProbs::of(logits, token, top));
                 events.push(Event::Token { id, token, log_probs });
             }
+            let cached = request.cached.unwrap_or(0);
             match done {
-                true => events.extend(self.cancel(id).map(|sequence| Event::Finished { id, stopped, sequence })),
+                true => {
+                    events.extend(self.cancel(id).map(|sequence| Event::Finished { id, stopped, cached, sequence }))
+                }
                 false => self.scheduler.grow(id),
             }
         }

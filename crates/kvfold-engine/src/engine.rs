@@ -1,12 +1,15 @@
 //! A model, a cache policy, and the pool its sequences share.
 
 use crate::attend::CachedAttend;
-use kvfold_cache::{CacheError, CachePolicy, CacheShape, Held, PagePool, SequenceCache, Usage, policy_of};
+use kvfold_cache::{
+    CacheError, CachePolicy, CacheShape, Held, PagePool, Prefix, PrefixCache, SequenceCache, Usage, policy_of,
+};
 use kvfold_kernels::CacheOps;
 use kvfold_kernels::ops::Spans;
 use kvfold_kernels::paged::CacheDType;
 use kvfold_model::shape::Shape;
 use kvfold_model::{Checkpoint, Loaded};
+use std::sync::OnceLock;
 
 /// What can go wrong while sequences run.
 #[derive(Debug, thiserror::Error)]
@@ -41,7 +44,7 @@ pub enum EngineError {
 /// One sequence's tokens so far, as its cache holds them. Dropping it gives its pages back.
 #[derive(Debug)]
 pub struct Sequence {
-    cache: SequenceCache,
+    pub(crate) cache: SequenceCache,
 }
 
 impl Sequence {
@@ -59,9 +62,13 @@ impl Sequence {
 /// A model with cache memory.
 #[derive(Debug)]
 pub struct Engine<O: CacheOps> {
-    model: Loaded<O>,
+    pub(crate) model: Loaded<O>,
     policy: Box<dyn CachePolicy>,
-    pool: PagePool<O>,
+    pub(crate) pool: PagePool<O>,
+    /// Beginnings of texts, in pages of the pool that nobody else needs.
+    pub(crate) prefixes: PrefixCache,
+    /// What the model is told from others by, once somebody asked.
+    pub(crate) identity: OnceLock<String>,
     chunk: usize,
 }
 
@@ -85,7 +92,8 @@ impl<O: CacheOps> Engine<O> {
         let Shape { layers, heads, .. } = model.shape;
         let shape = CacheShape { layers, heads, rule: policy.rule(), dtype: CacheDType::F32 };
         let pool = PagePool::new(&model.ops, shape, usize::MAX);
-        Self { model, policy, pool, chunk: CHUNK }
+        let (prefixes, identity) = (PrefixCache::default(), OnceLock::new());
+        Self { model, policy, pool, prefixes, identity, chunk: CHUNK }
     }
 
     /// The same engine with another limit on the tokens that a sequence takes in one pass.
@@ -95,13 +103,15 @@ impl<O: CacheOps> Engine<O> {
 
     /// The same engine with an empty pool of at most `pages` pages.
     pub fn with_page_limit(self, pages: usize) -> Self {
-        Self { pool: PagePool::new(&self.model.ops, self.pool.shape(), pages), ..self }
+        let pool = PagePool::new(&self.model.ops, self.pool.shape(), pages);
+        Self { pool, prefixes: PrefixCache::default(), ..self }
     }
 
     /// The same engine with an empty pool whose slots hold another type of numbers; f32 by default.
     pub fn with_cache_dtype(self, dtype: CacheDType) -> Self {
         let shape = CacheShape { dtype, ..self.pool.shape() };
-        Self { pool: PagePool::new(&self.model.ops, shape, self.pool.limit()), ..self }
+        let pool = PagePool::new(&self.model.ops, shape, self.pool.limit());
+        Self { pool, prefixes: PrefixCache::default(), ..self }
     }
 
     /// The model.
@@ -124,12 +134,37 @@ impl<O: CacheOps> Engine<O> {
         Sequence { cache: self.pool.sequence() }
     }
 
-    /// Bytes and pages that a sequence holds.
+    /// A second sequence with the same tokens, for the price of a copy of what can still change. From here on the two know
+    /// nothing of each other.
+    pub fn fork(&mut self, sequence: &mut Sequence) -> Result<Sequence, EngineError> {
+        self.prefixes.make_room(&self.pool, sequence.cache.pages_to_copy());
+        Ok(Sequence { cache: self.pool.fork(&self.model.ops, &mut sequence.cache)? })
+    }
+
+    /// Beginnings of texts that are kept for requests that begin so.
+    pub fn prefixes(&self) -> &PrefixCache {
+        &self.prefixes
+    }
+
+    /// Keeps a sequence that nobody goes on with as the beginning of texts that begin with its tokens.
+    ///
+    /// # Panics
+    /// When these are not as many tokens as the sequence has seen.
+    pub fn keep_prefix(&mut self, tokens: &[u32], sequence: Sequence) {
+        self.prefixes.keep(Prefix { tokens, compress: true }, sequence.cache);
+    }
+
+    /// Gives up all beginnings of texts.
+    pub fn clear_prefixes(&mut self) {
+        self.prefixes.clear();
+    }
+
+    /// Bytes and pages that a sequence holds, those included that it shares with others.
     pub fn usage(&self, sequence: &Sequence) -> Usage {
         self.pool.usage(&self.model.ops, &sequence.cache)
     }
 
-    /// Pages that a sequence holds.
+    /// Pages that a sequence holds, those included that it shares with others.
     pub fn pages_held(&self, sequence: &Sequence) -> usize {
         sequence.cache.pages()
     }
@@ -190,8 +225,8 @@ impl<O: CacheOps> Engine<O> {
     /// Says whether the model and the pool can take a batch to its end, even if nothing folds.
     ///
     /// All of it is asked for at the start, since tokens that were folded cannot be taken back. A caller that would
-    /// rather try a prompt that fits only once it has folded can hand it over in pieces.
-    fn admit(&self, batch: &[(&mut Sequence, &[u32])]) -> Result<(), EngineError> {
+    /// rather try a prompt that fits only once it has folded can hand it over in pieces. Kept beginnings of texts make room.
+    fn admit(&mut self, batch: &[(&mut Sequence, &[u32])]) -> Result<(), EngineError> {
         let context = self.model.shape.context;
         for (sequence, tokens) in batch {
             let tokens = sequence.tokens() + tokens.len();
@@ -199,7 +234,10 @@ impl<O: CacheOps> Engine<O> {
                 return Err(EngineError::TooLong { tokens, context });
             }
         }
-        Ok(self.pool.admit(batch.iter().map(|(sequence, tokens)| (&sequence.cache, tokens.len())))?)
+        let caches = || batch.iter().map(|(sequence, tokens)| (&sequence.cache, tokens.len()));
+        let needed = caches().map(|(cache, more)| cache.pages_needed(more)).sum();
+        self.prefixes.make_room(&self.pool, needed);
+        Ok(self.pool.admit(caches())?)
     }
 
     /// One pass over a ragged batch that was admitted.

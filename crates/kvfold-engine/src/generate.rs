@@ -55,7 +55,8 @@ pub fn generate<O: CacheOps>(
     options: &Options,
     mut on_token: impl FnMut(u32) -> ControlFlow<()>,
 ) -> Result<Generation, EngineError> {
-    let request = Request { prompt: prompt.to_vec(), options: options.clone(), stream: 0, log_probs: None };
+    let request =
+        Request { prompt: prompt.to_vec(), options: options.clone(), stream: 0, log_probs: None, reuse: false };
     let limits = Limits { tokens: prompt.len().max(1), running: 1 };
     let mut batcher = Batcher::new(engine, limits, 1.0);
     let id = batcher.submit(request)?;
@@ -93,7 +94,8 @@ pub fn sample_corpus<O: CacheOps>(
     let options = Options { sampler, stop };
     let mut places = BTreeMap::new();
     for n in 0..texts {
-        let request = Request { prompt: vec![start], options: options.clone(), stream: n as u64, log_probs: None };
+        let request =
+            Request { prompt: vec![start], options: options.clone(), stream: n as u64, log_probs: None, reuse: false };
         places.insert(batcher.submit(request)?, n);
     }
     let mut drawn = 0;

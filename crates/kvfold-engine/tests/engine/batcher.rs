@@ -27,6 +27,7 @@ fn request(case: &Case, rng: &mut Rng) -> Request {
         },
         stream: 0,
         log_probs: None,
+        reuse: false,
     }
 }
 
@@ -68,7 +69,7 @@ fn a_request_is_the_same_bytes_among_others_that_come_go_and_are_preempted() {
             for event in batcher.step().unwrap() {
                 match event {
                     Event::Token { id, token, .. } => live.get_mut(&id).expect("a live request").1.push(token),
-                    Event::Finished { id, stopped, sequence } => {
+                    Event::Finished { id, stopped, sequence, .. } => {
                         let (request, tokens) = live.remove(&id).expect("a live request");
                         let expected = alone((&case, dtype), &request);
                         assert_eq!((tokens, stopped, sequence.held().slots), expected, "{request:?}, {case:?}");
@@ -125,6 +126,7 @@ fn requests_that_refuse_to_fold_all_end_with_the_same_bytes() {
             options: options.clone(),
             stream: 0,
             log_probs: None,
+            reuse: false,
         })
         .collect();
     let whole = case.engine(FastCpu::new()).pool().worst_pages(89);
@@ -158,6 +160,7 @@ fn a_request_that_could_never_run_is_refused_when_it_comes() {
         options: Options { sampler: Sampler::GREEDY, stop: Stop { max_new_tokens: new, at: vec![] } },
         stream: 0,
         log_probs: None,
+        reuse: false,
     };
     assert!(matches!(batcher.submit(of(0, 3)), Err(EngineError::EmptyPrompt)));
     assert!(matches!(batcher.submit(of(100, 100)), Err(EngineError::TooLong { .. })));
