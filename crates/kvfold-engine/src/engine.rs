@@ -146,7 +146,8 @@ impl<O: CacheOps> Engine<O> {
         &self.prefixes
     }
 
-    /// Keeps a sequence that nobody goes on with as the beginning of texts that begin with its tokens.
+    /// Keeps a sequence that nobody goes on with, such as one from a file, as the beginning of texts that begin with its
+    /// tokens; if beginnings are kept at all, which a [`Batcher`](crate::Batcher) decides.
     ///
     /// # Panics
     /// When these are not as many tokens as the sequence has seen.

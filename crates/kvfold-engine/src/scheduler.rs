@@ -110,7 +110,7 @@ impl Job {
     }
 
     /// Tokens that are left, but none past a multiple of `stops`.
-    fn to_stop(&self, stops: usize) -> usize {
+    fn left_to_stop(&self, stops: usize) -> usize {
         self.left().min(stops - self.taken % stops)
     }
 }
@@ -205,7 +205,7 @@ impl Scheduler {
         // The oldest job's pages, from younger ones if need be. It decodes, or takes what it can of its prompt.
         let mut given = vec![0; self.running.len()];
         if let Some(&oldest) = self.running.first() {
-            let wanted = oldest.to_stop(self.stops).min(budget.max(1));
+            let wanted = oldest.left_to_stop(self.stops).min(budget.max(1));
             while memory.more(oldest.id, wanted.min(1)) > free && self.running.len() > 1 {
                 free += self.preempt(memory, &mut plan);
             }
@@ -218,7 +218,7 @@ impl Scheduler {
         for decodes in [true, false] {
             for (job, given) in self.running.iter().zip(&mut given).skip(1) {
                 if (job.left() == 1) == decodes {
-                    let wanted = if decodes { 1 } else { job.to_stop(self.stops).min(budget) };
+                    let wanted = if decodes { 1 } else { job.left_to_stop(self.stops).min(budget) };
                     *given = fitting(wanted, free, |tokens| memory.more(job.id, tokens));
                     free -= memory.more(job.id, *given);
                     budget = budget.saturating_sub(*given);
@@ -244,7 +244,7 @@ impl Scheduler {
             if !self.running.is_empty() && promised + predicted > memory.limit() {
                 break;
             }
-            let wanted = first.to_stop(self.stops).min(budget);
+            let wanted = first.left_to_stop(self.stops).min(budget);
             let pages = |tokens| start.pages + memory.more(first.id, tokens);
             let taken = fitting(wanted, free, pages);
             if taken == 0 {

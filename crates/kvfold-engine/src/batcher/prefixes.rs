@@ -54,6 +54,11 @@ impl<O: CacheOps> Batcher<'_, O> {
         self
     }
 
+    /// The engine, to save, load or keep sequences between steps.
+    pub fn engine_mut(&mut self) -> &mut Engine<O> {
+        self.engine
+    }
+
     /// What came of looking for beginnings so far.
     pub fn prefix_stats(&self) -> PrefixStats {
         self.prefix_stats

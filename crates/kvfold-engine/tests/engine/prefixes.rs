@@ -88,16 +88,16 @@ fn a_fork_goes_on_with_the_same_bytes_and_disturbs_nobody() {
     assert!(shared > 100, "{shared} pages shared");
 }
 
-fn greedy(prompt: Vec<u32>, new: usize) -> Request {
+pub(crate) fn greedy(prompt: Vec<u32>, new: usize) -> Request {
     let options = Options { sampler: Sampler::GREEDY, stop: Stop { max_new_tokens: new, at: vec![] } };
     Request { prompt, options, stream: 0, log_probs: Some(0), reuse: true }
 }
 
 /// What came of a request: its tokens, the bits of their probabilities, its slots, and the tokens that were cached.
-type Outcome = (Vec<u32>, Vec<u64>, Vec<Vec<usize>>, usize);
+pub(crate) type Outcome = (Vec<u32>, Vec<u64>, Vec<Vec<usize>>, usize);
 
 /// Runs requests, all at once, to their ends.
-fn run(batcher: &mut Batcher<'_, FastCpu>, requests: &[Request]) -> Vec<Outcome> {
+pub(crate) fn run(batcher: &mut Batcher<'_, FastCpu>, requests: &[Request]) -> Vec<Outcome> {
     let ids: Vec<Id> =
         requests.iter().map(|request| batcher.submit(request.clone()).expect("a request that fits")).collect();
     let mut outcomes: BTreeMap<Id, Outcome> = ids.iter().map(|&id| (id, Outcome::default())).collect();
@@ -119,7 +119,7 @@ fn run(batcher: &mut Batcher<'_, FastCpu>, requests: &[Request]) -> Vec<Outcome>
     ids.into_iter().map(|id| outcomes.remove(&id).expect("all ended")).collect()
 }
 
-const LIMITS: Limits = Limits { tokens: 40, running: 8 };
+pub(crate) const LIMITS: Limits = Limits { tokens: 40, running: 8 };
 
 #[test]
 fn a_hit_gives_the_bytes_of_a_miss() {

@@ -1,8 +1,8 @@
 //! Sessions in files: they go on with the same bytes, or say what is wrong.
 
 use crate::common::{Case, Rng};
-use crate::prefixes::{cases, engine, rest};
-use kvfold_engine::{Engine, Session, SessionError};
+use crate::prefixes::{LIMITS, cases, engine, greedy, rest, run};
+use kvfold_engine::{Batcher, Engine, PrefixSettings, Session, SessionError};
 use kvfold_kernels::FastCpu;
 use kvfold_kernels::dmc::Dmc;
 use kvfold_kernels::paged::CacheDType;
@@ -47,6 +47,19 @@ fn a_session_goes_on_with_the_same_bytes() {
             drop(sequence);
             assert_eq!((engine.pool().pages_held(), engine.pool().states_held()), (0, 0), "{case:?}");
         }
+    }
+}
+
+#[test]
+fn requests_begin_where_a_session_ends() {
+    for case in cases() {
+        let (_dir, path, mut engine, text) = saved(&case, CacheDType::Bf16);
+        let missed = run(&mut Batcher::new(&mut engine, LIMITS, 1.0), &[greedy(text.clone(), 5)]).remove(0);
+        let mut batcher = Batcher::new(&mut engine, LIMITS, 1.0).with_prefixes(PrefixSettings::default());
+        let Session { tokens, sequence } = batcher.engine_mut().load(&path).expect("a session");
+        batcher.engine_mut().keep_prefix(&tokens, sequence);
+        let hit = run(&mut batcher, &[greedy(text, 5)]).remove(0);
+        assert_eq!((&hit.0, &hit.1, &hit.2, hit.3), (&missed.0, &missed.1, &missed.2, 41), "{case:?}");
     }
 }
 
