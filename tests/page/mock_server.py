@@ -22,11 +22,11 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-STORY = """Once upon a time there was a little girl named Lily. She loved to play in the garden behind her house, where a tall
-old tree stood. One day she saw a small red bird with a hurt wing. "Do not be afraid," said Lily. She made a nest of
-leaves in a box and gave the bird some water.
+STORY = """Once upon a time there was a little girl named Lily. She loved to play in the garden behind her house, where a \
+tall old tree stood. One day she saw a small red bird with a hurt wing. "Do not be afraid," said Lily. She made a nest \
+of leaves in a box and gave the bird some water.
 
-Every morning she looked into the box, and every morning the bird was a little stronger. At last it hopped out, sang a
+Every morning she looked into the box, and every morning the bird was a little stronger. At last it hopped out, sang a \
 song, and flew up into the tall old tree. Lily was sad for a moment, and then she was happy."""
 OTHERWISE = "glad, because she knew that it would come back. And so it did, with three small birds of its own."
 PARTED = "happy."
@@ -41,7 +41,7 @@ def pieces(text):
 
 
 class Cache:
-    """Folds drawn at random, each head with a rate of its own; first token and newest window spared."""
+    """Folds drawn at random, each head and each token with a rate of its own; first token and newest window spared."""
 
     def __init__(self, settings, enabled, seed):
         self.method = settings.method if enabled else None
@@ -55,11 +55,12 @@ class Cache:
     def take(self, token):
         self.tokens.append(token)
         decided = len(self.tokens) - 1 - WINDOW
+        easy = self.random.random() ** 0.4
         for rates, layer in zip(self.rates, self.folds):
             for rate, head in zip(rates, layer):
                 head.append(0)
                 if decided > 0 and self.method:
-                    head[decided] = int(self.random.random() < rate)
+                    head[decided] = int(self.random.random() < rate * easy)
 
     def slots(self):
         return [[len(head) - sum(head) for head in layer] for layer in self.folds]

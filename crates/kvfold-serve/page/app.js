@@ -147,12 +147,12 @@ function newChat() {
 
 // What is shown beside the turns.
 
+/** Stop stands where Send does while something runs, and takes the focus over and back. */
 function showRunning() {
-  const running = page.running !== null;
-  const stopButton = byId("stop");
-  if (!running && document.activeElement === stopButton) composer.focus();
-  stopButton.hidden = !running;
-  byId("send").disabled = running;
+  const [shown, hidden] = page.running ? [byId("stop"), byId("send")] : [byId("send"), byId("stop")];
+  shown.hidden = false;
+  if (document.activeElement === hidden) shown.focus();
+  hidden.hidden = true;
 }
 
 function notice(text) {

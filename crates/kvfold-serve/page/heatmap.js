@@ -5,6 +5,8 @@ import { headName, mean, count, percent } from "./format.js";
 
 /** Up to so many layers, cells are wide enough for their number. */
 const NUMBERED = 12;
+/** From this share on, a cell's ground is nearer to the end of the scale, and its number has the other colour. */
+const STRONG = 0.58;
 
 export class HeatMap extends EventTarget {
   #place = byId("heat");
@@ -97,7 +99,7 @@ export class HeatMap extends EventTarget {
     const share = this.#share({ layer, head });
     const text = this.#seen > 0 ? `${Math.round(share * 100)}` : "";
     cell.style.setProperty("--share", `${Math.min(share, 1) * 100}%`);
-    cell.classList.toggle("strong", share > 0.5);
+    cell.classList.toggle("strong", share > STRONG);
     cell.setAttribute("aria-label", this.#describe({ layer, head }));
     if (this.#cells.length <= NUMBERED && cell.textContent !== text) cell.textContent = text;
   }
@@ -181,6 +183,7 @@ export class HeatMap extends EventTarget {
     if (!next) return;
     event.preventDefault();
     if (next.layer < 0 || next.layer > lastLayer || next.head < 0 || next.head > lastHead) return;
+    this.#pointed = null;
     this.choose(next);
     this.#cells[next.layer][next.head].focus();
   }

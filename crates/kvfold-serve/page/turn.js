@@ -50,7 +50,7 @@ class AnswerView {
     if (cache) facts.push(bytes(cache.kv_bytes));
     if (cache && this.#answer.enabled) facts.push(`${ratio(cache.dense_kv_bytes, cache.kv_bytes)} physical`);
     facts.push(`seed ${seed}`);
-    return facts.join(" · ");
+    return facts.map((fact) => fact.replaceAll(" ", "\u00a0")).join(" · ");
   }
 }
 
