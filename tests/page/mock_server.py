@@ -127,6 +127,9 @@ class Handler(BaseHTTPRequestHandler):
             self.error(404, f"There is no {path}.")
 
     def do_POST(self):
+        if self.headers["origin"] not in (None, f"http://{self.headers['host']}"):
+            self.close_connection = True
+            return self.error(403, "Another site's page may not ask.")
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         if self.path == "/tokenize":
             self.tokenize(body)

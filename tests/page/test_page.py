@@ -2,7 +2,7 @@
 
     pip install -r tests/page/requirements.txt
     python tests/page/test_page.py                                     # the mock, all cases
-    python tests/page/test_page.py http://127.0.0.1:8000/              # a real server, the cases that any server can pass
+    python tests/page/test_page.py http://127.0.0.1:8000/              # a server of a retrofitted model, the cases it can pass
     python tests/page/test_page.py --screenshot /tmp/page.png [--dark] # a picture of a compared answer, and no tests
 
 Chromium is the system's (`apt-get install chromium`); --chromium says where else it is.
@@ -86,6 +86,7 @@ def sends_and_streams(page):
              const text = document.querySelector('[data-testid=answer-text]');
              if (text) seen.add(text.textContent); }).observe(document.body, {subtree: true, childList: true, characterData: true}) }"""
     )
+    page("max-tokens").fill("400")
     page.send(PROMPT)
     expect(page("composer")).to_have_value("")
     answer = page.answered()

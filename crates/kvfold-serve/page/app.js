@@ -4,7 +4,6 @@
 import { Answer } from "./answer.js";
 import { ApiError, get, post } from "./api.js";
 import { byId } from "./dom.js";
-import { count } from "./format.js";
 import { Panel } from "./panel.js";
 import { Turn } from "./turn.js";
 
@@ -187,9 +186,9 @@ async function start() {
     byId("page-error").hidden = false;
     return;
   }
+  // A model without a chat template refuses messages here as it would in a chat.
   try {
-    const { max_model_len: context } = await post("tokenize", { messages: [{ role: "user", content: "Hello" }] });
-    byId("model").title = `Context of ${count(context)} tokens`;
+    await post("tokenize", { messages: [{ role: "user", content: "Hello" }] });
   } catch (error) {
     if (error instanceof ApiError && error.status === 400) withoutTemplate();
   }

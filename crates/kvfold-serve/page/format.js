@@ -1,16 +1,18 @@
 // Numbers as the page writes them.
 
 const NONE = "–";
+// Made once: a formatter costs far more than what it formats, and a heat map has up to a thousand cells.
+const WHOLE = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
+const TENTHS = new Intl.NumberFormat("en-US", { minimumFractionDigits: 1, maximumFractionDigits: 1 });
 
 export function count(n) {
-  return Number.isFinite(n) ? n.toLocaleString("en-US") : NONE;
+  return Number.isFinite(n) ? WHOLE.format(n) : NONE;
 }
 
 /** A mean: one digit after the point, none once it is large. */
 export function mean(x) {
   if (!Number.isFinite(x)) return NONE;
-  const digits = x < 1000 ? 1 : 0;
-  return x.toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+  return (x < 1000 ? TENTHS : WHOLE).format(x);
 }
 
 export function ratio(over, under) {

@@ -95,13 +95,16 @@ export class HeatMap extends EventTarget {
     this.choose(fits ? this.#chosen : null);
   }
 
+  /** A cell's ground is to the percent, so that few cells change with a token once there are many. */
   #paint(cell, { layer, head }) {
-    const share = this.#share({ layer, head });
-    const text = this.#seen > 0 ? `${Math.round(share * 100)}` : "";
-    cell.style.setProperty("--share", `${Math.min(share, 1) * 100}%`);
-    cell.classList.toggle("strong", share > STRONG);
     cell.setAttribute("aria-label", this.#describe({ layer, head }));
-    if (this.#cells.length <= NUMBERED && cell.textContent !== text) cell.textContent = text;
+    const share = this.#share({ layer, head });
+    const shown = this.#seen > 0 ? `${Math.round(share * 100)}` : "";
+    if (cell.dataset.percent === shown) return;
+    cell.dataset.percent = shown;
+    cell.style.setProperty("--share", `${Math.min(Number(shown), 100)}%`);
+    cell.classList.toggle("strong", share > STRONG);
+    if (this.#cells.length <= NUMBERED) cell.textContent = shown;
   }
 
   #share({ layer, head }) {

@@ -106,8 +106,8 @@ export class TraceView extends EventTarget {
     if (!method) return "This model's cache keeps every token.";
     const undecided = delay > 0 ? ` The newest ${count(delay)} are not decided yet (dotted).` : "";
     if (!this.#head) {
-      const what = evicts ? "heads that evicted a token" : "heads that folded a token into the one before";
-      return `The darker, the more ${what}. Choose a head above to see its slots.${undecided}`;
+      const what = evicts ? "evicted a token" : "folded a token into the one before it";
+      return `The stronger the shade, the more heads ${what}. Choose a head above to see its slots.${undecided}`;
     }
     const name = headName(this.#head);
     const what = evicts ? `What ${name} evicted is struck out.` : `Tokens on one ground share a slot of ${name}.`;

@@ -5,7 +5,8 @@ import { element } from "./dom.js";
 import { firstDifference, wordAt } from "./folds.js";
 import { bytes, count, ratio } from "./format.js";
 
-const WAITING = "Reading the prompt…";
+/** What stands where an answer has no text, by its state. */
+const PLACEHOLDERS = { waiting: "Reading the prompt…", done: "The answer has no text." };
 
 class AnswerView {
   #answer;
@@ -32,8 +33,10 @@ class AnswerView {
   draw(difference) {
     const { state, text, error } = this.#answer;
     this.element.dataset.state = state;
-    this.#text.replaceChildren(...(state === "waiting" ? [WAITING] : marked(text, difference)));
-    this.#text.hidden = text === "" && state !== "waiting";
+    const placeholder = text === "" ? PLACEHOLDERS[state] : undefined;
+    this.#text.replaceChildren(...(placeholder ? [placeholder] : marked(text, difference)));
+    this.#text.classList.toggle("placeholder", placeholder !== undefined);
+    this.#text.hidden = text === "" && !placeholder;
     this.#error.hidden = !error;
     this.#error.textContent = error?.text ?? error?.message ?? "";
     this.#facts.textContent = this.#describe();
