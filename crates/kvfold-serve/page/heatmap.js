@@ -1,4 +1,4 @@
-// Layers by KV heads: how many of the tokens seen still have a slot. A grid with one stop for Tab; arrows move within it.
+// Layers by KV heads: how many of the tokens seen still have a slot. A grid with one stop for Tab, and arrows within it.
 
 import { byId, element } from "./dom.js";
 import { headName, mean, count, percent } from "./format.js";

@@ -181,7 +181,7 @@ export class TraceView extends EventTarget {
       return `${name} shares one slot of ${head} with ${this.#names(first, last, token)} (tokens ${first} to ${last}).`;
     }
     if (token < last) return `${name} is evicted by ${head}; ${this.#name(last)} (token ${last}) has its slot.`;
-    return `${name} is kept by ${head}, in the slot of ${this.#names(first, last, token)}, evicted.`;
+    return `${name} is kept by ${head} and has the slot of ${this.#names(first, last, token)}, evicted.`;
   }
 
   #names(first, last, without) {

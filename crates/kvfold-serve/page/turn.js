@@ -132,7 +132,9 @@ export class Turn {
     const at = firstDifference(this.held.text, this.full.text, ended);
     this.#note.hidden = at === null && !ended;
     this.#note.textContent =
-      at === null ? "The two answers are the same." : `The answers first differ after ${count(at)} characters, at the marked word.`;
+      at === null
+        ? "The two answers are the same."
+        : `The answers first differ after ${count(at)} characters, at the marked word.`;
     return at;
   }
 }
