@@ -6,8 +6,10 @@ import subprocess
 
 import pytest
 from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows
 from serving import HELD_OUT, STORIES
 
 BOS = 1
@@ -26,7 +28,7 @@ def model(stories):
     # The tokenizer is the model's own, read from its files by transformers; the server gets ids.
     return LocalCompletionsAPI(
         base_url=stories.url + "/v1/completions", model=stories.model(), tokenizer=str(STORIES), tokenizer_backend="huggingface",
-        max_length=500, batch_size=4, num_concurrent=4, custom_prefix_token_id=BOS, max_retries=1,
+        max_length=512, batch_size=4, num_concurrent=4, custom_prefix_token_id=BOS, max_retries=1,
     )  # fmt: skip
 
 
@@ -76,17 +78,10 @@ def test_rolling(stories, model):
     text = HELD_OUT.read_text()[:3000]
     ids = model.tok_encode(text)
     assert len(ids) > 1100
-    from lm_eval.api.instance import Instance
-
-    request = Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=0)
-    (rolled,) = model.loglikelihood_rolling([request])
-    length = model.max_length
-    # Disjoint windows of what is predicted; the last reaches back to be full.
-    direct = sum(scores(stories, [BOS, *ids[:length]])[:length])
-    for start in range(length, len(ids), length):
-        new = min(length, len(ids) - start)
-        window = ids[start + new - length - 1 : start + new]
-        direct += sum(scores(stories, window)[-new:])
+    (rolled,) = model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
+    direct = 0
+    for context, predicted in get_rolling_token_windows(ids, BOS, model.max_length - 1, 1):
+        direct += sum(scores(stories, [*context, predicted[-1]])[-len(predicted) :])
     assert rolled == pytest.approx(direct, abs=1e-2)
 
 
@@ -103,9 +98,7 @@ def test_against_eval_ppl(kvfold, stories, tmp_path):
 
 
 def test_generation(stories, model):
-    from lm_eval.api.instance import Instance
-
-    request = Instance(request_type="generate_until", doc={}, arguments=("Once upon a time", {"until": ["."], "max_gen_toks": 60}), idx=0)
-    (text,) = model.generate_until([request])
+    arguments = ("Once upon a time", {"until": ["."], "max_gen_toks": 60})
+    (text,) = model.generate_until([Instance("generate_until", {}, arguments, 0)])
     direct = stories.complete(prompt=model.tok_encode("Once upon a time"), max_tokens=60, temperature=0, stop=["."])
     assert text.strip() == direct["choices"][0]["text"].strip()

@@ -330,8 +330,7 @@ def test_async_beside_each_other(stories, story):
 
 
 def test_a_full_queue_is_a_rate_limit(kvfold):
-    # Room for about two texts of 512 tokens, 640 KiB each, and a queue of one.
-    with Server(kvfold, "stories260k", "--kv-memory", str(1400 << 10), "--max-queue", "1") as server:
+    with Server(kvfold, "stories260k", "--max-running", "1", "--max-queue", "1") as server:
         outcomes = []
 
         def one():

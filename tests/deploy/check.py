@@ -91,8 +91,8 @@ def manifests():
     check("root is read-only", inner["readOnlyRootFilesystem"] is True)
     check("no privileges", inner["allowPrivilegeEscalation"] is False and inner["capabilities"]["drop"] == ["ALL"])
     check("memory has a limit", "memory" in server["resources"]["limits"])
-    memory = int(re.fullmatch(r"(\d+)Gi", server["resources"]["limits"]["memory"])[1]) << 30
-    check("--kv-memory fits", int(args[args.index("--kv-memory") + 1]) < memory)
+    memory = int(re.fullmatch(r"(\d+)Gi", server["resources"]["limits"]["memory"])[1])
+    check("--kv-memory fits", int(re.fullmatch(r"(\d+)GiB", args[args.index("--kv-memory") + 1])[1]) < memory)
 
     labels = by_kind["Deployment"]["spec"]["template"]["metadata"]["labels"].items()
     for kind in ("Service", "NetworkPolicy", "PodMonitor"):
