@@ -11,6 +11,7 @@ import pytest
 from serving import Server
 
 PROMPT = "Once upon a time"
+CANCELLED = 'kvfold_requests_finished_total{reason="cancelled"}'
 MESSAGES = [{"role": "system", "content": "Tell stories."}, {"role": "user", "content": "Tell me of a dog."}]
 
 
@@ -299,14 +300,24 @@ def test_without_the_key(chat):
 
 def test_cancelled_mid_stream(stories, story):
     before = stories.idle()
-    cancelled = 'kvfold_requests_finished_total{reason="cancelled"}'
     # Long enough that much of it is still to come when the client leaves.
     stream = story(max_tokens=480, n=16, temperature=1, stream=True, extra_body={"ignore_eos": True})
     for _ in range(3):
         next(stream)
     stream.close()
     after = stories.idle()
-    assert after.get(cancelled, 0) > before.get(cancelled, 0)
+    assert after.get(CANCELLED, 0) > before.get(CANCELLED, 0)
+    assert after["kvfold_kv_pages_held"] == before["kvfold_kv_pages_held"]
+
+
+def test_cancelled_without_a_stream(stories, stories_sdk):
+    before = stories.idle()
+    impatient = stories_sdk.with_options(timeout=0.3)
+    with pytest.raises(openai.APITimeoutError):
+        fields = {"max_tokens": 480, "n": 16, "extra_body": {"ignore_eos": True}}
+        impatient.completions.create(model=stories.model(), prompt=[PROMPT] * 4, **fields)
+    after = stories.idle()
+    assert after.get(CANCELLED, 0) > before.get(CANCELLED, 0)
     assert after["kvfold_kv_pages_held"] == before["kvfold_kv_pages_held"]
 
 
