@@ -24,8 +24,8 @@ venv="${KVFOLD_CLIENTS_VENV:-.venv}"
 stamp="$(cat requirements.txt package-lock.json | sha256sum | cut -d ' ' -f 1)"
 if [ "$(cat "$venv/stamp" 2>/dev/null)" != "$stamp" ] || ! [ -d node_modules ]; then
   [ -d "$venv" ] || python3 -m venv "$venv"
-  # Without compiling: most of it is never imported.
-  "$venv/bin/python" -m pip install --quiet --no-compile --requirement requirements.txt
+  # The lock has everything, so nothing is to be resolved; most of it is never imported, so nothing is compiled.
+  "$venv/bin/python" -m pip install --quiet --no-deps --no-compile --requirement requirements.txt
   npm ci --ignore-scripts --no-audit --no-fund --loglevel error
   echo "$stamp" >"$venv/stamp"
 fi

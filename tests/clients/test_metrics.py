@@ -13,7 +13,7 @@ def documented():
     for line in section.splitlines():
         cells = line.split("|")
         if len(cells) > 3 and "`" in cells[1]:
-            for name in re.findall(r"(?:kvfold_|vllm:|process_)[a-z_]+", cells[1] + cells[2]):
+            for name in re.findall(r"(?:kvfold_|vllm:|process_)[a-z0-9_]+", cells[1] + cells[2]):
                 yield name, re.search(r"gauge|counter|histogram", cells[3])[0]
 
 
