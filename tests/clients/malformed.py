@@ -19,8 +19,8 @@ import time
 from malformed_cases import every_case
 from serving import Client, Server, chat_model
 
-# What the server may grow by: the largest body it takes, some times over, and what an allocator keeps.
-GROWTH = 96 << 20
+# What the server may grow by: pages at first use, the largest body it takes some times over, and what an allocator keeps.
+GROWTH = 192 << 20
 ALIVE_EVERY = 50
 # Python's own client gives up at 64 KiB a line, node's at 16 KiB in all.
 MAX_HEAD = 12 << 10
