@@ -17,4 +17,14 @@ pub enum CacheError {
         /// Pages of the pool.
         limit: usize,
     },
+    /// What was stored of a sequence is of no sequence of this pool.
+    #[error("`{field}` is {found}; expected {expected}")]
+    Stored {
+        /// The part.
+        field: &'static str,
+        /// What it is.
+        found: String,
+        /// What it has to be.
+        expected: String,
+    },
 }

@@ -1,24 +1,13 @@
-//! The page pool and what sequences hold of it.
+//! The page pool: memory that sequences take and give back.
 
+use crate::accounts::{Accounts, lock};
 use crate::error::CacheError;
-use crate::usage::{Held, Usage};
+use crate::sequence::{Role, SequenceCache, missing, partial};
+use crate::usage::Usage;
 use kvfold_kernels::CacheOps;
 use kvfold_kernels::ops::Heads;
-use kvfold_kernels::paged::{Block, CacheDType, HeadTable, PAGE_SLOTS, Rule};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-/// Blocks that nobody holds.
-#[derive(Debug, Default)]
-struct Free {
-    pages: Vec<Block>,
-    rings: Vec<Block>,
-    states: Vec<Block>,
-}
-
-fn lock(free: &Mutex<Free>) -> MutexGuard<'_, Free> {
-    // Blocks are moved one list at a time, so a panic elsewhere cannot leave a list half-changed.
-    free.lock().unwrap_or_else(PoisonError::into_inner)
-}
+use kvfold_kernels::paged::{Block, CacheDType, HeadTable, PAGE_SLOTS, Rule, SharedBlock};
+use std::sync::{Arc, Mutex};
 
 /// What a pool's memory is for.
 #[derive(Clone, Copy, Debug)]
@@ -35,8 +24,8 @@ pub struct CacheShape {
 
 /// Memory of one kind and how much of it was made.
 #[derive(Debug)]
-struct Made<A> {
-    arena: A,
+pub(crate) struct Made<A> {
+    pub(crate) arena: A,
     blocks: usize,
 }
 
@@ -46,13 +35,20 @@ impl<A> Made<A> {
     }
 
     /// A block that nobody holds, after growing by `wanted` when there is none.
-    fn take<O: CacheOps<Arena = A>>(&mut self, ops: &O, free: &mut Vec<Block>, wanted: usize) -> Option<Block> {
+    pub(crate) fn take<O: CacheOps<Arena = A>>(&mut self, ops: &O, free: &mut Vec<Block>, wanted: usize) -> Block {
         if free.is_empty() {
             let blocks = ops.grow(&mut self.arena, wanted);
             self.blocks += blocks.len();
             free.extend(blocks);
         }
-        free.pop()
+        free.pop().expect("an arena grows when it is asked to")
+    }
+
+    /// A block like another.
+    fn copy<O: CacheOps<Arena = A>>(&mut self, ops: &O, free: &mut Vec<Block>, from: &Block) -> Block {
+        let mut to = self.take(ops, free, 1);
+        ops.copy_block(&self.arena, from, &mut to);
+        to
     }
 }
 
@@ -60,11 +56,11 @@ impl<A> Made<A> {
 #[derive(Debug)]
 pub struct PagePool<O: CacheOps> {
     shape: CacheShape,
-    pages: Made<O::Arena>,
-    rings: Made<O::Arena>,
-    states: Made<O::Arena>,
+    pub(crate) pages: Made<O::Arena>,
+    pub(crate) rings: Made<O::Arena>,
+    pub(crate) states: Made<O::Arena>,
     limit: usize,
-    free: Arc<Mutex<Free>>,
+    pub(crate) accounts: Arc<Mutex<Accounts>>,
 }
 
 impl<O: CacheOps> PagePool<O> {
@@ -77,7 +73,7 @@ impl<O: CacheOps> PagePool<O> {
             rings: Made::new(ops.page_arena(rule.ring_page(dim, dtype))),
             states: Made::new(ops.state_arena(rule.state_len(dim))),
             limit,
-            free: Arc::default(),
+            accounts: Arc::default(),
         }
     }
 
@@ -120,18 +116,65 @@ impl<O: CacheOps> PagePool<O> {
     pub fn sequence(&self) -> SequenceCache {
         let CacheShape { layers, heads, rule, .. } = self.shape;
         let layer = || (0..heads.kv).map(|_| HeadTable::default()).collect();
-        SequenceCache { rule, layers: (0..layers).map(|_| layer()).collect(), free: Arc::clone(&self.free) }
+        let layers = (0..layers).map(|_| layer()).collect();
+        SequenceCache { rule, layers, accounts: Arc::clone(&self.accounts), role: Role::Sequence }
+    }
+
+    /// A second sequence with the tokens of `source`. It shares the pages that are full, which nobody writes any more, and
+    /// has copies of the others, of the rings and of the open states; from here on the two know nothing of each other.
+    ///
+    /// # Panics
+    /// When the sequence is not of this pool.
+    pub fn fork(&mut self, ops: &O, source: &mut SequenceCache) -> Result<SequenceCache, CacheError> {
+        self.copy(ops, source, Role::Sequence)
+    }
+
+    /// The same, for somebody else.
+    pub(crate) fn copy(
+        &mut self,
+        ops: &O,
+        source: &mut SequenceCache,
+        role: Role,
+    ) -> Result<SequenceCache, CacheError> {
+        self.own(source);
+        self.ensure_free(source.pages_to_copy())?;
+        let mut copy = self.sequence();
+        copy.role = Role::Snapshot;
+        let rule = self.rule();
+        let mut accounts = lock(&self.accounts);
+        let Accounts { pages, rings, states, .. } = &mut *accounts;
+        for (from, to) in source.layers.iter_mut().flatten().zip(copy.layers.iter_mut().flatten()) {
+            let full = from.closed(rule) / PAGE_SLOTS;
+            to.pages.extend(from.pages[..full].iter_mut().map(SharedBlock::share));
+            if let Some(last) = partial(from, rule) {
+                to.pages.push(SharedBlock::new(self.pages.copy(ops, pages, &from.pages[last])));
+            }
+            to.ring.extend(from.ring.iter().map(|page| self.rings.copy(ops, rings, page)));
+            to.state = from.state.as_ref().map(|state| self.states.copy(ops, states, state));
+            (to.slots, to.tokens, to.ahead) = (from.slots, from.tokens, from.ahead);
+        }
+        drop(accounts);
+        Ok(copy.with_role(role))
+    }
+
+    /// Panics when a sequence is not of this pool.
+    pub(crate) fn own(&self, sequence: &SequenceCache) {
+        assert!(Arc::ptr_eq(&self.accounts, &sequence.accounts), "a sequence of another pool");
+    }
+
+    /// Says whether so many pages are free.
+    pub(crate) fn ensure_free(&self, needed: usize) -> Result<(), CacheError> {
+        let available = self.pages_free();
+        match needed <= available {
+            true => Ok(()),
+            false => Err(CacheError::OutOfPages { needed, available, limit: self.limit }),
+        }
     }
 
     /// Says whether the pool can take `more` tokens of each sequence even if nothing folds. While it can, and sequences
     /// take no other tokens, [`PagePool::reserve`] cannot run out.
     pub fn admit<'s>(&self, more: impl IntoIterator<Item = (&'s SequenceCache, usize)>) -> Result<(), CacheError> {
-        let needed = more.into_iter().map(|(sequence, more)| sequence.pages_needed(more)).sum();
-        let available = self.limit - self.pages_held();
-        if needed > available {
-            return Err(CacheError::OutOfPages { needed, available, limit: self.limit });
-        }
-        Ok(())
+        self.ensure_free(more.into_iter().map(|(sequence, more)| sequence.pages_needed(more)).sum())
     }
 
     /// Pages that a sequence of `tokens` tokens holds if nothing folds.
@@ -145,23 +188,29 @@ impl<O: CacheOps> PagePool<O> {
     /// # Panics
     /// When the pool runs out, which [`PagePool::admit`] rules out, or when the sequence is not of this pool.
     pub fn reserve(&mut self, ops: &O, sequence: &mut SequenceCache, (layer, more): (usize, usize)) {
-        assert!(Arc::ptr_eq(&self.free, &sequence.free), "a sequence of another pool");
+        self.own(sequence);
         let CacheShape { heads: Heads { dim, .. }, rule, .. } = self.shape;
-        let mut left = self.limit - self.pages_held();
-        let Free { pages, rings, states } = &mut *lock(&self.free);
+        let mut left = self.pages_free();
+        let accounts = &mut *lock(&self.accounts);
         for table in &mut sequence.layers[layer] {
             let wanted = missing(table, rule, more);
             let (slots, ring) = table.worst_pages(rule, more);
             assert!(wanted <= left, "the pool's {} pages are gone: admit was not asked", self.limit);
             left -= wanted;
             for n in table.pages.len()..slots {
-                table.pages.extend(self.pages.take(ops, pages, slots - n));
+                let page = self.pages.take(ops, &mut accounts.pages, slots - n);
+                accounts.enter(&page);
+                table.pages.push(SharedBlock::new(page));
             }
             for n in table.ring.len()..ring {
-                table.ring.extend(self.rings.take(ops, rings, ring - n));
+                table.ring.push(self.rings.take(ops, &mut accounts.rings, ring - n));
+                accounts.enter_rings(1);
             }
             if table.state.is_none() && rule.state_len(dim) > 0 {
-                table.state = self.states.take(ops, states, 1);
+                let mut state = self.states.take(ops, &mut accounts.states, 1);
+                // What the state's last owner left in it is never read, but would be written to a file.
+                ops.block_from_host(&self.states.arena, &vec![0; ops.block_bytes(&self.states.arena)], &mut state);
+                table.state = Some(state);
             }
         }
     }
@@ -169,22 +218,35 @@ impl<O: CacheOps> PagePool<O> {
     /// Takes back the pages of a layer that its heads turned out not to need.
     pub fn trim(&mut self, sequence: &mut SequenceCache, layer: usize) {
         let rule = self.rule();
-        let mut free = lock(&self.free);
+        let mut accounts = lock(&self.accounts);
         for table in &mut sequence.layers[layer] {
             let used = table.closed(rule).div_ceil(PAGE_SLOTS);
-            free.pages.extend(table.pages.drain(used..));
+            for page in table.pages.drain(used..) {
+                accounts.leave(&page);
+                accounts.give_back(page);
+            }
         }
     }
 
-    /// Pages that sequences hold, of slots and of rings.
+    /// Pages that anybody holds, of slots and of rings; one that several hold counts once.
     pub fn pages_held(&self) -> usize {
-        let free = lock(&self.free);
-        self.pages.blocks - free.pages.len() + self.rings.blocks - free.rings.len()
+        let accounts = lock(&self.accounts);
+        self.pages.blocks - accounts.pages.len() + self.rings.blocks - accounts.rings.len()
     }
 
-    /// Open states that sequences hold.
+    /// Of these, pages that sequences hold; the others are held by snapshots alone.
+    pub fn pages_in_use(&self) -> usize {
+        lock(&self.accounts).in_use()
+    }
+
+    /// Pages that nobody holds.
+    pub fn pages_free(&self) -> usize {
+        self.limit - self.pages_held()
+    }
+
+    /// Open states that anybody holds.
     pub fn states_held(&self) -> usize {
-        self.states.blocks - lock(&self.free).states.len()
+        self.states.blocks - lock(&self.accounts).states.len()
     }
 
     /// What the full cache of a sequence of `tokens` holds: every token a slot, in whole pages of this pool's type.
@@ -197,7 +259,7 @@ impl<O: CacheOps> PagePool<O> {
         }
     }
 
-    /// What a sequence holds, in this pool's bytes.
+    /// What a sequence holds, in this pool's bytes; pages that it shares with others count for each of them.
     pub fn usage(&self, ops: &O, sequence: &SequenceCache) -> Usage {
         let mut usage = Usage {
             page_bytes: ops.block_bytes(self.pages()),
@@ -205,64 +267,11 @@ impl<O: CacheOps> PagePool<O> {
             state_bytes: ops.block_bytes(self.states()),
             ..Usage::default()
         };
-        for table in sequence.layers.iter().flatten() {
+        for table in sequence.tables() {
             usage.slot_pages += table.pages.len();
             usage.ring_pages += table.ring.len();
             usage.states += usize::from(table.state.is_some());
         }
         usage
-    }
-}
-
-/// Pages that `more` tokens of a head can need beyond those that it holds, at most.
-fn missing(table: &HeadTable, rule: Rule, more: usize) -> usize {
-    let (slots, ring) = table.worst_pages(rule, more);
-    slots.saturating_sub(table.pages.len()) + ring.saturating_sub(table.ring.len())
-}
-
-/// The cache of one sequence. Dropping it gives its pages and states back to the pool.
-#[derive(Debug)]
-pub struct SequenceCache {
-    rule: Rule,
-    layers: Vec<Vec<HeadTable>>,
-    free: Arc<Mutex<Free>>,
-}
-
-impl SequenceCache {
-    /// Tokens seen.
-    pub fn tokens(&self) -> usize {
-        self.layers.first().and_then(|heads| heads.first()).map_or(0, |head| head.tokens)
-    }
-
-    /// Pages of slots and of the ring that it holds.
-    pub fn pages(&self) -> usize {
-        self.layers.iter().flatten().map(|table| table.pages.len() + table.ring.len()).sum()
-    }
-
-    /// Pages that `more` tokens can need beyond those that it holds, at most.
-    pub fn pages_needed(&self, more: usize) -> usize {
-        self.layers.iter().flatten().map(|table| missing(table, self.rule, more)).sum()
-    }
-
-    /// The heads of a layer, for the kernel.
-    pub fn layer_mut(&mut self, layer: usize) -> &mut [HeadTable] {
-        &mut self.layers[layer]
-    }
-
-    /// Slots held by layer and KV head.
-    pub fn held(&self) -> Held {
-        let slots = self.layers.iter().map(|heads| heads.iter().map(|head| head.held(self.rule)).collect());
-        Held { tokens: self.tokens(), slots: slots.collect() }
-    }
-}
-
-impl Drop for SequenceCache {
-    fn drop(&mut self) {
-        let mut free = lock(&self.free);
-        for mut table in self.layers.drain(..).flatten() {
-            free.pages.append(&mut table.pages);
-            free.rings.append(&mut table.ring);
-            free.states.extend(table.state.take());
-        }
     }
 }

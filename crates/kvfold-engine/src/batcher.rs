@@ -2,12 +2,18 @@
 //!
 //! A request waits, runs, and ends; each step computes one pass over whoever the [`Scheduler`] chose, prompts in chunks
 //! beside those that decode. It ends by itself, or is cancelled at any moment, and its pages are free for the next step.
+//! Beginnings of texts may be kept for requests that begin so (`prefixes.rs`).
+
+mod prefixes;
+
+pub use prefixes::{PrefixSettings, PrefixStats};
 
 use crate::constraint::Constraint;
 use crate::engine::{Engine, EngineError, Kind, Part, Rows, Sequence};
 use crate::generate::{Options, ensure_fits};
 use crate::sampler::{LogProbs, Place};
-use crate::scheduler::{Id, Limits, Memory, Plan, Scheduler};
+use crate::scheduler::{Demand, HeadStart, Id, Limits, Memory, Plan, Scheduler};
+use kvfold_cache::SequenceCache;
 use kvfold_kernels::CacheOps;
 use std::collections::BTreeMap;
 
@@ -28,13 +34,16 @@ pub struct Request {
     pub kind: Kind,
     /// A form that the new text must have.
     pub constraint: Option<Box<dyn Constraint>>,
+    /// Whether it may begin with tokens that a cache has seen, where the batcher keeps such beginnings. Not heeded where
+    /// something is wanted of every token of the prompt.
+    pub reuse: bool,
 }
 
 impl Request {
     /// A request that wants nothing but tokens.
     pub fn new(prompt: Vec<u32>, options: Options) -> Self {
-        let kind = Kind::default();
-        Self { prompt, options, stream: 0, log_probs: None, prompt_log_probs: None, kind, constraint: None }
+        let (kind, constraint) = (Kind::default(), None);
+        Self { prompt, options, stream: 0, log_probs: None, prompt_log_probs: None, kind, constraint, reuse: true }
     }
 }
 
@@ -63,6 +72,10 @@ pub enum Event {
         id: Id,
         /// Whether a stop token, or a constraint that is met, ended it, and not its limit.
         stopped: bool,
+        /// The stop token, which is no part of the text, and its probability, where the request asked for it.
+        stop: Option<(u32, Option<LogProbs>)>,
+        /// Tokens of the prompt that were not computed, since a cache had seen them.
+        cached: usize,
         /// The text as its cache holds it: all tokens but the last new one. Dropping it gives its pages back.
         sequence: Sequence,
     },
@@ -89,6 +102,10 @@ struct Active {
     prompt_said: Vec<LogProbs>,
     kind: Kind,
     constraint: Option<Box<dyn Constraint>>,
+    /// Whether it may begin with tokens that a cache has seen.
+    reuse: bool,
+    /// Tokens that it first began with.
+    cached: Option<usize>,
     /// While it runs.
     sequence: Option<Sequence>,
 }
@@ -102,7 +119,10 @@ enum Chosen {
         ended: Option<bool>,
     },
     /// The text ends, and this token is not part of it.
-    End,
+    End {
+        token: u32,
+        log_probs: Option<LogProbs>,
+    },
     Failed(String),
 }
 
@@ -125,8 +145,8 @@ impl Active {
     fn choose(&mut self, logits: &mut [f32]) -> Chosen {
         let (prompt, new) = self.tokens.split_at(self.prompt);
         let Options { sampler, stop } = &self.options;
-        let own = (self.log_probs.is_some() && (self.constraint.is_some() || new.len() < stop.min_new_tokens))
-            .then(|| logits.to_vec());
+        let changes = self.constraint.is_some() || new.len() < stop.min_new_tokens;
+        let own = (self.log_probs.is_some() && changes).then(|| logits.to_vec());
         if new.len() < stop.min_new_tokens {
             stop.at.iter().for_each(|&token| logits[token as usize] = f32::NEG_INFINITY);
         }
@@ -134,8 +154,9 @@ impl Active {
             return Chosen::Failed(reason);
         }
         let token = sampler.sample(logits, Place { prompt, new, stream: self.stream });
+        let log_probs = self.log_probs.map(|top| LogProbs::of(own.as_deref().unwrap_or(logits), token, top));
         if stop.at.contains(&token) {
-            return Chosen::End;
+            return Chosen::End { token, log_probs };
         }
         let complete = match self.constraint.as_mut().map(|constraint| constraint.take(token)) {
             Some(Err(reason)) => return Chosen::Failed(reason),
@@ -143,7 +164,6 @@ impl Active {
             None => false,
         };
         let ended = if complete { Some(true) } else { (new.len() + 1 == stop.max_new_tokens).then_some(false) };
-        let log_probs = self.log_probs.map(|top| LogProbs::of(own.as_deref().unwrap_or(logits), token, top));
         self.tokens.push(token);
         Chosen::Token { token, log_probs, ended }
     }
@@ -159,6 +179,9 @@ pub struct Batcher<'e, O: CacheOps> {
     early: Vec<Event>,
     next: Id,
     preemptions: u64,
+    /// Where beginnings of texts are kept, if they are.
+    every: Option<usize>,
+    prefix_stats: PrefixStats,
 }
 
 /// The engine's pages, and who holds them.
@@ -171,6 +194,10 @@ impl<O: CacheOps> Pages<'_, O> {
     fn of<T>(&self, id: Id, ask: impl FnOnce(&Sequence) -> T) -> Option<T> {
         self.active.get(&id).and_then(|active| active.sequence.as_ref()).map(ask)
     }
+
+    fn beginning(&self, id: Id) -> Option<&SequenceCache> {
+        self.active.get(&id).and_then(|active| active.beginning(&self.engine.prefixes))
+    }
 }
 
 impl<O: CacheOps> Memory for Pages<'_, O> {
@@ -179,7 +206,7 @@ impl<O: CacheOps> Memory for Pages<'_, O> {
     }
 
     fn free(&self) -> usize {
-        self.engine.pool().limit() - self.engine.pool().pages_held()
+        self.engine.pool().limit() - self.engine.pool().pages_in_use()
     }
 
     fn held(&self, id: Id) -> usize {
@@ -187,11 +214,25 @@ impl<O: CacheOps> Memory for Pages<'_, O> {
     }
 
     fn more(&self, id: Id, more: usize) -> usize {
-        self.of(id, |sequence| self.engine.pages_needed(sequence, more)).unwrap_or_else(|| self.worst(more))
+        let runs = self.of(id, |sequence| self.engine.pages_needed(sequence, more));
+        let begins = || self.beginning(id).map(|begun| begun.pages_needed(more));
+        runs.or_else(begins).unwrap_or_else(|| self.worst(more))
     }
 
     fn worst(&self, tokens: usize) -> usize {
         self.engine.pool().worst_pages(tokens)
+    }
+
+    fn alone(&self, id: Id) -> usize {
+        self.of(id, |sequence| sequence.cache.pages_alone()).unwrap_or(0)
+    }
+
+    fn head_start(&self, id: Id) -> HeadStart {
+        let start = |begun: &SequenceCache| {
+            let pages = begun.pages_alone();
+            HeadStart { tokens: begun.tokens(), pages, shared: begun.pages() - pages }
+        };
+        self.beginning(id).map(start).unwrap_or_default()
     }
 }
 
@@ -199,22 +240,25 @@ impl<'e, O: CacheOps> Batcher<'e, O> {
     /// No requests yet. `share` is the first guess of the pages that a text holds, relative to a full cache's.
     pub fn new(engine: &'e mut Engine<O>, limits: Limits, share: f64) -> Self {
         let scheduler = Scheduler::new(limits, share);
-        Self { engine, scheduler, active: BTreeMap::new(), early: Vec::new(), next: 0, preemptions: 0 }
+        let (active, early, prefix_stats) = (BTreeMap::new(), Vec::new(), PrefixStats::default());
+        Self { engine, scheduler, active, early, next: 0, preemptions: 0, every: None, prefix_stats }
     }
 
     /// Takes a request into the queue. An error if the model or the memory could never take it to its end.
     pub fn submit(&mut self, request: Request) -> Result<Id, EngineError> {
-        let Request { prompt, options, stream, log_probs, prompt_log_probs, kind, constraint } = request;
+        let Request { prompt, options, stream, log_probs, prompt_log_probs, kind, constraint, reuse } = request;
         let new = options.stop.max_new_tokens;
         ensure_fits(self.engine, &prompt, new)?;
         options.validate(self.engine.model().shape.vocab)?;
         let id = self.next;
         if new == 0 && prompt_log_probs.is_none() {
-            self.early.push(Event::Finished { id, stopped: false, sequence: self.engine.sequence_of(kind) });
+            let sequence = self.engine.sequence_of(kind);
+            self.early.push(Event::Finished { id, stopped: false, stop: None, cached: 0, sequence });
         } else {
             // The last new token is never read.
-            let lengths = (prompt.len(), prompt.len() + new.saturating_sub(1));
-            self.scheduler.submit(id, lengths, &Pages { engine: self.engine, active: &self.active })?;
+            let most = prompt.len() + new.saturating_sub(1);
+            let demand = Demand { known: prompt.len(), most, folds: !kind.full };
+            self.scheduler.submit(id, demand, &Pages { engine: self.engine, active: &self.active })?;
             let active = Active {
                 prompt: prompt.len(),
                 tokens: prompt,
@@ -225,6 +269,8 @@ impl<'e, O: CacheOps> Batcher<'e, O> {
                 prompt_said: Vec::new(),
                 kind,
                 constraint,
+                reuse: reuse && self.every.is_some() && prompt_log_probs.is_none() && !kind.trace,
+                cached: None,
                 sequence: None,
             };
             self.active.insert(id, active);
@@ -237,6 +283,7 @@ impl<'e, O: CacheOps> Batcher<'e, O> {
     pub fn cancel(&mut self, id: Id) -> Option<Sequence> {
         self.early.retain(|event| !matches!(event, Event::Finished { id: early, .. } if *early == id));
         self.scheduler.remove(id, &Pages { engine: self.engine, active: &self.active });
+        self.offer(id, true);
         self.active.remove(&id)?.sequence
     }
 
@@ -253,6 +300,11 @@ impl<'e, O: CacheOps> Batcher<'e, O> {
     /// The engine.
     pub fn engine(&self) -> &Engine<O> {
         self.engine
+    }
+
+    /// Tokens of a request's prompt that were not computed, since a cache had seen them.
+    pub fn cached(&self, id: Id) -> usize {
+        self.active.get(&id).and_then(|active| active.cached).unwrap_or(0)
     }
 
     /// A request's cache, while it runs.
@@ -272,12 +324,9 @@ impl<'e, O: CacheOps> Batcher<'e, O> {
             self.scheduler.plan(&Pages { engine: self.engine, active: &self.active });
         self.preemptions += preempted.len() as u64;
         for id in preempted {
-            self.request(id).sequence = None;
+            self.send_back(id);
         }
-        for id in admitted {
-            let sequence = self.engine.sequence_of(self.active[&id].kind);
-            self.request(id).sequence = Some(sequence);
-        }
+        self.begin(&admitted);
         let mut events = std::mem::take(&mut self.early);
         if work.is_empty() {
             return Ok(events);
@@ -318,6 +367,7 @@ impl<'e, O: CacheOps> Batcher<'e, O> {
             let request = self.request(id);
             let read = sequence.tokens() == request.tokens.len();
             request.sequence = Some(sequence);
+            self.offer(id, false);
             if read {
                 self.go_on(id, &mut logits, &mut events);
             }
@@ -331,10 +381,14 @@ impl<'e, O: CacheOps> Batcher<'e, O> {
         if request.prompt_log_probs.take().is_some() {
             events.push(Event::Prompt { id, log_probs: std::mem::take(&mut request.prompt_said) });
         }
+        let mut stop = None;
         let ended = match request.options.stop.max_new_tokens {
             0 => Some(false),
             _ => match request.choose(logits) {
-                Chosen::End => Some(true),
+                Chosen::End { token, log_probs } => {
+                    stop = Some((token, log_probs));
+                    Some(true)
+                }
                 Chosen::Failed(reason) => {
                     drop(self.cancel(id));
                     events.push(Event::Failed { id, reason });
@@ -346,8 +400,12 @@ impl<'e, O: CacheOps> Batcher<'e, O> {
                 }
             },
         };
+        let cached = request.cached.unwrap_or(0);
         match ended {
-            Some(stopped) => events.extend(self.cancel(id).map(|sequence| Event::Finished { id, stopped, sequence })),
+            Some(stopped) => {
+                let sequence = self.cancel(id);
+                events.extend(sequence.map(|sequence| Event::Finished { id, stopped, stop, cached, sequence }));
+            }
             None => self.scheduler.grow(id),
         }
     }

@@ -2,12 +2,15 @@
 
 use crate::attend::{CachedAttend, Member};
 use crate::trace::Trace;
-use kvfold_cache::{CacheError, CachePolicy, CacheShape, Held, PagePool, SequenceCache, Usage, policy_of};
+use kvfold_cache::{
+    CacheError, CachePolicy, CacheShape, Held, PagePool, Prefix, PrefixCache, SequenceCache, Usage, policy_of,
+};
 use kvfold_kernels::CacheOps;
 use kvfold_kernels::ops::Spans;
 use kvfold_kernels::paged::CacheDType;
 use kvfold_model::shape::Shape;
 use kvfold_model::{Checkpoint, Loaded};
+use std::sync::OnceLock;
 
 /// What can go wrong while sequences run.
 #[derive(Debug, thiserror::Error)]
@@ -51,12 +54,17 @@ pub struct Kind {
 /// One sequence's tokens so far, as its cache holds them. Dropping it gives its pages back.
 #[derive(Debug)]
 pub struct Sequence {
-    cache: SequenceCache,
-    full: bool,
+    pub(crate) cache: SequenceCache,
+    pub(crate) full: bool,
     trace: Option<Trace>,
 }
 
 impl Sequence {
+    /// A sequence of a kind. Of tokens that its cache has seen already nothing is noted.
+    pub(crate) fn of(cache: SequenceCache, Kind { full, trace }: Kind) -> Self {
+        Self { cache, full, trace: trace.then(Trace::default) }
+    }
+
     /// Tokens seen.
     pub fn tokens(&self) -> usize {
         self.cache.tokens()
@@ -98,9 +106,13 @@ pub struct Part<'a> {
 /// A model with cache memory.
 #[derive(Debug)]
 pub struct Engine<O: CacheOps> {
-    model: Loaded<O>,
+    pub(crate) model: Loaded<O>,
     policy: Box<dyn CachePolicy>,
-    pool: PagePool<O>,
+    pub(crate) pool: PagePool<O>,
+    /// Beginnings of texts, in pages of the pool that nobody else needs.
+    pub(crate) prefixes: PrefixCache,
+    /// What the model is told from others by, once somebody asked.
+    pub(crate) identity: OnceLock<String>,
     chunk: usize,
 }
 
@@ -124,7 +136,8 @@ impl<O: CacheOps> Engine<O> {
         let Shape { layers, heads, .. } = model.shape;
         let shape = CacheShape { layers, heads, rule: policy.rule(), dtype: CacheDType::F32 };
         let pool = PagePool::new(&model.ops, shape, usize::MAX);
-        Self { model, policy, pool, chunk: CHUNK }
+        let (prefixes, identity) = (PrefixCache::default(), OnceLock::new());
+        Self { model, policy, pool, prefixes, identity, chunk: CHUNK }
     }
 
     /// The same engine with another limit on the tokens that a sequence takes in one pass.
@@ -134,13 +147,15 @@ impl<O: CacheOps> Engine<O> {
 
     /// The same engine with an empty pool of at most `pages` pages.
     pub fn with_page_limit(self, pages: usize) -> Self {
-        Self { pool: PagePool::new(&self.model.ops, self.pool.shape(), pages), ..self }
+        let pool = PagePool::new(&self.model.ops, self.pool.shape(), pages);
+        Self { pool, prefixes: PrefixCache::default(), ..self }
     }
 
     /// The same engine with an empty pool whose slots hold another type of numbers; f32 by default.
     pub fn with_cache_dtype(self, dtype: CacheDType) -> Self {
         let shape = CacheShape { dtype, ..self.pool.shape() };
-        Self { pool: PagePool::new(&self.model.ops, shape, self.pool.limit()), ..self }
+        let pool = PagePool::new(&self.model.ops, shape, self.pool.limit());
+        Self { pool, prefixes: PrefixCache::default(), ..self }
     }
 
     /// The model.
@@ -164,16 +179,43 @@ impl<O: CacheOps> Engine<O> {
     }
 
     /// An empty sequence of a kind.
-    pub fn sequence_of(&self, Kind { full, trace }: Kind) -> Sequence {
-        Sequence { cache: self.pool.sequence(), full, trace: trace.then(Trace::default) }
+    pub fn sequence_of(&self, kind: Kind) -> Sequence {
+        Sequence::of(self.pool.sequence(), kind)
     }
 
-    /// Bytes and pages that a sequence holds.
+    /// A second sequence with the same tokens, for the price of a copy of what can still change. From here on the two know
+    /// nothing of each other.
+    pub fn fork(&mut self, sequence: &mut Sequence) -> Result<Sequence, EngineError> {
+        self.prefixes.make_room(&self.pool, sequence.cache.pages_to_copy());
+        let cache = self.pool.fork(&self.model.ops, &mut sequence.cache)?;
+        Ok(Sequence { cache, full: sequence.full, trace: sequence.trace.clone() })
+    }
+
+    /// Beginnings of texts that are kept for requests that begin so.
+    pub fn prefixes(&self) -> &PrefixCache {
+        &self.prefixes
+    }
+
+    /// Keeps a sequence that nobody goes on with, such as one from a file, as the beginning of texts that begin with its
+    /// tokens; if beginnings are kept at all, which a [`Batcher`](crate::Batcher) decides.
+    ///
+    /// # Panics
+    /// When these are not as many tokens as the sequence has seen.
+    pub fn keep_prefix(&mut self, tokens: &[u32], sequence: Sequence) {
+        self.prefixes.keep(Prefix { tokens, compress: !sequence.full }, sequence.cache);
+    }
+
+    /// Gives up all beginnings of texts.
+    pub fn clear_prefixes(&mut self) {
+        self.prefixes.clear();
+    }
+
+    /// Bytes and pages that a sequence holds, those included that it shares with others.
     pub fn usage(&self, sequence: &Sequence) -> Usage {
         self.pool.usage(&self.model.ops, &sequence.cache)
     }
 
-    /// Pages that a sequence holds.
+    /// Pages that a sequence holds, those included that it shares with others.
     pub fn pages_held(&self, sequence: &Sequence) -> usize {
         sequence.cache.pages()
     }
@@ -266,8 +308,8 @@ impl<O: CacheOps> Engine<O> {
     /// folds.
     ///
     /// All of it is asked for at the start, since tokens that were folded cannot be taken back. A caller that would
-    /// rather try a prompt that fits only once it has folded can hand it over in pieces.
-    fn admit<'s>(&self, batch: impl Iterator<Item = (&'s Sequence, usize)> + Clone) -> Result<(), EngineError> {
+    /// rather try a prompt that fits only once it has folded can hand it over in pieces. Kept beginnings of texts make room.
+    fn admit<'s>(&mut self, batch: impl Iterator<Item = (&'s Sequence, usize)> + Clone) -> Result<(), EngineError> {
         let context = self.model.shape.context;
         for (sequence, more) in batch.clone() {
             let tokens = sequence.tokens() + more;
@@ -275,6 +317,8 @@ impl<O: CacheOps> Engine<O> {
                 return Err(EngineError::TooLong { tokens, context });
             }
         }
+        let needed = batch.clone().map(|(sequence, more)| sequence.cache.pages_needed(more)).sum();
+        self.prefixes.make_room(&self.pool, needed);
         Ok(self.pool.admit(batch.map(|(sequence, more)| (&sequence.cache, more)))?)
     }
 

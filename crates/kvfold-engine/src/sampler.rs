@@ -80,7 +80,7 @@ impl Sampler {
             false => Err(BadSampler { setting, found: found.to_string(), expected }),
         };
         let within = |x: f64, low: f64, high: f64| x.is_finite() && (low..=high).contains(&x);
-        must(within(self.temperature, 0.0, f64::MAX), "temperature", &self.temperature, "a number of at least 0")?;
+        must(within(self.temperature, 0.0, 100.0), "temperature", &self.temperature, "a number from 0 to 100")?;
         must(within(self.top_p, 0.0, 1.0) && self.top_p > 0.0, "top_p", &self.top_p, "a number above 0, at most 1")?;
         must(within(self.min_p, 0.0, 1.0), "min_p", &self.min_p, "a number from 0 to 1")?;
         let repetition = self.repetition_penalty;

@@ -12,9 +12,12 @@
 //!   and younger ones are sent back to the queue for them, youngest first; any other job that finds none just waits;
 //! * a job that could outgrow all of the memory by itself is refused when it comes.
 //!
-//! So the oldest job takes tokens in every step and ends, whatever the texts do, and after it the next. A job that was sent
-//! back begins again with all the tokens it has; since a sequence's bytes depend on nothing beside it (promise I3), nobody
-//! sees a difference but in time.
+//! So the oldest job takes tokens in every step, or the next one, and ends, whatever the texts do, and after it the next. A
+//! job that was sent back begins again with all the tokens it has; since a sequence's bytes depend on nothing beside it
+//! (promise I3), nobody sees a difference but in time.
+//!
+//! A job may begin with tokens that a cache has seen ([`HeadStart`]). Pages of caches that nobody runs on are free here: they
+//! are given up as soon as somebody needs them. Pages that several jobs share are counted once.
 
 use std::collections::VecDeque;
 
@@ -34,14 +37,34 @@ pub struct Limits {
 pub trait Memory {
     /// All there are.
     fn limit(&self) -> usize;
-    /// Those that nobody holds.
+    /// Those that nobody holds who runs.
     fn free(&self) -> usize;
     /// Those that a running job holds.
     fn held(&self, id: Id) -> usize;
-    /// Those that `more` tokens of a running job can need beyond what it holds, at most.
+    /// Those that `more` tokens of a job can need beyond what it holds, or of one that waits, beyond what it can begin
+    /// with, at most.
     fn more(&self, id: Id, more: usize) -> usize;
     /// Those that a job of `tokens` tokens holds if nothing folds.
     fn worst(&self, tokens: usize) -> usize;
+    /// Those that a running job holds and no other does.
+    fn alone(&self, id: Id) -> usize {
+        self.held(id)
+    }
+    /// What a job that waits can begin with.
+    fn head_start(&self, _id: Id) -> HeadStart {
+        HeadStart::default()
+    }
+}
+
+/// A part of a job's tokens that a cache has seen already: fewer than all there are to take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HeadStart {
+    /// The tokens.
+    pub tokens: usize,
+    /// Pages that it takes of the free ones to begin with them, at most.
+    pub pages: usize,
+    /// Pages of them that running jobs hold, which it will share.
+    pub shared: usize,
 }
 
 /// A job that can never run.
@@ -63,16 +86,29 @@ pub struct TooLarge {
 pub struct Plan {
     /// Jobs that lose their caches and wait again.
     pub preempted: Vec<Id>,
-    /// Jobs that begin, with empty caches.
+    /// Jobs that begin, with the tokens of their [`HeadStart`] or with empty caches.
     pub admitted: Vec<Id>,
     /// Tokens that running jobs take.
     pub work: Vec<(Id, usize)>,
+}
+
+/// What a job will ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Demand {
+    /// Tokens there are to take.
+    pub known: usize,
+    /// Tokens when it is at its longest.
+    pub most: usize,
+    /// Whether its tokens may fold. One whose tokens may not is predicted to hold its worst case.
+    pub folds: bool,
 }
 
 /// A job's tokens.
 #[derive(Clone, Copy, Debug)]
 struct Job {
     id: Id,
+    /// Whether they may fold.
+    folds: bool,
     /// Tokens that its cache has taken.
     taken: usize,
     /// Tokens there are to take.
@@ -85,9 +121,14 @@ impl Job {
     fn left(&self) -> usize {
         self.known - self.taken
     }
+
+    /// Tokens that are left, but none past a multiple of `stops`.
+    fn before_stop(&self, stops: usize) -> usize {
+        self.left().min(stops - self.taken % stops)
+    }
 }
 
-/// Weight of one more job in the prediction.
+/// Weight of one more job in the prediction, once there were as many as this makes it one of.
 const NEWEST: f64 = 0.1;
 
 /// The prediction is raised by this, relatively: being wrong costs a job its work.
@@ -105,23 +146,34 @@ pub struct Scheduler {
     running: Vec<Job>,
     /// Pages held at a job's end, over those that it would have held if nothing had folded.
     share: f64,
+    /// What the prediction is made of: the first guess, and jobs.
+    seen: u32,
+    /// A job that reads several tokens stops at multiples of this.
+    stops: usize,
 }
 
 impl Scheduler {
     /// Nobody waits. `share` is the first guess of the pages that a job holds over those of a full cache: 1 without
     /// compression.
     pub fn new(limits: Limits, share: f64) -> Self {
-        Self { limits, waiting: VecDeque::new(), running: Vec::new(), share: share.clamp(0.0, 1.0) }
+        let (waiting, running) = (VecDeque::new(), Vec::new());
+        Self { limits, waiting, running, share: share.clamp(0.0, 1.0), seen: 1, stops: usize::MAX }
     }
 
-    /// Takes a job into the queue: `known` tokens, and `most` when it is at its longest.
-    pub fn submit(&mut self, id: Id, (known, most): (usize, usize), memory: &impl Memory) -> Result<(), TooLarge> {
+    /// From now on no step takes a job past a multiple of `tokens` tokens, at least 1, but only up to it.
+    pub fn stop_at_multiples_of(&mut self, tokens: usize) {
+        self.stops = tokens.max(1);
+    }
+
+    /// Takes a job into the queue.
+    pub fn submit(&mut self, id: Id, demand: Demand, memory: &impl Memory) -> Result<(), TooLarge> {
+        let Demand { known, most, folds } = demand;
         let (tokens, limit) = (most.max(known), memory.limit());
         let needed = memory.worst(tokens);
         if needed > limit {
             return Err(TooLarge { tokens, needed, limit });
         }
-        self.waiting.push_back(Job { id, taken: 0, known, most: tokens });
+        self.waiting.push_back(Job { id, folds, taken: 0, known, most: tokens });
         Ok(())
     }
 
@@ -136,10 +188,11 @@ impl Scheduler {
     /// A job is over, done or cancelled, wherever it is. To be told while the job still holds its pages.
     pub fn remove(&mut self, id: Id, memory: &impl Memory) {
         if let Some(at) = self.running.iter().position(|job| job.id == id) {
-            let Job { taken, .. } = self.running.remove(at);
-            if taken >= TELLING {
+            let Job { taken, folds, .. } = self.running.remove(at);
+            if folds && taken >= TELLING {
                 let share = memory.held(id) as f64 / memory.worst(taken).max(1) as f64;
-                self.share += NEWEST * (share.min(1.0) - self.share);
+                self.seen = self.seen.saturating_add(1);
+                self.share += NEWEST.max(1.0 / f64::from(self.seen)) * (share.min(1.0) - self.share);
             }
         }
         self.waiting.retain(|job| job.id != id);
@@ -169,7 +222,7 @@ impl Scheduler {
         // The oldest job's pages, from younger ones if need be. It decodes, or takes what it can of its prompt.
         let mut given = vec![0; self.running.len()];
         if let Some(&oldest) = self.running.first() {
-            let wanted = oldest.left().min(budget.max(1));
+            let wanted = oldest.before_stop(self.stops).min(budget.max(1));
             while memory.more(oldest.id, wanted.min(1)) > free && self.running.len() > 1 {
                 free += self.preempt(memory, &mut plan);
             }
@@ -182,7 +235,7 @@ impl Scheduler {
         for decodes in [true, false] {
             for (job, given) in self.running.iter().zip(&mut given).skip(1) {
                 if (job.left() == 1) == decodes {
-                    let wanted = if decodes { 1 } else { job.left().min(budget) };
+                    let wanted = if decodes { 1 } else { job.before_stop(self.stops).min(budget) };
                     *given = fitting(wanted, free, |tokens| memory.more(job.id, tokens));
                     free -= memory.more(job.id, *given);
                     budget = budget.saturating_sub(*given);
@@ -196,40 +249,50 @@ impl Scheduler {
 
         // Whoever was sent back waits until what was needed is there.
         let open = plan.preempted.is_empty();
-        let mut promised: usize =
-            self.running.iter().map(|job| self.predicted(job, memory).max(memory.held(job.id))).sum();
+        let held = |job: &Job| memory.held(job.id);
+        let shared = self.running.iter().map(held).sum::<usize>().saturating_sub(memory.limit() - memory.free());
+        let promised = self.running.iter().map(|job| self.predicted(job, memory).max(held(job))).sum::<usize>();
+        let mut promised = promised - shared;
         while open && budget > 0 && self.running.len() < self.limits.running {
             let Some(&first) = self.waiting.front() else { break };
-            let predicted = self.predicted(&first, memory);
+            let start = memory.head_start(first.id);
+            let first = Job { taken: start.tokens, ..first };
+            let predicted = self.predicted(&first, memory).saturating_sub(start.shared);
             if !self.running.is_empty() && promised + predicted > memory.limit() {
                 break;
             }
-            let taken = fitting(first.left().min(budget), free, |tokens| memory.worst(tokens));
+            let wanted = first.before_stop(self.stops).min(budget);
+            let pages = |tokens| start.pages + memory.more(first.id, tokens);
+            let taken = fitting(wanted, free, pages);
             if taken == 0 {
                 break;
             }
             self.waiting.pop_front();
-            self.running.push(Job { taken, ..first });
+            self.running.push(Job { taken: first.taken + taken, ..first });
             plan.admitted.push(first.id);
             plan.work.push((first.id, taken));
-            free -= memory.worst(taken);
+            free -= pages(taken);
             budget -= taken;
             promised += predicted;
         }
         plan
     }
 
-    /// Sends the youngest job back to the front of the queue; the pages that it held.
+    /// Sends the youngest job back to the front of the queue; the pages that surely come back. One that only jobs share that
+    /// are sent back together is found free in the next step.
     fn preempt(&mut self, memory: &impl Memory, plan: &mut Plan) -> usize {
         let Some(job) = self.running.pop() else { return 0 };
         self.waiting.push_front(Job { taken: 0, ..job });
         plan.preempted.push(job.id);
-        memory.held(job.id)
+        memory.alone(job.id)
     }
 
     /// Pages that a job is predicted to hold in the end.
     fn predicted(&self, job: &Job, memory: &impl Memory) -> usize {
         let worst = memory.worst(job.most);
+        if !job.folds {
+            return worst;
+        }
         ((worst as f64 * self.share * MARGIN).ceil() as usize).min(worst)
     }
 }

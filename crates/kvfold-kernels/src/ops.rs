@@ -738,6 +738,21 @@ pub trait CacheOps: Ops {
     /// Bytes of a block.
     fn block_bytes(&self, arena: &Self::Arena) -> usize;
 
+    /// Makes a block equal to another of its arena.
+    fn copy_block(&self, arena: &Self::Arena, from: &Block, to: &mut Block);
+
+    /// The bytes of a block as they lie in memory.
+    fn block_to_host(&self, arena: &Self::Arena, block: &Block) -> Vec<u8>;
+
+    /// The bytes of a page of this layout as they lie in memory, with zeros for all slots but the first `used`.
+    fn page_to_host(&self, arena: &Self::Arena, page: &Block, layout: PageLayout, used: usize) -> Vec<u8>;
+
+    /// Fills a block with bytes as they lie in memory.
+    ///
+    /// # Panics
+    /// When there are not [`CacheOps::block_bytes`] of them.
+    fn block_from_host(&self, arena: &Self::Arena, bytes: &[u8], block: &mut Block);
+
     /// Takes the batch's tokens into their caches, each seeing what its cache holds at its time -> `[N, H*D]`.
     fn cached_attention(&self, step: CachedAttention<'_, Self>) -> Self::Tensor
     where

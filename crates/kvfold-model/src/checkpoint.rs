@@ -103,6 +103,12 @@ impl Checkpoint {
         Ok(ids)
     }
 
+    /// The tokens that end a text when one is written: [`end_token_ids`](Self::end_token_ids), and the one that starts the
+    /// next text.
+    pub fn stop_token_ids(&self) -> Result<Vec<u32>> {
+        Ok(self.end_token_ids()?.into_iter().chain(self.config.bos_token_id).collect())
+    }
+
     /// The precision that does its weights justice: bf16 for weights stored in 16 bits.
     pub fn precision(&self) -> Precision {
         match self.tensors[names::EMBED].dtype() {

@@ -8,6 +8,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use tokenizers::DecoderWrapper;
+
 use crate::error::{ModelError, Result};
 
 /// A model's tokenizer. Clones are cheap and share everything.
@@ -61,6 +63,18 @@ impl Tokenizer {
         self.inner.token_to_id(token)
     }
 
+    /// The bytes of every token of a vocabulary of `vocab_size`, by id. A token that is no text, such as one that ends a
+    /// text, has its spelling, and an id without a token has none.
+    pub fn token_bytes(&self, vocab_size: usize) -> Vec<Vec<u8>> {
+        let spelling = Spelling::of(self.inner.get_decoder());
+        let added = self.inner.get_added_tokens_decoder();
+        let bytes = |id: u32| match added.get(&id) {
+            Some(token) => token.content.clone().into_bytes(),
+            None => self.inner.id_to_token(id).map_or_else(Vec::new, |token| spelling.bytes(&token)),
+        };
+        (0..vocab_size as u32).map(bytes).collect()
+    }
+
     /// Checks that every token has a row in an embedding of `vocab_size` rows. `file` is what an error calls the tokenizer.
     pub fn check_vocabulary(&self, vocab_size: usize, file: &str) -> Result<()> {
         match self.inner.get_vocab(true).into_iter().max_by_key(|&(_, id)| id) {
@@ -75,6 +89,54 @@ impl Tokenizer {
 impl fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Tokenizer({} tokens)", self.inner.get_vocab_size(true))
+    }
+}
+
+/// How a vocabulary spells bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Spelling {
+    /// A character for every byte, as GPT-2 does.
+    ByteLevel,
+    /// As text with `▁` for a space, and `<0xAB>` for bytes that are no text, as SentencePiece does.
+    Pieces,
+}
+
+impl Spelling {
+    /// That of the vocabulary which a decoder reads.
+    fn of(decoder: Option<&DecoderWrapper>) -> Self {
+        let is_byte_level = |decoder: &DecoderWrapper| matches!(decoder, DecoderWrapper::ByteLevel(_));
+        let found = match decoder {
+            Some(DecoderWrapper::Sequence(all)) => all.get_decoders().iter().any(is_byte_level),
+            decoder => decoder.is_some_and(is_byte_level),
+        };
+        if found { Spelling::ByteLevel } else { Spelling::Pieces }
+    }
+
+    fn bytes(self, token: &str) -> Vec<u8> {
+        match self {
+            Spelling::ByteLevel => token.chars().flat_map(byte_of).collect(),
+            Spelling::Pieces => {
+                let byte = token.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
+                match byte.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
+                    Some(byte) => vec![byte],
+                    None => token.replace('▁', " ").into_bytes(),
+                }
+            }
+        }
+    }
+}
+
+/// The byte that a character of GPT-2's alphabet stands for: visible Latin-1 characters for themselves, those from U+0100 on
+/// for the others in order. Any other character is text.
+fn byte_of(c: char) -> Vec<u8> {
+    let visible = |byte: u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
+    match u32::from(c) {
+        code @ 0..=0xFF if visible(code as u8) => vec![code as u8],
+        code @ 0x100..=0x1FF => {
+            let other = (0..=u8::MAX).filter(|&byte| !visible(byte)).nth((code - 0x100) as usize);
+            other.map_or_else(|| c.to_string().into_bytes(), |byte| vec![byte])
+        }
+        _ => c.to_string().into_bytes(),
     }
 }
 

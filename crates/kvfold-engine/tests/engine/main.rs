@@ -3,6 +3,8 @@
 mod batcher;
 mod common;
 mod goldens;
+mod prefixes;
 mod promises;
 mod scheduler;
+mod sessions;
 mod worked_example;

@@ -1,7 +1,7 @@
 //! The scheduler against a simple memory: heads whose slots grow by chance.
 
 use crate::common::Rng;
-use kvfold_engine::scheduler::{Id, Limits, Memory, Scheduler};
+use kvfold_engine::scheduler::{Demand, Id, Limits, Memory, Scheduler};
 use std::collections::{BTreeMap, BTreeSet};
 
 const HEADS: usize = 3;
@@ -102,7 +102,7 @@ fn step(scheduler: &mut Scheduler, table: &mut Table, rng: &mut Rng, limits: Lim
 
 fn submit(scheduler: &mut Scheduler, table: &mut Table, id: Id, (known, most, appends): (usize, usize, f64)) {
     let fits = table.worst(most) <= table.limit;
-    let taken = scheduler.submit(id, (known, most), table);
+    let taken = scheduler.submit(id, Demand { known, most, folds: true }, table);
     assert_eq!(taken.is_ok(), fits, "{taken:?}");
     if fits {
         table.texts.insert(id, Text { slots: None, appends, taken: 0, known, most });

@@ -66,6 +66,24 @@ impl<F: Real, K: KernelSet<F>> CacheOps for Cpu<F, K> {
         arena.block_bytes()
     }
 
+    fn copy_block(&self, arena: &Arena<F>, from: &Block, to: &mut Block) {
+        arena.slice_mut(to).copy_from_slice(arena.slice(from));
+    }
+
+    fn block_to_host(&self, arena: &Arena<F>, block: &Block) -> Vec<u8> {
+        paged::bytes(arena.slice(block)).to_vec()
+    }
+
+    fn page_to_host(&self, arena: &Arena<F>, page: &Block, layout: PageLayout, used: usize) -> Vec<u8> {
+        let mut page = arena.slice(page).to_vec();
+        layout.clear(&mut page, used);
+        paged::bytes(&page).to_vec()
+    }
+
+    fn block_from_host(&self, arena: &Arena<F>, bytes: &[u8], block: &mut Block) {
+        paged::bytes_mut(arena.slice_mut(block)).copy_from_slice(bytes);
+    }
+
     fn cached_attention(&self, step: CachedAttention<'_, Self>) -> Array<F> {
         let CachedAttention { q, k, v, logit, ahead, omega, spans, heads, rule, .. } = step;
         let (kv, dim, group) = (heads.kv, heads.dim, heads.group());

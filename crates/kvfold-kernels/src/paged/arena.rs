@@ -1,18 +1,83 @@
-//! Memory cut into blocks of one size, and the handles that own them.
+//! Memory cut into blocks of one size, and the handles that own or share them.
 
 use crate::real::Real;
 use crate::simd::CACHE_LINE;
 use std::cell::UnsafeCell;
+use std::ops::Deref;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Blocks that are allocated together.
 const SLAB_BLOCKS: usize = 64;
 
-/// The right to read and write one block of one arena. It cannot be copied, so a block has one owner.
+/// The right to read and write one block of one arena. It cannot be copied, so whoever can write a block is alone with it.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Block {
     arena: u64,
     index: usize,
+}
+
+impl Block {
+    /// Which of its arena's blocks it is, from 0.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+}
+
+/// A block that has one holder, who may write it, or several, who read it.
+///
+/// It gives a shared borrow of its [`Block`] at any time and an exclusive one only while nobody else holds the block. The
+/// block itself comes out again when its last holder gives it up.
+#[derive(Debug)]
+pub struct SharedBlock {
+    block: Block,
+    /// Counts the holders, once there was more than one.
+    holders: Option<Arc<()>>,
+}
+
+impl SharedBlock {
+    /// A block with one holder.
+    pub fn new(block: Block) -> Self {
+        Self { block, holders: None }
+    }
+
+    /// One more holder of the same block; from now on nobody writes it until all but one have given it up.
+    pub fn share(&mut self) -> Self {
+        let holders = self.holders.get_or_insert_default();
+        let Block { arena, index } = self.block;
+        Self { block: Block { arena, index }, holders: Some(Arc::clone(holders)) }
+    }
+
+    /// Whether others hold the block, too.
+    pub fn is_shared(&self) -> bool {
+        self.holders.as_ref().is_some_and(|holders| Arc::strong_count(holders) > 1)
+    }
+
+    /// The block for writing; `None` while others hold it.
+    #[inline(always)]
+    pub fn get_mut(&mut self) -> Option<&mut Block> {
+        match &mut self.holders {
+            None => Some(&mut self.block),
+            Some(holders) => Arc::get_mut(holders).map(|()| &mut self.block),
+        }
+    }
+
+    /// Gives it up: the block, if nobody else holds it.
+    pub fn into_block(self) -> Option<Block> {
+        match self.holders {
+            None => Some(self.block),
+            Some(holders) => Arc::into_inner(holders).map(|()| self.block),
+        }
+    }
+}
+
+impl Deref for SharedBlock {
+    type Target = Block;
+
+    #[inline(always)]
+    fn deref(&self) -> &Block {
+        &self.block
+    }
 }
 
 /// Memory in blocks of `block_len` elements.
@@ -45,8 +110,10 @@ impl<F: Real> Slab<F> {
     }
 }
 
-// SAFETY: elements are reached through `slice` and `slice_mut` only, which borrow the block's unique handle as shared
-// or exclusive; so two threads never touch a block that one of them writes.
+// SAFETY: elements are reached through `slice` and `slice_mut` only, which borrow a handle of the block as shared or
+// exclusive. A block has more than one handle in `SharedBlock`s alone; those give an exclusive borrow only to the last of
+// them, whose count says that the others are gone, reads and all. So two threads never touch a block that one of them
+// writes.
 unsafe impl<F: Send + Sync> Sync for Arena<F> {}
 
 impl<F: Real> Arena<F> {
@@ -92,8 +159,8 @@ impl<F: Real> Arena<F> {
     #[inline]
     pub fn slice<'a>(&'a self, block: &'a Block) -> &'a [F] {
         let cells = self.cells(block);
-        // SAFETY: the shared borrow of the only handle rules out `slice_mut` while the result lives; UnsafeCell<F> has
-        // the layout of F.
+        // SAFETY: while the result lives, the shared borrow of this handle rules out an exclusive one of it, and
+        // `SharedBlock` one of another; UnsafeCell<F> has the layout of F.
         unsafe { std::slice::from_raw_parts(cells.as_ptr().cast(), cells.len()) }
     }
 
@@ -102,8 +169,8 @@ impl<F: Real> Arena<F> {
     #[allow(clippy::mut_from_ref)] // exclusive through the handle
     pub fn slice_mut<'a>(&'a self, block: &'a mut Block) -> &'a mut [F] {
         let cells = self.cells(block);
-        // SAFETY: the exclusive borrow of the only handle rules out every other access while the result lives; writing
-        // through a shared reference is what UnsafeCell allows.
+        // SAFETY: an exclusive borrow is given of the only handle alone, so it rules out every other access while the
+        // result lives; writing through a shared reference is what UnsafeCell allows.
         unsafe { std::slice::from_raw_parts_mut(UnsafeCell::raw_get(cells.as_ptr()), cells.len()) }
     }
 }
@@ -133,6 +200,20 @@ mod tests {
         for block in arena.grow(SLAB_BLOCKS + 1) {
             assert_eq!(arena.slice(&block).as_ptr() as usize % CACHE_LINE, 0);
         }
+    }
+
+    #[test]
+    fn a_shared_block_is_written_by_nobody_and_comes_out_once() {
+        let mut arena = Arena::<f32>::new(3);
+        let mut first = SharedBlock::new(arena.grow(1).remove(0));
+        arena.slice_mut(first.get_mut().expect("one holder")).fill(7.0);
+        let (mut second, third) = (first.share(), first.share());
+        assert!(first.is_shared() && first.get_mut().is_none() && second.get_mut().is_none());
+        assert_eq!((arena.slice(&first), arena.slice(&third)), (&[7.0; 3][..], &[7.0; 3][..]));
+        assert!(first.into_block().is_none() && third.into_block().is_none());
+        assert!(!second.is_shared());
+        arena.slice_mut(second.get_mut().expect("the last holder")).fill(8.0);
+        assert_eq!(second.into_block().map(|block| block.index()), Some(0));
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //!
 //! A head's memory is a list of pages of 16 closed slots in the order of time, an optional ring of the newest W tokens in
 //! pages of its own, and a state with the open slot. A slot is written to its page once, when it closes, and is then
-//! rounded to the cache's type ([`CacheDType`]; `page.rs` has the layout); the open one is in full precision:
+//! rounded to the cache's type ([`CacheDType`]; `page.rs` has the layout); the open one is in full precision. A page whose
+//! slots have all been written never changes again, so tables of several sequences may share it ([`SharedBlock`]):
 //!
 //! ```text
 //! state: rotated key [D] and value [D] of the open slot, when later tokens can change it
@@ -25,10 +26,11 @@ mod page_kernel;
 mod prefill;
 mod take;
 
-pub use arena::{Arena, Block};
+pub use arena::{Arena, Block, SharedBlock};
 pub(crate) use attend::{DecodeJob, Scratch, decode, one};
 use page::Page;
 pub use page::{CacheDType, PageLayout};
+pub(crate) use page::{bytes, bytes_mut};
 pub(crate) use page_kernel::Plain;
 pub(crate) use prefill::{Prepared, block, prepare};
 
@@ -40,7 +42,8 @@ use crate::real::Real;
 pub const PAGE_SLOTS: usize = 16;
 
 /// What becomes of a token's pair.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case", tag = "does", deny_unknown_fields)]
 pub enum Rule {
     /// Every token keeps a slot of its own.
     Keep,
@@ -74,7 +77,7 @@ impl Rule {
     }
 
     /// First tokens that keep slots of their own.
-    fn sinks(self) -> usize {
+    pub fn sinks(self) -> usize {
         match self {
             Rule::Keep => 0,
             Rule::Fold { sinks, .. } | Rule::Evict { sinks, .. } => sinks,
@@ -127,8 +130,9 @@ impl Rule {
 /// The memory of one KV head of one layer of one sequence.
 #[derive(Debug, Default)]
 pub struct HeadTable {
-    /// Pages of the closed slots, oldest first.
-    pub pages: Vec<Block>,
+    /// Pages of the closed slots, oldest first. Full ones may be shared with other heads' tables, since nothing changes them
+    /// any more.
+    pub pages: Vec<SharedBlock>,
     /// Slots in use, the open one included.
     pub slots: usize,
     /// Pages of the ring of exact tokens.
@@ -204,7 +208,12 @@ impl<'a, F: Real> HeadInput<'a, F> {
     where
         'a: 'b,
     {
-        lanes(self.pages, self.rule.page(self.heads.dim, self.dtype), &table.pages, closed)
+        let pages = table.pages[..closed.div_ceil(PAGE_SLOTS)].iter();
+        let pages = pages.map(
+            #[inline(always)]
+            |page| &**page,
+        );
+        lanes(self.pages, self.rule.page(self.heads.dim, self.dtype), pages, closed)
     }
 
     /// Pages of the ring, with the number of seats in use in each.
@@ -214,7 +223,8 @@ impl<'a, F: Real> HeadInput<'a, F> {
         'a: 'b,
     {
         let layout = self.rule.ring_page(self.heads.dim, self.dtype);
-        lanes(self.rings, layout, &table.ring, table.exact(self.rule))
+        let seats = table.exact(self.rule);
+        lanes(self.rings, layout, table.ring[..seats.div_ceil(PAGE_SLOTS)].iter(), seats)
     }
 
     /// The page of a seat of the ring.
@@ -224,6 +234,16 @@ impl<'a, F: Real> HeadInput<'a, F> {
         'a: 'b,
     {
         self.rule.ring_page(self.heads.dim, self.dtype).view(self.rings.slice(&table.ring[seat / PAGE_SLOTS]))
+    }
+
+    /// The page of a slot, for writing.
+    #[inline(always)]
+    fn slot_page_mut<'b>(&self, pages: &'b mut [SharedBlock], slot: usize) -> &'b mut [F]
+    where
+        'a: 'b,
+    {
+        let page = pages[slot / PAGE_SLOTS].get_mut();
+        self.pages.slice_mut(page.expect("a page that is not full is not shared"))
     }
 
     /// The rotary row of a position.
@@ -257,11 +277,10 @@ impl<'a, F: Real> HeadInput<'a, F> {
 fn lanes<'b, F: Real>(
     arena: &'b Arena<F>,
     layout: PageLayout,
-    pages: &'b [Block],
+    pages: impl Iterator<Item = &'b Block>,
     used: usize,
 ) -> impl Iterator<Item = (Page<'b, F>, usize)> {
-    let pages = pages[..used.div_ceil(PAGE_SLOTS)].iter().enumerate();
-    pages.map(
+    pages.enumerate().map(
         #[inline(always)]
         move |(n, page)| (layout.view(arena.slice(page)), PAGE_SLOTS.min(used - n * PAGE_SLOTS)),
     )

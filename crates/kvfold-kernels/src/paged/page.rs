@@ -78,6 +78,17 @@ pub struct PageLayout {
 trait Packed: Copy {}
 impl Packed for u16 {}
 impl Packed for i8 {}
+impl Packed for u8 {}
+
+/// The bytes of a block.
+pub(crate) fn bytes<F: Real>(block: &[F]) -> &[u8] {
+    packed(block)
+}
+
+/// The bytes of a block, for writing.
+pub(crate) fn bytes_mut<F: Real>(block: &mut [F]) -> &mut [u8] {
+    packed_mut(block)
+}
 
 /// Floats as the packed numbers that their memory holds.
 fn packed<F: Real, T: Packed>(floats: &[F]) -> &[T] {
@@ -181,6 +192,12 @@ impl PageLayout {
         if let Some(mass) = mass {
             masses[lane] = mass;
         }
+    }
+
+    /// Makes zeros of all slots but the first `used`.
+    pub(crate) fn clear<F: Real>(self, page: &mut [F], used: usize) {
+        let nothing = vec![F::zero(); self.dim];
+        (used..PAGE_SLOTS).for_each(|lane| self.write(page, lane, (&nothing, &nothing), self.mass.then(F::zero)));
     }
 }
 
@@ -350,6 +367,17 @@ mod tests {
     fn slots_are_read_as_they_were_written() {
         slots_are_read_as_they_were_written_to_rounding::<f32>();
         slots_are_read_as_they_were_written_to_rounding::<f64>();
+    }
+
+    #[test]
+    fn what_is_cleared_is_zeros_and_the_rest_is_as_it_was() {
+        for (dtype, mass) in CacheDType::ALL.map(|dtype| [(dtype, false), (dtype, true)]).concat() {
+            let slots = slots::<f32>(8);
+            let (layout, mut cleared) = page(dtype, mass, &slots);
+            layout.clear(&mut cleared, 5);
+            let (_, fewer) = page(dtype, mass, &slots[..5]);
+            assert_eq!(bytes(&cleared), bytes(&fewer), "{dtype:?}");
+        }
     }
 
     #[test]

@@ -136,7 +136,7 @@ pub(super) fn close<F: Real>(input: &HeadInput<'_, F>, table: &mut HeadTable) {
     let Some(slot) = table.slots.checked_sub(1) else { return };
     let layout = input.rule.page(input.heads.dim, input.dtype);
     let (k, v, mass) = input.open_slot(&table.state);
-    let page = input.pages.slice_mut(&mut table.pages[slot / PAGE_SLOTS]);
+    let page = input.slot_page_mut(&mut table.pages, slot);
     layout.write(page, slot % PAGE_SLOTS, (k, v), layout.mass.then_some(mass));
 }
 
@@ -149,7 +149,7 @@ fn write_slot<F: Real>(
     pair: (&[F], &[F]),
     mass: Option<F>,
 ) {
-    let page = input.pages.slice_mut(&mut table.pages[slot / PAGE_SLOTS]);
+    let page = input.slot_page_mut(&mut table.pages, slot);
     input.rule.page(input.heads.dim, input.dtype).write(page, slot % PAGE_SLOTS, pair, mass);
 }
 
