@@ -1,11 +1,13 @@
 //! The arguments, with the help a newcomer reads.
 
 mod bench;
+mod serve;
 
 pub(crate) use bench::{BenchCommand, KernelsArgs, ModelBenchArgs};
+pub(crate) use serve::ServeArgs;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use kvfold_engine::Engine;
+use kvfold_engine::{Engine, Sampler};
 use kvfold_kernels::FastCpu;
 use kvfold_kernels::dmc::Share;
 use kvfold_kernels::ops::{KlDirection, Over, Precision, Pull, Scope};
@@ -63,6 +65,16 @@ pub(crate) enum Command {
     Export(ExportArgs),
     /// Continue a prompt
     Generate(GenerateArgs),
+    /// Talk with a model in the terminal
+    ///
+    /// A line after each answer says what the cache holds of the conversation. A line that begins with / is a command; /help
+    /// lists them. Ctrl-C ends an answer, Ctrl-D the talk.
+    Chat(ChatArgs),
+    /// Serve a model by OpenAI's HTTP API, with a page to chat at /
+    ///
+    /// Many requests share the cache's memory; how many depends on how far their texts compress. Listens on this machine
+    /// alone unless --host says otherwise, which needs a key. Ctrl-C or SIGTERM let what runs come to its end.
+    Serve(ServeArgs),
     /// Measure how good a model is, through the cache that serves it
     Eval {
         #[command(subcommand)]
@@ -265,23 +277,9 @@ impl ModelArgs {
     }
 }
 
-#[derive(Debug, Args)]
-pub(crate) struct GenerateArgs {
-    #[command(flatten)]
-    pub(crate) model: ModelArgs,
-
-    /// Text to continue
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
-    pub(crate) prompt: String,
-
-    /// Take the prompt for a user's message and answer it, through the model's chat template
-    #[arg(long)]
-    pub(crate) chat: bool,
-
-    /// What the model is told before the chat
-    #[arg(long, value_name = "TEXT", requires = "chat", allow_hyphen_values = true)]
-    pub(crate) system: Option<String>,
-
+/// How tokens are chosen, and how many.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct SamplingArgs {
     /// New tokens at most [default: 256, or what the model's context leaves]
     #[arg(long, value_name = "N")]
     pub(crate) max_new_tokens: Option<usize>,
@@ -309,10 +307,63 @@ pub(crate) struct GenerateArgs {
     /// Seed of the draws
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub(crate) seed: u64,
+}
+
+impl SamplingArgs {
+    /// The sampler.
+    pub(crate) fn sampler(&self) -> Sampler {
+        Sampler {
+            temperature: self.temperature,
+            seed: self.seed,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            ..Sampler::GREEDY
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GenerateArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+
+    /// Text to continue
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub(crate) prompt: String,
+
+    /// Take the prompt for a user's message and answer it, through the model's chat template
+    #[arg(long)]
+    pub(crate) chat: bool,
+
+    /// What the model is told before the chat
+    #[arg(long, value_name = "TEXT", requires = "chat", allow_hyphen_values = true)]
+    pub(crate) system: Option<String>,
+
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArgs,
 
     /// Print one JSON document instead of the text
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ChatArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+
+    /// What the model is told before the chat
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub(crate) system: Option<String>,
+
+    /// Answer with the full cache: nothing folds, nothing is evicted
+    #[arg(long)]
+    pub(crate) full: bool,
+
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArgs,
 }
 
 #[derive(Debug, Args)]

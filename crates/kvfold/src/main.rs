@@ -32,6 +32,10 @@ fn run(cli: &Cli) -> Result<(), AppError> {
         let team = team.map_err(|error| AppError::Setup { what: "start the threads", reason: error.to_string() })?;
         team.set_global();
     }
+    // A server has its own way to be stopped.
+    if let Command::Serve(args) = &cli.command {
+        return commands::serve::run(args);
+    }
     let interrupt = Interrupt::listen()?;
     match &cli.command {
         Command::Demo(args) => commands::demo::run(args),
@@ -39,6 +43,8 @@ fn run(cli: &Cli) -> Result<(), AppError> {
         Command::Import(args) => commands::import::run(args),
         Command::Export(args) => commands::export::run(args),
         Command::Generate(args) => commands::generate::run(args),
+        Command::Chat(args) => commands::chat::run(args, &interrupt),
+        Command::Serve(args) => commands::serve::run(args),
         Command::Eval { command: EvalCommand::Ppl(args) } => commands::eval_ppl::run(args),
         Command::Bench { command: BenchCommand::Model(args) } => commands::bench_model::run(args),
         Command::Bench { command: BenchCommand::Kernels(args) } => commands::bench_kernels::run(args),

@@ -1,6 +1,6 @@
 //! `kvfold demo`: the whole path on the embedded model, and its receipt.
 
-use super::generate::{stop_tokens, stream_after};
+use super::generate::stream_after;
 use super::measure::measure;
 use super::papers::{Papers, decision, method};
 use super::train::{SelfText, self_text, train};
@@ -128,7 +128,7 @@ fn speed(
 /// What a model makes of the prompt, greedily.
 fn continued(engine: &mut Engine<FastCpu>, base: &Checkpoint) -> Result<String, AppError> {
     let prompt = base.tokenizer.encode(PROMPT, true)?;
-    let stop = Stop { max_new_tokens: NEW_TOKENS, at: stop_tokens(base)?, ..Stop::default() };
+    let stop = Stop { max_new_tokens: NEW_TOKENS, at: base.stop_token_ids()?, ..Stop::default() };
     let generation =
         generate(engine, &prompt, &Options { sampler: Sampler::GREEDY, stop }, |_| ControlFlow::Continue(()))?;
     let mut stream = stream_after(base, &prompt)?;

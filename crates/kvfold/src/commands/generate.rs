@@ -3,7 +3,7 @@
 use crate::cli::GenerateArgs;
 use crate::error::AppError;
 use crate::output;
-use kvfold_engine::{EngineError, Options, Sampler, Stop, ensure_fits, generate};
+use kvfold_engine::{EngineError, Options, Stop, ensure_fits, generate};
 use kvfold_kernels::paged::CacheDType;
 use kvfold_model::tokenizer::DecodeStream;
 use kvfold_model::{Chat, ChatTemplate, Checkpoint, ModelError};
@@ -43,18 +43,10 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<(), AppError> {
     prompt.extend(checkpoint.config.bos_token_id.filter(|_| prompt.is_empty()));
     let room = checkpoint.config.max_position_embeddings.saturating_sub(prompt.len());
     let options = Options {
-        sampler: Sampler {
-            temperature: args.temperature,
-            seed: args.seed,
-            top_k: args.top_k,
-            top_p: args.top_p,
-            min_p: args.min_p,
-            repetition_penalty: args.repetition_penalty,
-            ..Sampler::GREEDY
-        },
+        sampler: args.sampling.sampler(),
         stop: Stop {
-            max_new_tokens: args.max_new_tokens.unwrap_or(NEW_TOKENS.min(room.max(1))),
-            at: stop_tokens(&checkpoint)?,
+            max_new_tokens: args.sampling.max_new_tokens.unwrap_or(NEW_TOKENS.min(room.max(1))),
+            at: checkpoint.stop_token_ids()?,
             min_new_tokens: 0,
         },
     };
@@ -91,8 +83,8 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<(), AppError> {
         prompt_tokens: prompt.len(),
         new_tokens: generation.tokens.len(),
         stopped: generation.stopped,
-        seed: args.seed,
-        temperature: args.temperature,
+        seed: args.sampling.seed,
+        temperature: args.sampling.temperature,
         cache: engine.pool().dtype(),
         logical_ratio: held.logical_ratio(),
         physical_ratio: if usage.bytes() == 0 { 1.0 } else { dense as f64 / usage.bytes() as f64 },
@@ -156,9 +148,4 @@ pub(crate) fn stream_after(checkpoint: &Checkpoint, prompt: &[u32]) -> Result<De
         stream.push(token)?;
     }
     Ok(stream)
-}
-
-/// Tokens that end a text: the end-of-text tokens, and the one that starts the next text.
-pub(crate) fn stop_tokens(checkpoint: &Checkpoint) -> Result<Vec<u32>, ModelError> {
-    Ok(checkpoint.end_token_ids()?.into_iter().chain(checkpoint.config.bos_token_id).collect())
 }

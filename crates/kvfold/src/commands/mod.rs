@@ -2,6 +2,7 @@
 
 pub(crate) mod bench_kernels;
 pub(crate) mod bench_model;
+pub(crate) mod chat;
 pub(crate) mod demo;
 pub(crate) mod eval_ppl;
 pub(crate) mod export;
@@ -13,6 +14,7 @@ mod panel;
 mod papers;
 mod plan;
 pub(crate) mod retrofit;
+pub(crate) mod serve;
 mod texts;
 mod train;
 

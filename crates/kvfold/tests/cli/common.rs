@@ -71,7 +71,13 @@ impl Dir {
 
     /// Runs the command to its end.
     pub(crate) fn run(&self, args: &[&str]) -> Ran {
-        let output = assert_cmd::Command::from_std(self.command(args)).timeout(Duration::from_secs(120)).output();
+        self.run_on(args, "")
+    }
+
+    /// Runs the command to its end, with this to read on standard input.
+    pub(crate) fn run_on(&self, args: &[&str], input: &str) -> Ran {
+        let mut command = assert_cmd::Command::from_std(self.command(args));
+        let output = command.write_stdin(input).timeout(Duration::from_secs(120)).output();
         let output = output.expect("the command starts");
         let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("UTF-8");
         let ran = Ran {

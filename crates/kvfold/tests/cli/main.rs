@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod bench;
+mod chat;
 mod common;
 mod demo;
 mod eval_ppl;
@@ -11,3 +12,5 @@ mod retrofit;
 #[cfg(unix)] // signals
 mod runs;
 mod scale;
+#[cfg(unix)] // signals
+mod serve;
