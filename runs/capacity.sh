@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# How many long texts a server runs at once in the same cache memory, with the full cache and with the compressed one: one
+# server, one model, requests with `kvfold.enabled` false and then true, counted by its own metrics. Prompts are pieces of TEXT,
+# which should not be what the model was fitted or trained on. Writes results/capacity.json.
+#
+# Usage: runs/capacity.sh MODEL TEXT [BYTES] [TOKENS]     default: 720MiB 8192; TOKENS of a sequence, prompt and answer
+set -euo pipefail
+if [ $# -lt 2 ]; then
+  grep '^# Usage' "$0" | cut -c3- >&2
+  exit 2
+fi
+model="$(realpath "$1")"
+text="$(realpath "$2")"
+bytes="${3:-720MiB}"
+tokens="${4:-8192}"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cargo build --release >&2
+
+scratch="$(mktemp -d)"
+target/release/kvfold serve "$model" --port 0 --kv-memory "$bytes" --max-running 256 2>"$scratch/log" &
+server=$!
+trap 'kill "$server" 2>/dev/null || true; rm -rf "$scratch"' EXIT
+until grep -q '^listening on ' "$scratch/log"; do
+  kill -0 "$server" 2>/dev/null || { cat "$scratch/log" >&2; exit 1; }
+  sleep 0.2
+done
+python3 runs/capacity.py "$(sed -n 's/^listening on //p' "$scratch/log")" "$text" "$tokens" \
+  "$0 $(basename "$model") $(basename "$text") $bytes $tokens" "$(git rev-parse --short HEAD)"
