@@ -12,6 +12,9 @@ use std::net::SocketAddr;
 use std::time::Duration;
 use tokio::net::TcpListener;
 
+/// Threads that read requests: bodies of megabytes, now and then.
+const READERS: usize = 2;
+
 pub(crate) fn run(args: &ServeArgs) -> Result<(), AppError> {
     let key = key(args)?;
     let address = SocketAddr::new(args.host, args.port);
@@ -41,7 +44,11 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), AppError> {
         worker.map_err(|error| AppError::Setup { what: "start the engine's thread", reason: error.to_string() })?;
 
     let failed = |what| move |error: std::io::Error| AppError::Setup { what, reason: error.to_string() };
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(READERS)
+        .enable_all()
+        .build();
     let ended = runtime.map_err(failed("start the server"))?.block_on(async {
         let listener = TcpListener::bind(address).await.map_err(|error| AppError::Setup {
             what: "listen",
