@@ -15,7 +15,7 @@ import urllib.request
 #: New tokens of an answer: long enough that all texts that fit are there at the same time.
 NEW = 96
 #: More than fit.
-ASKED = {False: 8, True: 32}
+ASKED = {False: 6, True: 24}
 
 
 def get(path):
