@@ -65,14 +65,19 @@ impl Server {
 
     /// The exit code, once it has ended.
     fn code(&mut self) -> Option<i32> {
+        self.until("it ends", |server| server.child.try_wait().expect("a child")).code()
+    }
+
+    /// Waits for what `done` finds.
+    fn until<T>(&mut self, what: &str, done: impl Fn(&mut Self) -> Option<T>) -> T {
         let start = Instant::now();
         while start.elapsed() < Duration::from_secs(60) {
-            if let Some(status) = self.child.try_wait().expect("a child") {
-                return status.code();
+            if let Some(found) = done(self) {
+                return found;
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        panic!("the server does not end");
+        panic!("a minute has passed and it is not true that {what}");
     }
 }
 
@@ -102,11 +107,18 @@ fn it_serves_until_it_is_told_to_stop_and_lets_what_runs_end() {
 fn a_second_signal_ends_it_at_once() {
     let dir = Dir::new();
     let mut server = Server::start(&dir, &[]);
+    // A request whose body never comes. That the server says to go on with it is the sign that it waits for the body:
+    // a connection on which nothing has begun would end at the first signal.
     let mut stream = server.connect();
-    write!(stream, "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{{")
-        .expect("sent");
+    let head =
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9";
+    write!(stream, "{head}\r\nExpect: 100-continue\r\n\r\n").expect("sent");
+    let mut go_on = [0; 21];
+    stream.read_exact(&mut go_on).expect("an answer begins");
+    assert_eq!(&go_on, b"HTTP/1.1 100 Continue");
     server.signal("INT");
-    std::thread::sleep(Duration::from_millis(300));
+    // Once it listens no more it has heard the first signal, so that the next one is the second.
+    server.until("it listens no more", |server| TcpStream::connect(&server.address).is_err().then_some(()));
     server.signal("INT");
     assert_eq!(server.code(), Some(130));
 }
