@@ -117,7 +117,7 @@ def main():
     gates = [p for n, p in model.named_parameters() if n.endswith("decide")]
     rest = [p for n, p in model.named_parameters() if not n.endswith("decide")]
     opt = torch.optim.AdamW([dict(params=rest, k=1.0), dict(params=gates, k=10.0)], lr=a.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    total, ramp, start = a.zero_steps + a.steps, int(a.steps * (1 - a.tail)), time.time()
+    total, ramp, start = a.zero_steps + a.steps, max(1, int(a.steps * (1 - a.tail))), time.time()
     for step in range(total):
         ids = torch.stack([train[i:i + a.seq] for i in torch.randint(0, len(train) - a.seq - 1, (a.batch,)).tolist()])
         with torch.no_grad(): original = teacher(ids)[0].float().log_softmax(-1)

@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# Retrofit throughput beside PyTorch: SmolLM2-135M, sequences of 1024, two of them a step, distillation from the original,
+# Retrofit throughput beside PyTorch: SmolLM2-135M, sequences of 1024, BATCH of them a step, distillation from the original,
 # all weights trained, DMC as the paper has it (fold at once, a window of 12, log masses, a decision head). kvfold with bf16
 # operands, PyTorch with bf16 operands and, since some machines have no instructions for those, with f32 ones. In turn, on an
 # otherwise idle machine; the medians are in results/throughput.json.
 #
-# Usage: runs/throughput.sh [PYTHON] [ROUNDS] [STEPS]     default: python3 3 8; PYTHON has torch, safetensors, tokenizers
+# Usage: runs/throughput.sh [PYTHON] [ROUNDS] [STEPS] [BATCH]     default: python3 3 8 2
+#        PYTHON has torch, safetensors, tokenizers
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python="${1:-python3}"
 rounds="${2:-3}"
 steps="${3:-8}"
+batch="${4:-2}"
 gguf=models/SmolLM2-135M-Instruct.Q4_1.gguf
 model=models/smollm2-135m-instruct-f32
 text=data/tinystories_heldout.txt
@@ -25,13 +27,13 @@ trap 'rm -rf "$scratch"' EXIT
 torch() {
   MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=12000000000 MALLOC_ARENA_MAX=1 \
     "$python" oracle/torch_retrofit.py --model "$model" --text "$text" --method dmc --log-mass --ratio 2 \
-    --steps "$steps" --seq 1024 --batch 2 --dtype "$1" | tee /dev/stderr | tail -n 1 | sed 's/.*tokens\/s //'
+    --steps "$steps" --seq 1024 --batch "$batch" --dtype "$1" | tee /dev/stderr | tail -n 1 | sed 's/.*tokens\/s //'
 }
 
 kvfold() {
   rm -rf "$scratch/model"
   target/release/kvfold retrofit --model "$model" --out "$scratch/model" --method dmc --ratio 2 --text "$text" --no-reset \
-    --delay 0 --sinks 0 --calibrate 0 --pool-window 12 --log-mass --precision bf16 --steps "$steps" --length 1024 --batch 2 --json |
+    --delay 0 --sinks 0 --calibrate 0 --pool-window 12 --log-mass --precision bf16 --steps "$steps" --length 1024 --batch "$batch" --json |
     python3 -c 'import json, sys; print(json.load(sys.stdin)["training"]["tokens_per_second"])'
 }
 
@@ -42,9 +44,10 @@ for round in $(seq "$rounds"); do
   torch float32 >>"$scratch/torch_f32"
 done
 
-python3 - "$scratch" "$0 PYTHON $rounds $steps" "$(git rev-parse --short HEAD)" "$steps" <<'PYTHON'
+python3 - "$scratch" "$0 PYTHON $rounds $steps $batch" "$(git rev-parse --short HEAD)" \
+  "$steps" "$batch" <<'PYTHON'
 import datetime, json, os, platform, statistics, sys
-scratch, command, commit, steps = sys.argv[1:]
+scratch, command, commit, steps, batch = sys.argv[1:]
 read = lambda name: [float(line) for line in open(os.path.join(scratch, name))]
 with open("/proc/cpuinfo") as info:
     cpu = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.machine())
@@ -56,7 +59,7 @@ result = {
     "commit": commit,
     "date": str(datetime.date.today()),
     "machine": f"{cpu}, {os.cpu_count()} cores",
-    "what": f"tokens/s of {steps} steps of 2 x 1024 tokens, the first one included",
+    "what": f"tokens/s of {steps} steps of {batch} x 1024 tokens, the first one included",
     "torch": torch,
     "kvfold": kvfold,
     "ratio_of_medians": {
