@@ -278,10 +278,11 @@ def main() -> None:
 
     rows = [Row.parse(row) for row in args.rows]
     found = engines(args)
-    measured = {}
+    measured, known = {}, {}
     if os.path.exists(args.out):
         with open(args.out) as file:
-            measured = {row["row"]: row for row in json.load(file)["rows"]}
+            before = json.load(file)
+        measured, known = {row["row"]: row for row in before["rows"]}, before["engines"]
     for row in rows:
         load = Load()
         rates: dict[str, list[float]] = {}
@@ -291,17 +292,18 @@ def main() -> None:
                 rates.setdefault(engine.name, []).append(rate)
                 print(f"{row} round {number + 1}: {engine.name} {rate:.1f}", file=sys.stderr, flush=True)
         measured[str(row)] = measured_row(args, row, found, rates, load)
-        write(args, found, list(measured.values()))
+        write(args, found, known, list(measured.values()))
     print(table([measured[str(row)] for row in rows]))
 
 
-def write(args: argparse.Namespace, found: list[Engine], rows: list[dict]) -> None:
-    """The result as far as it is known, in place of the one before."""
+def write(args: argparse.Namespace, found: list[Engine], known: dict, rows: list[dict]) -> None:
+    """The result as far as it is known, in place of the one before, whose engines are `known`."""
     result = {
         "schema": "kvfold.engines/2",
         "threads": args.threads,
         "what": "tokens/s of all sequences together; kvfold_over_this above 1 where kvfold is faster",
-        "engines": {
+        "engines": known
+        | {
             engine.name: {"version": engine.version, "weights": engine.weights, "cache": engine.cache}
             | ({} if isinstance(engine, Kvfold) else engine.notes)
             for engine in found
