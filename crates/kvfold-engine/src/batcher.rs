@@ -188,6 +188,8 @@ pub struct Batcher<'e, O: CacheOps> {
 struct Pages<'a, O: CacheOps> {
     engine: &'a Engine<O>,
     active: &'a BTreeMap<Id, Active>,
+    /// Where beginnings are kept, if they are.
+    every: Option<usize>,
 }
 
 impl<O: CacheOps> Pages<'_, O> {
@@ -234,6 +236,17 @@ impl<O: CacheOps> Memory for Pages<'_, O> {
         };
         self.beginning(id).map(start).unwrap_or_default()
     }
+
+    fn soon_more(&self, id: Id, admitted: &[Id]) -> bool {
+        let (Some(every), Some(waits)) = (self.every, self.active.get(&id).filter(|waits| waits.reuse)) else {
+            return false;
+        };
+        let now = self.beginning(id).map_or(0, SequenceCache::tokens);
+        self.active.range(..id).any(|(older, active)| {
+            let read = active.sequence.as_ref().map(Sequence::tokens).or(admitted.contains(older).then_some(0));
+            read.is_some_and(|read| active.will_keep(read, waits, every) > now)
+        })
+    }
 }
 
 impl<'e, O: CacheOps> Batcher<'e, O> {
@@ -258,7 +271,8 @@ impl<'e, O: CacheOps> Batcher<'e, O> {
             // The last new token is never read.
             let most = prompt.len() + new.saturating_sub(1);
             let demand = Demand { known: prompt.len(), most, folds: !kind.full };
-            self.scheduler.submit(id, demand, &Pages { engine: self.engine, active: &self.active })?;
+            let memory = Pages { engine: self.engine, active: &self.active, every: self.every };
+            self.scheduler.submit(id, demand, &memory)?;
             let active = Active {
                 prompt: prompt.len(),
                 tokens: prompt,
@@ -282,7 +296,7 @@ impl<'e, O: CacheOps> Batcher<'e, O> {
     /// Ends a request: nothing more comes of it, and its pages are free. What its cache held, if it ran.
     pub fn cancel(&mut self, id: Id) -> Option<Sequence> {
         self.early.retain(|event| !matches!(event, Event::Finished { id: early, .. } if *early == id));
-        self.scheduler.remove(id, &Pages { engine: self.engine, active: &self.active });
+        self.scheduler.remove(id, &Pages { engine: self.engine, active: &self.active, every: self.every });
         self.offer(id, true);
         self.active.remove(&id)?.sequence
     }
@@ -321,7 +335,7 @@ impl<'e, O: CacheOps> Batcher<'e, O> {
     /// no more use.
     pub fn step(&mut self) -> Result<Vec<Event>, EngineError> {
         let Plan { preempted, admitted, work } =
-            self.scheduler.plan(&Pages { engine: self.engine, active: &self.active });
+            self.scheduler.plan(&Pages { engine: self.engine, active: &self.active, every: self.every });
         self.preemptions += preempted.len() as u64;
         for id in preempted {
             self.send_back(id);

@@ -75,6 +75,11 @@ impl Sequence {
         self.cache.held()
     }
 
+    /// Whether every token keeps its slots, whatever the model decides.
+    pub fn is_full(&self) -> bool {
+        self.full
+    }
+
     /// What the model decided on each token, if that was to be noted.
     pub fn trace(&self) -> Option<&Trace> {
         self.trace.as_ref()
@@ -228,6 +233,14 @@ impl<O: CacheOps> Engine<O> {
     /// Bytes and pages that the full cache of a sequence of `tokens` holds.
     pub fn dense_usage(&self, tokens: usize) -> Usage {
         self.pool.dense_usage(&self.model.ops, tokens)
+    }
+
+    /// The full cache's bytes over those that a sequence holds; 1 for an empty one.
+    pub fn physical_ratio(&self, sequence: &Sequence) -> f64 {
+        match self.usage(sequence).bytes() {
+            0 => 1.0,
+            bytes => self.dense_usage(sequence.tokens()).bytes() as f64 / bytes as f64,
+        }
     }
 
     /// Logits `[tokens, V]` of every new token of one sequence, chunk by chunk. On an error it has taken none of them.

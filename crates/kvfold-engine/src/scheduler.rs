@@ -6,7 +6,7 @@
 //! How far a text folds is known only once it is read, so memory is promised on a prediction and defended on the worst
 //! case:
 //!
-//! * a job is admitted when the pages that it is *predicted* to hold in the end fit beside those predicted of all others
+//! * a job is admitted, in turn, when the pages that it is *predicted* to hold in the end fit beside those predicted of all others
 //!   that run; the prediction is what jobs before it held, relative to what they would have held if nothing had folded;
 //! * a job takes tokens only if the pages that these can need *at most* are free. The oldest job's are set aside first,
 //!   and younger ones are sent back to the queue for them, youngest first; any other job that finds none just waits;
@@ -17,7 +17,8 @@
 //! (promise I3), nobody sees a difference but in time.
 //!
 //! A job may begin with tokens that a cache has seen ([`HeadStart`]). Pages of caches that nobody runs on are free here: they
-//! are given up as soon as somebody needs them. Pages that several jobs share are counted once.
+//! are given up as soon as somebody needs them. Pages that several jobs share are counted once. A job whose beginning is being
+//! read by an older one lets others pass until it is: only older ones, so that nobody waits for ever.
 
 use std::collections::VecDeque;
 
@@ -53,6 +54,11 @@ pub trait Memory {
     /// What a job that waits can begin with.
     fn head_start(&self, _id: Id) -> HeadStart {
         HeadStart::default()
+    }
+    /// Whether a job that waits can begin with more if it waits a little: an older one that runs, or is among those that are
+    /// `admitted` now, is reading what both begin with.
+    fn soon_more(&self, _id: Id, _admitted: &[Id]) -> bool {
+        false
     }
 }
 
@@ -254,7 +260,9 @@ impl Scheduler {
         let promised = self.running.iter().map(|job| self.predicted(job, memory).max(held(job))).sum::<usize>();
         let mut promised = promised - shared;
         while open && budget > 0 && self.running.len() < self.limits.running {
-            let Some(&first) = self.waiting.front() else { break };
+            let ready = |job: &Job| !memory.soon_more(job.id, &plan.admitted);
+            let Some(at) = self.waiting.iter().position(ready) else { break };
+            let first = self.waiting[at];
             let start = memory.head_start(first.id);
             let first = Job { taken: start.tokens, ..first };
             let predicted = self.predicted(&first, memory).saturating_sub(start.shared);
@@ -267,7 +275,7 @@ impl Scheduler {
             if taken == 0 {
                 break;
             }
-            self.waiting.pop_front();
+            self.waiting.remove(at);
             self.running.push(Job { taken: first.taken + taken, ..first });
             plan.admitted.push(first.id);
             plan.work.push((first.id, taken));

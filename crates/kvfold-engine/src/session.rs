@@ -1,7 +1,7 @@
 //! A sequence in a file: a compressed cache that is put away, and goes on where it was.
 //!
 //! A safetensors file, `.kv` by convention, with one entry of metadata, `kvfold`: the version of the format, which model
-//! the cache is of, the rule and the type that it is held under, and a digest of the tensors.
+//! the cache is of, the rule and the type that it is held under, a digest of the tensors, and a note of whoever saved it.
 //!
 //! ```text
 //! tokens [T]      ids of the tokens, numbers
@@ -42,6 +42,9 @@ struct Header {
     full: bool,
     /// Fingerprint of the tensors.
     digest: String,
+    /// What whoever saved it keeps with it.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    note: String,
 }
 
 /// What was saved.
@@ -51,6 +54,8 @@ pub struct Session {
     pub tokens: Vec<u32>,
     /// The sequence, which goes on with the same bytes as the one that was saved.
     pub sequence: Sequence,
+    /// What whoever saved it keeps with it.
+    pub note: String,
 }
 
 /// A sequence that could not be saved or taken up again.
@@ -133,11 +138,12 @@ pub enum SessionError {
 }
 
 impl<O: CacheOps> Engine<O> {
-    /// Saves a sequence, which has seen these tokens, in one step: at no moment is half of it in the file at `path`.
+    /// Saves a sequence, which has seen these tokens, in one step: at no moment is half of it in the file at `path`. `note` is
+    /// kept with it and means nothing here.
     ///
     /// # Panics
     /// When the sequence is of another engine.
-    pub fn save(&self, sequence: &Sequence, tokens: &[u32], path: &Path) -> Result<(), SessionError> {
+    pub fn save(&self, sequence: &Sequence, tokens: &[u32], note: &str, path: &Path) -> Result<(), SessionError> {
         let file = path.display().to_string();
         if tokens.len() != sequence.tokens() {
             return Err(SessionError::Tokens { file, tokens: tokens.len(), seen: sequence.tokens() });
@@ -162,6 +168,7 @@ impl<O: CacheOps> Engine<O> {
             cache: self.pool.dtype(),
             full: sequence.full,
             digest: digest::of_tensors(&tensors),
+            note: note.to_owned(),
         };
         let header = serde_json::to_string(&header).expect("a struct of numbers and strings is JSON");
         Ok(kvfold_tensor::write(path, &tensors, &BTreeMap::from([(ENTRY.to_owned(), header)]))?)
@@ -198,7 +205,8 @@ impl<O: CacheOps> Engine<O> {
         let pages = self.pool.check(&self.model.ops, &stored).map_err(refused)?;
         self.prefixes.make_room(&self.pool, pages);
         let cache = self.pool.restore(&self.model.ops, &stored).map_err(refused)?;
-        Ok(Session { tokens, sequence: Sequence::of(cache, Kind { full: header.full, trace: false }) })
+        let sequence = Sequence::of(cache, Kind { full: header.full, trace: false });
+        Ok(Session { tokens, sequence, note: header.note })
     }
 
     /// Fingerprint of the model. The first call reads all of its weights.

@@ -58,6 +58,16 @@ impl Tokenizer {
         DecodeStream { tokenizer: self.clone(), skip_special, ids: Vec::new(), read: 0 }
     }
 
+    /// A decoder for ids that follow a prompt, without the special ones: it joins them to the prompt as [`decode`](Self::decode)
+    /// would, and does not say the prompt again.
+    pub fn stream_after(&self, prompt: &[u32]) -> Result<DecodeStream> {
+        let mut stream = self.stream(true);
+        for &id in &prompt[prompt.len().saturating_sub(DecodeStream::CONTEXT)..] {
+            stream.push(id)?;
+        }
+        Ok(stream)
+    }
+
     /// The id of a token by its spelling.
     pub fn token_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
@@ -162,6 +172,10 @@ impl DecodeStream {
     /// Ids held back at most. A character has at most four bytes, so more of them are noise and not an unfinished character;
     /// without a limit each further id would decode all of the noise again.
     const HELD: usize = 8;
+
+    /// Ids of a prompt that are read before those that follow it. It keeps those since the last but one cut, and a cut is at
+    /// most `HELD` ids after the one before.
+    const CONTEXT: usize = 2 * Self::HELD;
 
     /// Adds one id and returns the text that is complete with it, if any.
     pub fn push(&mut self, id: u32) -> Result<Option<String>> {

@@ -20,7 +20,7 @@ mod worker;
 
 pub use guard::{BadKey, Key};
 pub use model::Served;
-pub use worker::{Worker, pages_in};
+pub use worker::{Room, Worker};
 
 use api::App;
 use guard::Guard;

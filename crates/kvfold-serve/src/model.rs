@@ -9,9 +9,6 @@ use kvfold_model::{Checkpoint, DecodeStream, ModelError, Tokenizer};
 use serde_json::{Map, Value};
 use std::sync::OnceLock;
 
-/// Tokens of a prompt that a decoder reads before the new ones: enough to join what follows as the tokenizer would.
-const CONTEXT: usize = 16;
-
 /// A model to be served.
 #[derive(Debug)]
 pub struct Served {
@@ -97,11 +94,7 @@ impl Served {
 
     /// A decoder of what follows a prompt.
     pub(crate) fn stream_after(&self, prompt: &[u32]) -> Result<DecodeStream, ApiError> {
-        let mut stream = self.tokenizer.stream(true);
-        for &token in &prompt[prompt.len().saturating_sub(CONTEXT)..] {
-            stream.push(token).map_err(|error| ApiError::internal(error.to_string()))?;
-        }
-        Ok(stream)
+        self.tokenizer.stream_after(prompt).map_err(|error| ApiError::internal(error.to_string()))
     }
 
     /// Checks that a field's tokens are the model's.

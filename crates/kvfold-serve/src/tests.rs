@@ -3,7 +3,7 @@
 use crate::api::{App, router};
 use crate::guard::Guard;
 use crate::model::Served;
-use crate::worker::{Worker, pages_in};
+use crate::worker::{Room, Worker};
 use axum::Router;
 use axum::body::Body;
 use axum::http::{HeaderMap, Request};
@@ -84,10 +84,10 @@ impl Server {
     fn of(checkpoint: &Checkpoint, running: usize, queue: usize) -> Self {
         let served = Served::new(checkpoint, "stories260k".into()).unwrap();
         let engine = Engine::new(FastCpu::new(), checkpoint);
-        let pages = pages_in(&engine, 8 << 20, running).unwrap();
-        let worker =
-            Worker::start(engine.with_page_limit(pages), Limits { tokens: 64, running }, queue, (&served, "test"))
-                .unwrap();
+        let Room { pages, prefixes } = Room::of(&engine, 8 << 20, running).unwrap();
+        let limits = Limits { tokens: 64, running };
+        let engine = engine.with_page_limit(pages);
+        let worker = Worker::start(engine, (limits, prefixes), queue, (&served, "test")).unwrap();
         let app = App {
             served: Arc::new(served),
             worker,
@@ -456,6 +456,40 @@ async fn live_and_trace_say_what_the_cache_does() {
     let trace = chunks.iter().find_map(|chunk| chunk["kvfold"].get("trace")).unwrap();
     assert_eq!(trace["tokens"].as_array().unwrap().len() as u64, *seen.last().unwrap());
     assert_eq!((&trace["method"], &trace["folds"]), (&Value::Null, &json!([])));
+}
+
+#[test]
+fn all_that_a_cache_comes_to_hold_is_within_its_bytes() {
+    const RUNNING: usize = 4;
+    let engine = Engine::new(FastCpu::new(), &checkpoint());
+    let refused = Room::of(&engine, 1000, RUNNING).unwrap_err();
+    let least: usize = refused.rsplit(' ').next().and_then(|bytes| bytes.parse().ok()).expect("what is needed");
+    assert!(Room::of(&engine, least / 2, RUNNING).is_err());
+    let usage = engine.usage(&engine.sequence());
+    let state = engine.model().shape.layers * engine.model().shape.heads.kv * usage.state_bytes;
+    let mut before = 0;
+    for bytes in [least, 2 << 20, 8 << 20, 1 << 30] {
+        let Room { pages, prefixes } = Room::of(&engine, bytes, RUNNING).unwrap();
+        let held = pages * usage.page_bytes.max(usage.ring_page_bytes) + (RUNNING + prefixes) * state;
+        assert!(held <= bytes && held > bytes - usage.page_bytes.max(usage.ring_page_bytes), "{held} of {bytes}");
+        assert!((before..=256).contains(&prefixes), "{prefixes}");
+        before = prefixes;
+    }
+    assert_eq!(before, 256);
+}
+
+#[tokio::test]
+async fn choices_of_one_prompt_read_it_once() {
+    let server = Server::new();
+    let prompt = "Once upon a time there was a little girl who had a red ball. ".repeat(14);
+    let metric = async |name: &str| {
+        let metrics = server.get("/metrics").await.text;
+        let line = metrics.lines().find_map(|line| line.strip_prefix(name)).expect("a metric");
+        line.trim().parse::<f64>().expect("a number")
+    };
+    server.complete(json!({ "prompt": prompt, "n": 4, "max_tokens": 5, "temperature": 1 })).await.ok();
+    let (asked, found) = (metric("kvfold_prefix_tokens_total ").await, metric("kvfold_prefix_hit_tokens_total ").await);
+    assert!(asked > 4.0 * 256.0 && found == 3.0 * 256.0, "{found} of {asked}");
 }
 
 #[tokio::test]

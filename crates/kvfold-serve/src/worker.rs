@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 
 /// What the cache holds for one text.
@@ -141,10 +141,11 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Starts a thread that serves an engine. At most `queue` requests wait beside those that run.
+    /// Starts a thread that serves an engine, and keeps so many beginnings of texts. At most `queue` requests wait beside those
+    /// that run.
     pub fn start<O: CacheOps + Send + 'static>(
         engine: Engine<O>,
-        limits: Limits,
+        (limits, prefixes): (Limits, usize),
         queue: usize,
         (served, version): (&Served, &str),
     ) -> std::io::Result<Self>
@@ -166,7 +167,7 @@ impl Worker {
         let capacity = capacity(&engine);
         let thread = std::thread::Builder::new().name("kvfold-engine".into()).spawn(move || {
             let mut engine = engine;
-            work(&mut engine, limits, &received, context);
+            work(&mut engine, (limits, prefixes), &received, context);
         })?;
         Ok(Self { commands, live, most: limits.running.saturating_add(queue), capacity, metrics, thread })
     }
@@ -188,21 +189,37 @@ impl Worker {
     }
 }
 
-/// Pages that a cache of some bytes has for `running` sequences: what their open states take is set aside. An error if not
-/// even a short text fits.
-pub fn pages_in<O: CacheOps>(engine: &Engine<O>, bytes: usize, running: usize) -> Result<usize, String> {
-    let heads = engine.model().shape.layers * engine.model().shape.heads.kv;
-    let states = heads * engine.usage(&engine.sequence()).state_bytes;
-    let pages = bytes.saturating_sub(states * running) / page_bytes(engine);
-    let least = engine.pool().worst_pages(SHORT);
-    if pages >= least {
-        return Ok(pages);
-    }
-    let needed = states * running + least * page_bytes(engine);
-    Err(format!(
-        "{bytes} bytes are too few: a text of {SHORT} tokens beside the states of {running} requests needs {needed}"
-    ))
+/// What a cache of some bytes has room for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// Pages of all texts together.
+    pub pages: usize,
+    /// Beginnings of texts that are kept at most.
+    pub prefixes: usize,
 }
+
+impl Room {
+    /// The room in `bytes` for `running` sequences. What their open states take, and those of kept beginnings, is set aside, so
+    /// all that the cache can come to hold is within these bytes. An error if not even a short text fits.
+    pub fn of<O: CacheOps>(engine: &Engine<O>, bytes: usize, running: usize) -> Result<Self, String> {
+        let heads = engine.model().shape.layers * engine.model().shape.heads.kv;
+        let state = heads * engine.usage(&engine.sequence()).state_bytes;
+        let prefixes = (bytes / PREFIX_SHARE / state.max(1)).min(PrefixSettings::default().most);
+        let pages = bytes.saturating_sub(state * (running + prefixes)) / page_bytes(engine);
+        let least = engine.pool().worst_pages(SHORT);
+        if pages >= least {
+            return Ok(Self { pages, prefixes });
+        }
+        let needed =
+            (state * running + least * page_bytes(engine)).saturating_mul(PREFIX_SHARE).div_ceil(PREFIX_SHARE - 1);
+        Err(format!(
+            "{bytes} bytes are too few: a text of {SHORT} tokens beside the states of {running} requests needs {needed}"
+        ))
+    }
+}
+
+/// One part in so many is for the open states of kept beginnings, at most.
+const PREFIX_SHARE: usize = 20;
 
 /// Tokens of a text that a server should have room for.
 const SHORT: usize = 64;
@@ -243,20 +260,26 @@ struct Desk<'e, O: CacheOps> {
     commands: Sender<Command>,
     preemptions: u64,
     prefixes: PrefixStats,
+    /// When the caches of all that runs were last summed up.
+    walked: Option<Instant>,
 }
+
+/// Sums over all caches are this old at most while something runs.
+const FRESH: Duration = Duration::from_millis(100);
 
 fn work<O: CacheOps>(
     engine: &mut Engine<O>,
-    limits: Limits,
+    (limits, prefixes): (Limits, usize),
     received: &Receiver<Command>,
     (metrics, commands, share): (Arc<Metrics>, Sender<Command>, f64),
 ) {
     let (page, limit) = (page_bytes(engine), engine.pool().limit());
     metrics.pages_limit.set(limit.try_into().unwrap_or(i64::MAX));
     metrics.bytes_limit.set(limit.saturating_mul(page).try_into().unwrap_or(i64::MAX));
-    let batcher = Batcher::new(engine, limits, share).with_prefixes(PrefixSettings::default());
+    let settings = PrefixSettings { most: prefixes, ..PrefixSettings::default() };
+    let batcher = Batcher::new(engine, limits, share).with_prefixes(settings);
     let (live, prefixes) = (BTreeMap::new(), PrefixStats::default());
-    let mut desk = Desk { batcher, live, metrics, commands, preemptions: 0, prefixes };
+    let mut desk = Desk { batcher, live, metrics, commands, preemptions: 0, prefixes, walked: None };
     desk.gauge();
     loop {
         let idle = desk.batcher.is_idle();
@@ -432,6 +455,11 @@ impl<O: CacheOps> Desk<'_, O> {
         metrics.prefix_tokens.inc_by(queried - self.prefixes.queried);
         metrics.prefix_hit_tokens.inc_by(hit - self.prefixes.hit);
         self.prefixes = PrefixStats { queried, hit };
+        let fresh = self.walked.is_some_and(|walked| walked.elapsed() < FRESH);
+        if fresh && !self.batcher.is_idle() {
+            return;
+        }
+        self.walked = Some(Instant::now());
         let (mut bytes, mut dense, mut seen, mut slots) = (0, 0, 0, 0);
         for sequence in self.live.keys().filter_map(|&id| self.batcher.sequence(id)) {
             bytes += engine.usage(sequence).bytes();

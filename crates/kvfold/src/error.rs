@@ -1,6 +1,6 @@
 //! Errors of the command line, and the exit codes they map to.
 
-use kvfold_engine::EngineError;
+use kvfold_engine::{EngineError, SessionError};
 use kvfold_eval::EvalError;
 use kvfold_model::ModelError;
 use kvfold_retrofit::RetrofitError;
@@ -13,6 +13,8 @@ pub(crate) enum AppError {
     Model(#[from] ModelError),
     #[error(transparent)]
     Engine(#[from] EngineError),
+    #[error(transparent)]
+    Session(#[from] SessionError),
     #[error(transparent)]
     Eval(#[from] EvalError),
     #[error(transparent)]
@@ -54,6 +56,7 @@ impl AppError {
                     ModelError::Io { source, .. } | ModelError::Tensor(TensorError::Io { source, .. }),
                 ),
             )
+            | AppError::Session(SessionError::File(TensorError::Io { source, .. }))
             | AppError::File { source, .. } => of_io(source.kind()),
             AppError::Output(_) | AppError::Setup { .. } => MACHINE,
             AppError::Retrofit(RetrofitError::NotFinite { .. } | RetrofitError::Exploding { .. }) => TRAINING,
@@ -61,6 +64,7 @@ impl AppError {
             AppError::Text { .. }
             | AppError::Model(_)
             | AppError::Engine(_)
+            | AppError::Session(_)
             | AppError::Eval(_)
             | AppError::Retrofit(_) => INPUT,
         }

@@ -13,7 +13,8 @@ pub struct PrefixSettings {
     /// A prompt is kept at multiples of so many tokens, at its end, and at the end of its answer. Shorter texts are not kept.
     /// No step takes a prompt past such a place, so fewer than an engine takes in a pass make prefill slower.
     pub every: usize,
-    /// Beginnings that are kept at most. Their open states do not count against the pool's limit.
+    /// Beginnings that are kept at most. Their open states do not count against the pool's limit of pages: who has so many bytes
+    /// sets those of `most` states aside.
     pub most: usize,
 }
 
@@ -42,6 +43,18 @@ impl Active {
     pub(super) fn beginning<'a>(&self, prefixes: &'a PrefixCache) -> Option<&'a SequenceCache> {
         let waits = self.reuse && self.sequence.is_none();
         waits.then(|| prefixes.longest(self.prefix(self.tokens.len() - 1))).flatten()
+    }
+
+    /// Tokens that will be kept when this one, which has read `read` of its own, has read them, and that another could begin
+    /// with; 0 if there will be none.
+    pub(super) fn will_keep(&self, read: usize, other: &Active, every: usize) -> usize {
+        if read >= self.prompt || self.kind.full != other.kind.full {
+            return 0;
+        }
+        let (ours, theirs) = (&self.tokens[..self.prompt], &other.tokens[..other.tokens.len() - 1]);
+        let common = ours.iter().zip(theirs).take_while(|(a, b)| a == b).count();
+        let kept = if common == self.prompt { common } else { common - common % every };
+        if kept >= every && kept > read { kept } else { 0 }
     }
 }
 

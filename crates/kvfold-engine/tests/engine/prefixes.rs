@@ -202,6 +202,42 @@ fn texts_that_begin_alike_share_what_they_hold() {
     assert_eq!((most, batcher.preemptions(), batcher.prefix_stats().hit), (4, 0, 4 * 96));
 }
 
+/// Several answers to one prompt, and other texts that begin as it does, all asked for at once: what they have in common is
+/// read by the first of them alone, and the answers are those of each alone.
+#[test]
+fn what_comes_at_once_reads_a_common_beginning_once() {
+    const EVERY: usize = 32;
+    for case in cases() {
+        let mut rng = Rng::new(case.0.seed);
+        let vocab = case.0.shape.vocab;
+        let prompt = rng.tokens(120, vocab);
+        let drawn = |stream| {
+            let mut request = greedy(prompt.clone(), 6);
+            request.options.sampler.temperature = 1.0;
+            Request { stream, ..request }
+        };
+        let mut requests: Vec<Request> = (0..4).map(drawn).collect();
+        requests.push(greedy([&prompt[..], &rng.tokens(20, vocab)].concat(), 5));
+        requests.push(greedy([&prompt[..70], &rng.tokens(20, vocab)].concat(), 5));
+        // Of these one begins otherwise, and one is held otherwise.
+        requests.push(greedy(rng.tokens(90, vocab), 5));
+        requests.push(Request { kind: Kind { full: true, trace: false }, ..greedy(prompt.clone(), 5) });
+        let mut engine = engine(&case, CacheDType::Bf16);
+        let alone: Vec<Outcome> = requests
+            .iter()
+            .map(|request| run(&mut Batcher::new(&mut engine, LIMITS, 1.0), std::slice::from_ref(request)).remove(0))
+            .collect();
+        let settings = PrefixSettings { every: EVERY, most: 99 };
+        let mut batcher = Batcher::new(&mut engine, LIMITS, 1.0).with_prefixes(settings);
+        let together = run(&mut batcher, &requests);
+        for (n, (together, alone)) in together.iter().zip(&alone).enumerate() {
+            assert_eq!((&together.0, &together.1, &together.2), (&alone.0, &alone.1, &alone.2), "{n}, {case:?}");
+        }
+        let cached: Vec<usize> = together.iter().map(|outcome| outcome.3).collect();
+        assert_eq!(cached, [0, 96, 96, 96, 120, 64, 0, 0], "{case:?}");
+    }
+}
+
 /// Requests of few kinds, so that many begin alike; with `full`, half of them with full caches.
 fn request(case: &Case, rng: &mut Rng, full: bool) -> Request {
     let stem = Rng::new(rng.within(0..3) as u64).tokens(100, case.shape.vocab);

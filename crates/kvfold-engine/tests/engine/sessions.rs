@@ -20,7 +20,7 @@ fn saved(case: &(Case, bool), dtype: CacheDType) -> (tempfile::TempDir, PathBuf,
     let mut engine = engine(case, dtype);
     let mut sequence = engine.sequence();
     engine.logits(&mut sequence, &text[..41]).expect("room");
-    engine.save(&sequence, &text[..41], &path).expect("a file");
+    engine.save(&sequence, &text[..41], "a note", &path).expect("a file");
     (dir, path, engine, text)
 }
 
@@ -36,12 +36,12 @@ fn a_session_goes_on_with_the_same_bytes() {
         drop(whole);
         // Another process would have another engine.
         for engine in [&mut engine, &mut self::engine(&case, dtype)] {
-            let Session { tokens, mut sequence } = engine.load(&path).expect("a session");
-            assert_eq!(tokens, text[..41]);
+            let Session { tokens, mut sequence, note } = engine.load(&path).expect("a session");
+            assert_eq!((&tokens[..], &note[..]), (&text[..41], "a note"));
             assert_eq!((sequence.held(), engine.usage(&sequence)), (held.clone(), usage), "{case:?}");
             // What is saved again is the same file.
             let again = path.with_extension("again");
-            engine.save(&sequence, &tokens, &again).expect("a file");
+            engine.save(&sequence, &tokens, &note, &again).expect("a file");
             assert_eq!(fs::read(&path).unwrap(), fs::read(&again).unwrap(), "{case:?}");
             assert_eq!(rest(engine, &mut sequence, &text, 1), wanted, "{dtype:?}, {case:?}");
             drop(sequence);
@@ -56,7 +56,7 @@ fn requests_begin_where_a_session_ends() {
         let (_dir, path, mut engine, text) = saved(&case, CacheDType::Bf16);
         let missed = run(&mut Batcher::new(&mut engine, LIMITS, 1.0), &[greedy(text.clone(), 5)]).remove(0);
         let mut batcher = Batcher::new(&mut engine, LIMITS, 1.0).with_prefixes(PrefixSettings::default());
-        let Session { tokens, sequence } = batcher.engine_mut().load(&path).expect("a session");
+        let Session { tokens, sequence, .. } = batcher.engine_mut().load(&path).expect("a session");
         batcher.engine_mut().keep_prefix(&tokens, sequence);
         let hit = run(&mut batcher, &[greedy(text, 5)]).remove(0);
         assert_eq!((&hit.0, &hit.1, &hit.2, hit.3), (&missed.0, &missed.1, &missed.2, 41), "{case:?}");
@@ -73,7 +73,7 @@ fn a_file_has_nothing_of_texts_that_held_its_pages_before() {
             engine.logits(&mut engine.sequence(), &other).expect("room");
             let mut sequence = engine.sequence();
             engine.logits(&mut sequence, &text[..41]).expect("room");
-            engine.save(&sequence, &text[..41], &path).expect("a file");
+            engine.save(&sequence, &text[..41], "a note", &path).expect("a file");
             assert!(fs::read(&path).unwrap() == fresh, "{case:?}");
         }
     }
@@ -103,7 +103,7 @@ fn what_does_not_fit_is_named() {
     mismatch(refused(&mut self::engine(&(case.0.clone(), false), CacheDType::Bf16), "`rule`"));
     let small = self::engine(case, CacheDType::Bf16).with_page_limit(3);
     assert!(matches!(refused(&mut { small }, "allow more memory"), SessionError::Cache { .. }));
-    assert!(matches!(engine.save(&engine.sequence(), &text[..41], &path), Err(SessionError::Tokens { .. })));
+    assert!(matches!(engine.save(&engine.sequence(), &text[..41], "", &path), Err(SessionError::Tokens { .. })));
     assert!(matches!(engine.load(&path.with_extension("none")), Err(SessionError::File(_))));
 
     // Tensors and metadata of a file's own making.

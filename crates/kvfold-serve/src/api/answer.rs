@@ -199,6 +199,14 @@ pub(super) fn live_json(cache: &CacheUse) -> Value {
     live
 }
 
+/// A whole answer, and what was decided on its tokens, if that was to be told.
+pub(super) fn with_trace(mut answer: Value, served: &Served, trace: Option<&Traced>) -> Value {
+    if let Some(trace) = trace {
+        answer["kvfold"] = json!({ "trace": trace_json(served, trace) });
+    }
+    answer
+}
+
 /// What became of each token.
 pub(super) fn trace_json(served: &Served, Traced { tokens, trace }: &Traced) -> Value {
     let bits = |folds: &Vec<bool>| {

@@ -1,18 +1,18 @@
 //! `POST /v1/chat/completions`.
 
-use super::answer::{Asked, Choice, Usage, chat_log_probs, finish_reason, trace_json};
+use super::answer::{Asked, Choice, Usage, chat_log_probs, finish_reason, with_trace};
+use super::form::{self, Form, Read};
 use super::sampling::{Sampling, TOP};
-use super::stream::{self, Teller};
-use super::{App, Body, Head, reading, with_ignored};
+use super::stream::Teller;
+use super::{App, Body, Head};
 use crate::error::ApiError;
 use crate::fields::Fields;
 use crate::model::{Served, chat_of};
 use crate::text::{Piece, Said};
 use crate::tools::{self, Call, Watch};
 use crate::worker::{End, Update};
-use axum::Json;
 use axum::extract::State;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use kvfold_engine::Constraint;
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
@@ -53,69 +53,95 @@ struct Wanted {
     served: Arc<Served>,
 }
 
-/// A request, read.
-struct Read {
-    asked: Asked,
-    wanted: Wanted,
-    ignored: Vec<String>,
-}
-
-fn read(served: &Arc<Served>, body: &[u8]) -> Result<Read, ApiError> {
-    let mut fields = Fields::parse(body)?;
-    let sampling = Sampling::take(&mut fields, served)?;
-    let max = fields.number("max_completion_tokens", (1, u64::MAX))?;
-    let max = max.or(fields.number("max_tokens", (1, u64::MAX))?);
-    let top = fields.number("top_logprobs", (0, TOP))?;
-    let log_probs = fields.take("logprobs")?.unwrap_or(false).then_some(top.unwrap_or(0) as usize);
-    if top.is_some() && log_probs.is_none() {
-        return Err(ApiError::param("top_logprobs", "`top_logprobs` needs `logprobs` to be true"));
-    }
-    let messages = fields.need("messages")?;
-    let tools: Option<Vec<Value>> = fields.take("tools")?;
-    let (calls, forced) = calls(&mut fields, tools.as_deref().unwrap_or_default())?;
-    let constraint = match (forced, format(&mut fields)?) {
-        (Some(_), Some(_)) => {
-            let message = "`response_format` cannot be met by a call that `tool_choice` demands";
-            return Err(ApiError::param("response_format", message));
-        }
-        (Some(schema), None) => Some((schema, "tools")),
-        (None, Some(schema)) => Some((schema, "response_format")),
-        (None, None) => None,
-    };
-    // OpenAI's default, and the only way here: calls stand in the text in the order in which they are written.
-    fields.take::<bool>("parallel_tool_calls")?;
-    let variables = fields.take::<Map<String, Value>>("chat_template_kwargs")?.unwrap_or_default();
-    let mut ignored = sampling.ignored.clone();
-    ignored.extend(fields.finish(&UNSUPPORTED)?);
-
-    let tools = tools.filter(|_| calls != Calls::Never);
-    let asked = Asked {
-        prompts: vec![served.chat(&chat_of(messages, tools, variables)?)?],
-        sampling,
-        max_tokens: max.map(|max| max.try_into().unwrap_or(usize::MAX)),
-        log_probs,
-        prompt_log_probs: None,
-        constraint: constraint.map(|(schema, param)| constrained(served, schema, param)).transpose()?,
-    };
-    let wanted = Wanted { log_probs: log_probs.is_some(), calls, served: Arc::clone(served) };
-    Ok(Read { asked, wanted, ignored })
-}
-
 /// Answers.
 pub(super) async fn completions(State(app): State<Arc<App>>, Body(body): Body) -> Result<Response, ApiError> {
-    let Read { asked, wanted, ignored } = reading(&app, body, read).await?;
-    let object = if asked.sampling.stream { "chat.completion.chunk" } else { "chat.completion" };
-    let head = Head::new("chatcmpl", object, &app.served.name);
-    let (usage, sampling) = (Usage::of_prompts(&asked.prompts), asked.sampling.clone());
-    let tickets = asked.submit(&app).await?;
-    let response = match sampling.stream {
-        true => {
-            let watches = tickets.iter().map(|_| Watch::default()).collect();
-            stream::answer(app, head, (&sampling, usage), tickets, Streamed { wanted, watches })
+    form::answer::<Wanted>(app, body).await
+}
+
+impl Form for Wanted {
+    type Teller = Streamed;
+
+    fn read(served: &Arc<Served>, body: &[u8]) -> Result<Read<Self>, ApiError> {
+        let mut fields = Fields::parse(body)?;
+        let sampling = Sampling::take(&mut fields, served)?;
+        let max = fields.number("max_completion_tokens", (1, u64::MAX))?;
+        let max = max.or(fields.number("max_tokens", (1, u64::MAX))?);
+        let top = fields.number("top_logprobs", (0, TOP))?;
+        let log_probs = fields.take("logprobs")?.unwrap_or(false).then_some(top.unwrap_or(0) as usize);
+        if top.is_some() && log_probs.is_none() {
+            return Err(ApiError::param("top_logprobs", "`top_logprobs` needs `logprobs` to be true"));
         }
-        false => Json(whole(head, usage, &wanted, Choice::all(tickets).await?)).into_response(),
-    };
-    Ok(with_ignored(response, &ignored))
+        let messages = fields.need("messages")?;
+        let tools: Option<Vec<Value>> = fields.take("tools")?;
+        let (calls, forced) = calls(&mut fields, tools.as_deref().unwrap_or_default())?;
+        let constraint = match (forced, format(&mut fields)?) {
+            (Some(_), Some(_)) => {
+                let message = "`response_format` cannot be met by a call that `tool_choice` demands";
+                return Err(ApiError::param("response_format", message));
+            }
+            (Some(schema), None) => Some((schema, "tools")),
+            (None, Some(schema)) => Some((schema, "response_format")),
+            (None, None) => None,
+        };
+        // OpenAI's default, and the only way here: calls stand in the text in the order in which they are written.
+        fields.take::<bool>("parallel_tool_calls")?;
+        let variables = fields.take::<Map<String, Value>>("chat_template_kwargs")?.unwrap_or_default();
+        let mut ignored = sampling.ignored.clone();
+        ignored.extend(fields.finish(&UNSUPPORTED)?);
+
+        let tools = tools.filter(|_| calls != Calls::Never);
+        let asked = Asked {
+            prompts: vec![served.chat(&chat_of(messages, tools, variables)?)?],
+            sampling,
+            max_tokens: max.map(|max| max.try_into().unwrap_or(usize::MAX)),
+            log_probs,
+            prompt_log_probs: None,
+            constraint: constraint.map(|(schema, param)| constrained(served, schema, param)).transpose()?,
+        };
+        let wanted = Wanted { log_probs: log_probs.is_some(), calls, served: Arc::clone(served) };
+        Ok(Read { asked, form: wanted, ignored })
+    }
+
+    fn head(model: &str, stream: bool) -> Head {
+        Head::new("chatcmpl", if stream { "chat.completion.chunk" } else { "chat.completion" }, model)
+    }
+
+    fn whole(&self, head: Head, mut usage: Usage, choices: Vec<Choice>) -> Value {
+        let mut trace = None;
+        let mut told = Vec::with_capacity(choices.len());
+        for (n, choice) in choices.into_iter().enumerate() {
+            let Choice { text, said, end, .. } = choice;
+            usage.add(&end, n == 0);
+            let (content, calls) = match self.calls {
+                Calls::Never => (text, Vec::new()),
+                Calls::Free | Calls::Forced => {
+                    let mut watch = Watch::default();
+                    let shown = watch.push(&text);
+                    let (rest, calls) = watch.finish();
+                    (shown + &rest, calls)
+                }
+            };
+            let mut message = json!({ "role": "assistant", "content": content, "refusal": null });
+            if !calls.is_empty() {
+                message["tool_calls"] = calls.iter().enumerate().map(|(n, call)| call.json(n, false)).collect();
+                if content.is_empty() {
+                    message["content"] = Value::Null;
+                }
+            }
+            told.push(json!({
+                "index": n,
+                "message": message,
+                "logprobs": self.log_probs(&said),
+                "finish_reason": ending(&calls, &end),
+            }));
+            trace = end.trace;
+        }
+        with_trace(head.answer(told, usage.json()), &self.served, trace.as_ref())
+    }
+
+    fn teller(self, choices: usize) -> Streamed {
+        Streamed { wanted: self, watches: vec![Watch::default(); choices] }
+    }
 }
 
 /// What `tool_choice` says of the tools; where it demands a call, the schema of that.
@@ -172,44 +198,6 @@ fn constrained(served: &Served, schema: Value, param: &'static str) -> Result<Bo
     grammars
         .json(schema)
         .map_err(|reason| ApiError::param(param, format!("`{param}` has a schema that cannot be followed: {reason}")))
-}
-
-/// The answer in one piece.
-fn whole(head: Head, mut usage: Usage, wanted: &Wanted, choices: Vec<Choice>) -> Value {
-    let mut trace = None;
-    let mut told = Vec::with_capacity(choices.len());
-    for (n, choice) in choices.into_iter().enumerate() {
-        let Choice { text, said, end, .. } = choice;
-        usage.add(&end, n == 0);
-        let (content, calls) = match wanted.calls {
-            Calls::Never => (text, Vec::new()),
-            Calls::Free | Calls::Forced => {
-                let mut watch = Watch::default();
-                let shown = watch.push(&text);
-                let (rest, calls) = watch.finish();
-                (shown + &rest, calls)
-            }
-        };
-        let mut message = json!({ "role": "assistant", "content": content, "refusal": null });
-        if !calls.is_empty() {
-            message["tool_calls"] = calls.iter().enumerate().map(|(n, call)| call.json(n, false)).collect();
-            if content.is_empty() {
-                message["content"] = Value::Null;
-            }
-        }
-        told.push(json!({
-            "index": n,
-            "message": message,
-            "logprobs": wanted.log_probs(&said),
-            "finish_reason": ending(&calls, &end),
-        }));
-        trace = end.trace;
-    }
-    let mut answer = head.answer(told, usage.json());
-    if let Some(trace) = trace {
-        answer["kvfold"] = json!({ "trace": trace_json(&wanted.served, &trace) });
-    }
-    answer
 }
 
 /// Why a choice ended.

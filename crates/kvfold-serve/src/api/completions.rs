@@ -1,17 +1,17 @@
 //! `POST /v1/completions`.
 
-use super::answer::{Asked, Choice, TextLogProbs, Usage, finish_reason, trace_json};
+use super::answer::{Asked, Choice, TextLogProbs, Usage, finish_reason, with_trace};
+use super::form::{self, Form, Read};
 use super::sampling::{Sampling, TOP};
-use super::stream::{self, Teller};
-use super::{App, Body, Head, reading, with_ignored};
+use super::stream::Teller;
+use super::{App, Body, Head};
 use crate::error::ApiError;
 use crate::fields::Fields;
 use crate::model::Served;
 use crate::text::Said;
 use crate::worker::{End, Update};
-use axum::Json;
 use axum::extract::State;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use kvfold_engine::LogProbs;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -92,85 +92,77 @@ impl Wanted {
     }
 }
 
-/// A request, read.
-struct Read {
-    asked: Asked,
-    wanted: Wanted,
-    ignored: Vec<String>,
-}
-
-fn read(served: &Arc<Served>, body: &[u8]) -> Result<Read, ApiError> {
-    let mut fields = Fields::parse(body)?;
-    let sampling = Sampling::take(&mut fields, served)?;
-    let prompts = fields.need::<Prompt>("prompt")?.tokens(served)?;
-    let echo: bool = fields.take("echo")?.unwrap_or(false);
-    let max_tokens = fields.number("max_tokens", (u64::from(!echo), u64::MAX))?.unwrap_or(MAX_TOKENS) as usize;
-    let log_probs = fields.number("logprobs", (0, TOP))?.map(|top| top as usize);
-    if let Some(best) = fields.number("best_of", (1, u64::MAX))?
-        && best != sampling.n as u64
-    {
-        let message = "`best_of` other than `n` is not supported";
-        return Err(ApiError::param("best_of", message).code("unsupported_parameter"));
-    }
-    if (sampling.live || sampling.trace) && prompts.len() > 1 {
-        return Err(ApiError::param("kvfold", "`kvfold.live` and `kvfold.trace` need one prompt"));
-    }
-    let mut ignored = sampling.ignored.clone();
-    ignored.extend(fields.finish(&UNSUPPORTED)?);
-
-    let text = |(tokens, text): &Tokens| match text {
-        Some(text) => Ok(text.clone()),
-        None => served.decode(tokens, true),
-    };
-    let echo = echo.then(|| prompts.iter().map(text).collect::<Result<Vec<_>, _>>()).transpose()?;
-    let prompts: Vec<Vec<u32>> = prompts.into_iter().map(|(tokens, _)| tokens).collect();
-    let n = sampling.n;
-    let wanted =
-        Wanted { log_probs: log_probs.is_some(), prompts: prompts.clone(), n, served: Arc::clone(served), echo };
-    let asked = Asked {
-        prompts,
-        sampling,
-        max_tokens: Some(max_tokens),
-        log_probs,
-        prompt_log_probs: log_probs.filter(|_| wanted.echo.is_some()),
-        constraint: None,
-    };
-    Ok(Read { asked, wanted, ignored })
-}
-
 /// Answers.
 pub(super) async fn completions(State(app): State<Arc<App>>, Body(body): Body) -> Result<Response, ApiError> {
-    let Read { asked, wanted, ignored } = reading(&app, body, read).await?;
-    let head = Head::new("cmpl", "text_completion", &app.served.name);
-    let (usage, sampling) = (Usage::of_prompts(&asked.prompts), asked.sampling.clone());
-    let tickets = asked.submit(&app).await?;
-    let response = match sampling.stream {
-        true => stream::answer(app, head, (&sampling, usage), tickets, Streamed { wanted }),
-        false => Json(whole(head, usage, &wanted, Choice::all(tickets).await?)).into_response(),
-    };
-    Ok(with_ignored(response, &ignored))
+    form::answer::<Wanted>(app, body).await
 }
 
-/// The answer in one piece.
-fn whole(head: Head, mut usage: Usage, wanted: &Wanted, choices: Vec<Choice>) -> Value {
-    let mut trace = None;
-    let mut told = Vec::with_capacity(choices.len());
-    for (n, choice) in choices.into_iter().enumerate() {
-        let Choice { text, said, prompt, end } = choice;
-        usage.add(&end, n.is_multiple_of(wanted.n));
-        told.push(json!({
-            "index": n,
-            "text": format!("{}{text}", wanted.before(n)),
-            "logprobs": wanted.log_probs(n, wanted.echo.as_ref().map(|_| &prompt[..]), &said),
-            "finish_reason": finish_reason(end.reason),
-        }));
-        trace = end.trace;
+impl Form for Wanted {
+    type Teller = Streamed;
+
+    fn read(served: &Arc<Served>, body: &[u8]) -> Result<Read<Self>, ApiError> {
+        let mut fields = Fields::parse(body)?;
+        let sampling = Sampling::take(&mut fields, served)?;
+        let prompts = fields.need::<Prompt>("prompt")?.tokens(served)?;
+        let echo: bool = fields.take("echo")?.unwrap_or(false);
+        let max_tokens = fields.number("max_tokens", (u64::from(!echo), u64::MAX))?.unwrap_or(MAX_TOKENS) as usize;
+        let log_probs = fields.number("logprobs", (0, TOP))?.map(|top| top as usize);
+        if let Some(best) = fields.number("best_of", (1, u64::MAX))?
+            && best != sampling.n as u64
+        {
+            let message = "`best_of` other than `n` is not supported";
+            return Err(ApiError::param("best_of", message).code("unsupported_parameter"));
+        }
+        if (sampling.live || sampling.trace) && prompts.len() > 1 {
+            return Err(ApiError::param("kvfold", "`kvfold.live` and `kvfold.trace` need one prompt"));
+        }
+        let mut ignored = sampling.ignored.clone();
+        ignored.extend(fields.finish(&UNSUPPORTED)?);
+
+        let text = |(tokens, text): &Tokens| match text {
+            Some(text) => Ok(text.clone()),
+            None => served.decode(tokens, true),
+        };
+        let echo = echo.then(|| prompts.iter().map(text).collect::<Result<Vec<_>, _>>()).transpose()?;
+        let prompts: Vec<Vec<u32>> = prompts.into_iter().map(|(tokens, _)| tokens).collect();
+        let n = sampling.n;
+        let wanted =
+            Wanted { log_probs: log_probs.is_some(), prompts: prompts.clone(), n, served: Arc::clone(served), echo };
+        let asked = Asked {
+            prompts,
+            sampling,
+            max_tokens: Some(max_tokens),
+            log_probs,
+            prompt_log_probs: log_probs.filter(|_| wanted.echo.is_some()),
+            constraint: None,
+        };
+        Ok(Read { asked, form: wanted, ignored })
     }
-    let mut answer = head.answer(told, usage.json());
-    if let Some(trace) = trace {
-        answer["kvfold"] = json!({ "trace": trace_json(&wanted.served, &trace) });
+
+    fn head(model: &str, _: bool) -> Head {
+        Head::new("cmpl", "text_completion", model)
     }
-    answer
+
+    fn whole(&self, head: Head, mut usage: Usage, choices: Vec<Choice>) -> Value {
+        let mut trace = None;
+        let mut told = Vec::with_capacity(choices.len());
+        for (n, choice) in choices.into_iter().enumerate() {
+            let Choice { text, said, prompt, end } = choice;
+            usage.add(&end, n.is_multiple_of(self.n));
+            told.push(json!({
+                "index": n,
+                "text": format!("{}{text}", self.before(n)),
+                "logprobs": self.log_probs(n, self.echo.as_ref().map(|_| &prompt[..]), &said),
+                "finish_reason": finish_reason(end.reason),
+            }));
+            trace = end.trace;
+        }
+        with_trace(head.answer(told, usage.json()), &self.served, trace.as_ref())
+    }
+
+    fn teller(self, _: usize) -> Streamed {
+        Streamed { wanted: self }
+    }
 }
 
 /// The answer as it grows.

@@ -3,6 +3,7 @@
 mod answer;
 mod chat;
 mod completions;
+mod form;
 mod sampling;
 mod stream;
 mod tokens;

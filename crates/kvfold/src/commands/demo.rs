@@ -1,6 +1,5 @@
 //! `kvfold demo`: the whole path on the embedded model, and its receipt.
 
-use super::generate::stream_after;
 use super::measure::measure;
 use super::papers::{Papers, decision, method};
 use super::train::{SelfText, self_text, train};
@@ -131,7 +130,7 @@ fn continued(engine: &mut Engine<FastCpu>, base: &Checkpoint) -> Result<String, 
     let stop = Stop { max_new_tokens: NEW_TOKENS, at: base.stop_token_ids()?, ..Stop::default() };
     let generation =
         generate(engine, &prompt, &Options { sampler: Sampler::GREEDY, stop }, |_| ControlFlow::Continue(()))?;
-    let mut stream = stream_after(base, &prompt)?;
+    let mut stream = base.tokenizer.stream_after(&prompt)?;
     let mut text = String::new();
     for &token in &generation.tokens {
         text.extend(stream.push(token)?);

@@ -5,8 +5,7 @@ use crate::error::AppError;
 use crate::output;
 use kvfold_engine::{EngineError, Options, Stop, ensure_fits, generate};
 use kvfold_kernels::paged::CacheDType;
-use kvfold_model::tokenizer::DecodeStream;
-use kvfold_model::{Chat, ChatTemplate, Checkpoint, ModelError};
+use kvfold_model::{Chat, ChatTemplate, Checkpoint, DecodeStream, ModelError};
 use kvfold_report::format;
 use serde::Serialize;
 use std::ops::ControlFlow;
@@ -54,7 +53,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<(), AppError> {
     ensure_fits(&engine, &prompt, options.stop.max_new_tokens)?;
     options.validate(engine.model().shape.vocab).map_err(EngineError::from)?;
 
-    let mut text = Shown { stream: stream_after(&checkpoint, &prompt)?, all: String::new(), silent: args.json };
+    let mut text = Shown { stream: checkpoint.tokenizer.stream_after(&prompt)?, all: String::new(), silent: args.json };
     if !args.json && !args.chat {
         output::piece(&args.prompt)?;
     }
@@ -87,7 +86,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<(), AppError> {
         temperature: args.sampling.temperature,
         cache: engine.pool().dtype(),
         logical_ratio: held.logical_ratio(),
-        physical_ratio: if usage.bytes() == 0 { 1.0 } else { dense as f64 / usage.bytes() as f64 },
+        physical_ratio: engine.physical_ratio(&generation.sequence),
         kv_bytes: usage.bytes(),
         dense_kv_bytes: dense,
         tokens_per_second: generation.tokens.len() as f64 / seconds,
@@ -139,13 +138,4 @@ impl Shown {
         self.all.push_str(&piece);
         if self.silent { Ok(()) } else { output::piece(&piece) }
     }
-}
-
-/// A decoder that has read the prompt, so that what follows is joined to it as the tokenizer would.
-pub(crate) fn stream_after(checkpoint: &Checkpoint, prompt: &[u32]) -> Result<DecodeStream, ModelError> {
-    let mut stream = checkpoint.tokenizer.stream(true);
-    for &token in prompt {
-        stream.push(token)?;
-    }
-    Ok(stream)
 }

@@ -7,7 +7,7 @@ use kvfold_engine::Engine;
 use kvfold_engine::scheduler::Limits;
 use kvfold_kernels::FastCpu;
 use kvfold_report::format;
-use kvfold_serve::{Config, Key, Served, Worker, pages_in};
+use kvfold_serve::{Config, Key, Room, Served, Worker};
 use std::net::SocketAddr;
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -35,11 +35,11 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), AppError> {
         Some(bytes) => bytes,
         None => available_memory()? / 2,
     };
-    let pages = pages_in(&engine, memory, limits.running)
+    let Room { pages, prefixes } = Room::of(&engine, memory, limits.running)
         .map_err(|reason| AppError::Text { file: "--kv-memory".into(), reason })?;
     let engine = engine.with_page_limit(pages);
     let says = says(&engine, memory);
-    let worker = Worker::start(engine, limits, args.max_queue as usize, (&served, output::VERSION));
+    let worker = Worker::start(engine, (limits, prefixes), args.max_queue as usize, (&served, output::VERSION));
     let worker =
         worker.map_err(|error| AppError::Setup { what: "start the engine's thread", reason: error.to_string() })?;
 

@@ -38,7 +38,7 @@ impl Texts {
         let &Settings { stages, length, batch, calibration, .. } = settings;
         let steps = stages.total().saturating_mul(batch as u64).saturating_mul(length as u64);
         let used = usize::try_from(steps).unwrap_or(usize::MAX).max(calibration.map_or(0, |fit| fit.tokens));
-        let enough = used.saturating_add((used / 9).min(HELD_OUT.saturating_mul(length)));
+        let enough = used.saturating_add((used / 9).min(HELD_OUT.saturating_mul(length)).max(length));
         Text::Given {
             digest: documents::digest(&self.0),
             max_tokens: Some(args.max_tokens.unwrap_or(enough)),
