@@ -8,6 +8,7 @@
 mod compare;
 mod error;
 mod kernels;
+mod load;
 mod machine;
 mod speed;
 mod throughput;
@@ -16,6 +17,7 @@ mod windows;
 pub use compare::{Comparison, compare};
 pub use error::EvalError;
 pub use kernels::{KernelTime, KernelWork, kernel_times};
+pub use load::{Load, Others};
 pub use machine::Machine;
 pub use speed::{Workload, decode_speed};
 pub use throughput::{Batch, Caches, Rates, StepCost, Throughput, decode, prefill};

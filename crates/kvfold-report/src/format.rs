@@ -1,6 +1,6 @@
 //! How numbers are written, decided once.
 //!
-//! Every function here returns text for people. Quantities keep about three
+//! Functions here return text for people, or read what people wrote. Quantities keep about three
 //! significant digits, units stand after a space, and percentages follow the
 //! style of the whole project: `75.3 %`. A number that is not finite is
 //! written as `n/a`, `inf` or `-inf`, so that a broken run looks broken.
@@ -9,6 +9,28 @@
 pub fn bytes(n: u64) -> String {
     const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     scaled(n as f64, 1024.0, &UNITS).unwrap_or_else(|| format!("{n} B"))
+}
+
+/// Reads a number of bytes as people write it: `800MB` and the like are powers of 1000, `2GiB` and the like of 1024. The error
+/// says what is expected.
+pub fn parse_bytes(text: &str) -> Result<usize, String> {
+    const EXPECTED: &str = "expected a number of bytes, such as 800000000, 800MB or 2GiB";
+    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let factor: f64 = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "k" | "kb" => 1e3,
+        "m" | "mb" => 1e6,
+        "g" | "gb" => 1e9,
+        "t" | "tb" => 1e12,
+        "ki" | "kib" => 1024.0,
+        "mi" | "mib" => 1024.0 * 1024.0,
+        "gi" | "gib" => 1024.0 * 1024.0 * 1024.0,
+        "ti" | "tib" => 1024.0 * 1024.0 * 1024.0 * 1024.0,
+        _ => return Err(EXPECTED.into()),
+    };
+    let bytes = number.parse::<f64>().map_err(|_| EXPECTED)? * factor;
+    if (1.0..1e18).contains(&bytes) { Ok(bytes as usize) } else { Err(EXPECTED.into()) }
 }
 
 /// A count in decimal units: `950`, `12.3 K`, `1.20 M`.
@@ -176,6 +198,17 @@ fn not_finite(value: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_are_read_in_the_units_that_people_write() {
+        let cases = [("1", 1), ("800MB", 800_000_000), ("1.5 GB", 1_500_000_000), ("2GiB", 2 << 30), ("4Mi", 4 << 20)];
+        for (text, wanted) in cases {
+            assert_eq!(parse_bytes(text), Ok(wanted), "{text}");
+        }
+        for wrong in ["", "GB", "-1", "1..2", "5 apples", "0", "1e30", "nan", "99999999TB"] {
+            assert!(parse_bytes(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn bytes_use_binary_units_and_three_digits() {

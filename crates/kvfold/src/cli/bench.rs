@@ -105,18 +105,3 @@ fn batch(text: &str) -> Result<Batch, String> {
         _ => Err("sequences x tokens are expected, such as 8x2048".into()),
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn batches_are_sequences_by_tokens() {
-        assert_eq!(batch("8x2048"), Ok(Batch { sequences: 8, tokens: 2048 }));
-        assert_eq!(batch("1x0"), Ok(Batch { sequences: 1, tokens: 0 }));
-        for wrong in ["", "8", "x", "8x", "x8", "0x8", "8x-1", "8 x 8", "8x8x8", "9999999x1", "1x99999999"] {
-            assert!(batch(wrong).is_err(), "{wrong}");
-        }
-        assert!(prompts("1x0").is_err());
-    }
-}

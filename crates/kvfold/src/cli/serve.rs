@@ -43,7 +43,7 @@ pub(crate) struct ServeArgs {
     pub(crate) api_key_file: Option<PathBuf>,
 
     /// Memory for the cache, such as 800MB or 2GiB [default: half of what is free once the model is loaded]
-    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    #[arg(long, value_name = "BYTES", value_parser = kvfold_report::format::parse_bytes)]
     pub(crate) kv_memory: Option<usize>,
 
     /// Requests that run at the same time at most, if the memory allows
@@ -85,42 +85,5 @@ impl ServeArgs {
         };
         let own = || self.delta.as_deref().map_or_else(of_model, stem);
         self.name.clone().or_else(own).unwrap_or_else(|| self.model.clone())
-    }
-}
-
-/// Reads a number of bytes: `800MB` and the like are powers of 1000, `2GiB` and the like of 1024.
-fn bytes(text: &str) -> Result<usize, String> {
-    const EXPECTED: &str = "expected a number of bytes, such as 800000000, 800MB or 2GiB";
-    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let (number, unit) = text.split_at(split);
-    let factor: f64 = match unit.trim().to_ascii_lowercase().as_str() {
-        "" | "b" => 1.0,
-        "k" | "kb" => 1e3,
-        "m" | "mb" => 1e6,
-        "g" | "gb" => 1e9,
-        "t" | "tb" => 1e12,
-        "ki" | "kib" => 1024.0,
-        "mi" | "mib" => 1024.0 * 1024.0,
-        "gi" | "gib" => 1024.0 * 1024.0 * 1024.0,
-        "ti" | "tib" => 1024.0 * 1024.0 * 1024.0 * 1024.0,
-        _ => return Err(EXPECTED.into()),
-    };
-    let bytes = number.parse::<f64>().map_err(|_| EXPECTED)? * factor;
-    if (1.0..1e18).contains(&bytes) { Ok(bytes as usize) } else { Err(EXPECTED.into()) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::bytes;
-
-    #[test]
-    fn sizes_are_read_in_the_units_that_people_write() {
-        let cases = [("1", 1), ("800MB", 800_000_000), ("1.5 GB", 1_500_000_000), ("2GiB", 2 << 30), ("4Mi", 4 << 20)];
-        for (text, wanted) in cases {
-            assert_eq!(bytes(text), Ok(wanted), "{text}");
-        }
-        for wrong in ["", "GB", "-1", "1..2", "5 apples", "0", "1e30", "nan", "99999999TB"] {
-            assert!(bytes(wrong).is_err(), "{wrong}");
-        }
     }
 }

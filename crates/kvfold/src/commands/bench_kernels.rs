@@ -1,10 +1,9 @@
 //! `kvfold bench kernels`.
 
-use super::load::{Load, Others};
 use crate::cli::KernelsArgs;
 use crate::error::AppError;
 use crate::output;
-use kvfold_eval::{KernelTime, KernelWork, Machine, kernel_times};
+use kvfold_eval::{KernelTime, KernelWork, Load, Machine, Others, kernel_times};
 use kvfold_model::Checkpoint;
 use kvfold_model::shape::Shape;
 use kvfold_retrofit::settings::DELAY;

@@ -1,12 +1,11 @@
 //! `kvfold bench model`.
 
-use super::load::{Load, Others};
 use super::tokens_of;
 use crate::cli::{ModelArgs, ModelBenchArgs};
 use crate::error::AppError;
 use crate::output;
 use kvfold_engine::{Engine, EngineError};
-use kvfold_eval::{Batch, Caches, Machine, Rates, StepCost, Throughput, decode, prefill};
+use kvfold_eval::{Batch, Caches, Load, Machine, Others, Rates, StepCost, Throughput, decode, prefill};
 use kvfold_kernels::FastCpu;
 use kvfold_kernels::noise::hash;
 use kvfold_kernels::ops::Precision;

@@ -8,7 +8,6 @@ pub(crate) mod eval_ppl;
 pub(crate) mod export;
 pub(crate) mod generate;
 pub(crate) mod import;
-mod load;
 mod measure;
 mod panel;
 mod papers;

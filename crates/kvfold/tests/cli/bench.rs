@@ -55,6 +55,17 @@ fn a_batch_of_nothing_is_refused() {
     assert!(ran.err.contains("--tokens"), "{}", ran.err);
 }
 
+#[test]
+fn batches_are_sequences_by_tokens() {
+    let dir = Dir::new();
+    for wrong in ["", "8", "x", "8x", "x8", "0x8", "8x-1", "8 x 8", "8x8x8", "9999999x1", "1x99999999"] {
+        let ran = dir.run(&["bench", "model", "--decode", wrong]);
+        assert!(ran.code == Some(2) && ran.err.contains("such as 8x2048"), "{wrong}: {}", ran.err);
+    }
+    let ran = dir.run(&["bench", "model", "--prefill", "1x0"]);
+    assert!(ran.code == Some(2) && ran.err.contains("at least 1 token"), "{}", ran.err);
+}
+
 /// A quick measurement of the embedded model.
 const MODEL: [&str; 12] = [
     "bench",

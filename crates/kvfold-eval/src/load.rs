@@ -8,7 +8,7 @@ const QUIET: f64 = 0.1;
 
 /// A moment's accounts, in ticks of processor time.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Load {
+pub struct Load {
     all: System,
     ours: u64,
 }
@@ -27,22 +27,22 @@ struct System {
 
 /// What others took of the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub(crate) struct Others {
+pub struct Others {
     /// Processors that other programs kept busy, on average.
-    pub(crate) cores: f64,
+    pub cores: f64,
     /// Processors that the host of a virtual machine took away, on average.
-    pub(crate) stolen: f64,
+    pub stolen: f64,
 }
 
 impl Load {
     /// The accounts now; none where the system keeps none.
-    pub(crate) fn now() -> Option<Self> {
+    pub fn now() -> Option<Self> {
         let read = |path: &str| read_to_string(path).ok();
         Some(Self { all: system(&read("/proc/stat")?)?, ours: process(&read("/proc/self/stat")?)? })
     }
 
     /// What others took from then until now.
-    pub(crate) fn others_since(&self, then: &Self) -> Others {
+    pub fn others_since(&self, then: &Self) -> Others {
         let share = |ticks: u64| match self.all.total.saturating_sub(then.all.total) {
             0 => 0.0,
             total => ticks as f64 * self.all.processors as f64 / total as f64,
@@ -57,7 +57,7 @@ impl Load {
 
 impl Others {
     /// What to tell somebody who may think that the numbers are the machine's best.
-    pub(crate) fn warning(&self) -> Option<String> {
+    pub fn warning(&self) -> Option<String> {
         let programs = (self.cores >= QUIET).then(|| format!("other programs used {:.1} processors", self.cores));
         let host = (self.stolen >= QUIET).then(|| format!("the host took {:.1} processors away", self.stolen));
         let both: Vec<String> = programs.into_iter().chain(host).collect();
