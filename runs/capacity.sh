@@ -4,7 +4,7 @@
 # which should not be what the model was fitted or trained on. BYTES should be a little more than a whole number of full caches, window
 # and states included, or the full cache has less than its due. Takes some 20 minutes on two cores. Writes results/capacity.json.
 #
-# Usage: runs/capacity.sh MODEL TEXT [BYTES] [TOKENS]     default: 740MiB 8192, four full caches of SmolLM2-135M;
+# Usage: runs/capacity.sh MODEL TEXT [BYTES] [TOKENS]     default: 760MiB 8192, four full caches of SmolLM2-135M;
 #        TOKENS of a sequence, prompt and answer
 set -euo pipefail
 if [ $# -lt 2 ]; then
@@ -13,7 +13,7 @@ if [ $# -lt 2 ]; then
 fi
 model="$(realpath "$1")"
 text="$(realpath "$2")"
-bytes="${3:-740MiB}"
+bytes="${3:-760MiB}"
 tokens="${4:-8192}"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 cargo build --release >&2

@@ -7,7 +7,8 @@
 //! case:
 //!
 //! * a job is admitted, in turn, when the pages that it is *predicted* to hold in the end fit beside those predicted of all others
-//!   that run; the prediction is what jobs before it held, relative to what they would have held if nothing had folded;
+//!   that run; the prediction is what jobs before it held, relative to what they would have held if nothing had folded, and how
+//!   far they differed: of many jobs that differ by chance less is set aside for chance than of each alone;
 //! * a job takes tokens only if the pages that these can need *at most* are free. The oldest job's are set aside first,
 //!   and younger ones are sent back to the queue for them, youngest first; any other job that finds none just waits;
 //! * a job that could outgrow all of the memory by itself is refused when it comes.
@@ -137,8 +138,12 @@ impl Job {
 /// Weight of one more job in the prediction, once there were as many as this makes it one of.
 const NEWEST: f64 = 0.1;
 
-/// The prediction is raised by this, relatively: being wrong costs a job its work.
-const MARGIN: f64 = 1.1;
+/// What jobs hold together is thought to be below the prediction by so many standard deviations: being wrong costs a job its
+/// work.
+const SURE: f64 = 2.0;
+
+/// Standard deviation of the first guess, relatively.
+const GUESSED: f64 = 0.1;
 
 /// Tokens below which a job says nothing about how far texts fold.
 const TELLING: usize = 64;
@@ -150,8 +155,9 @@ pub struct Scheduler {
     waiting: VecDeque<Job>,
     /// Oldest first.
     running: Vec<Job>,
-    /// Pages held at a job's end, over those that it would have held if nothing had folded.
+    /// Pages held at a job's end, over those that it would have held if nothing had folded: the mean, and the variance.
     share: f64,
+    variance: f64,
     /// What the prediction is made of: the first guess, and jobs.
     seen: u32,
     /// A job that reads several tokens stops at multiples of this.
@@ -163,7 +169,8 @@ impl Scheduler {
     /// compression.
     pub fn new(limits: Limits, share: f64) -> Self {
         let (waiting, running) = (VecDeque::new(), Vec::new());
-        Self { limits, waiting, running, share: share.clamp(0.0, 1.0), seen: 1, stops: usize::MAX }
+        let share = share.clamp(0.0, 1.0);
+        Self { limits, waiting, running, share, variance: (GUESSED * share).powi(2), seen: 1, stops: usize::MAX }
     }
 
     /// From now on no step takes a job past a multiple of `tokens` tokens, at least 1, but only up to it.
@@ -198,7 +205,9 @@ impl Scheduler {
             if folds && taken >= TELLING {
                 let share = memory.held(id) as f64 / memory.worst(taken).max(1) as f64;
                 self.seen = self.seen.saturating_add(1);
-                self.share += NEWEST.max(1.0 / f64::from(self.seen)) * (share.min(1.0) - self.share);
+                let (weight, off) = (NEWEST.max(1.0 / f64::from(self.seen)), share.min(1.0) - self.share);
+                self.share += weight * off;
+                self.variance = (1.0 - weight) * (self.variance + weight * off * off);
             }
         }
         self.waiting.retain(|job| job.id != id);
@@ -257,16 +266,19 @@ impl Scheduler {
         let open = plan.preempted.is_empty();
         let held = |job: &Job| memory.held(job.id);
         let shared = self.running.iter().map(held).sum::<usize>().saturating_sub(memory.limit() - memory.free());
-        let promised = self.running.iter().map(|job| self.predicted(job, memory).max(held(job))).sum::<usize>();
-        let mut promised = promised - shared;
+        let mut promised = Predicted::default().sharing(shared);
+        for job in &self.running {
+            promised.add(self.predicted(job, memory).at_least(held(job)));
+        }
         while open && budget > 0 && self.running.len() < self.limits.running {
             let ready = |job: &Job| !memory.soon_more(job.id, &plan.admitted);
             let Some(at) = self.waiting.iter().position(ready) else { break };
             let first = self.waiting[at];
             let start = memory.head_start(first.id);
             let first = Job { taken: start.tokens, ..first };
-            let predicted = self.predicted(&first, memory).saturating_sub(start.shared);
-            if !self.running.is_empty() && promised + predicted > memory.limit() {
+            let mut with_it = promised;
+            with_it.add(self.predicted(&first, memory).sharing(start.shared));
+            if !self.running.is_empty() && with_it.at_most() > memory.limit() as f64 {
                 break;
             }
             let wanted = first.before_stop(self.stops).min(budget);
@@ -281,7 +293,7 @@ impl Scheduler {
             plan.work.push((first.id, taken));
             free -= pages(taken);
             budget -= taken;
-            promised += predicted;
+            promised = with_it;
         }
         plan
     }
@@ -296,12 +308,45 @@ impl Scheduler {
     }
 
     /// Pages that a job is predicted to hold in the end.
-    fn predicted(&self, job: &Job, memory: &impl Memory) -> usize {
-        let worst = memory.worst(job.most);
-        if !job.folds {
-            return worst;
+    fn predicted(&self, job: &Job, memory: &impl Memory) -> Predicted {
+        let worst = memory.worst(job.most) as f64;
+        match job.folds {
+            true => Predicted { pages: worst * self.share, variance: worst * worst * self.variance, worst },
+            false => Predicted { pages: worst, variance: 0.0, worst },
         }
-        ((worst as f64 * self.share * MARGIN).ceil() as usize).min(worst)
+    }
+}
+
+/// Pages that are predicted: the mean, the variance, and what cannot be exceeded.
+#[derive(Clone, Copy, Debug, Default)]
+struct Predicted {
+    pages: f64,
+    variance: f64,
+    worst: f64,
+}
+
+impl Predicted {
+    /// Together with another job's.
+    fn add(&mut self, other: Self) {
+        self.pages += other.pages;
+        self.variance += other.variance;
+        self.worst += other.worst;
+    }
+
+    /// Of a job that holds some already.
+    fn at_least(self, held: usize) -> Self {
+        Self { pages: self.pages.max(held as f64), ..self }
+    }
+
+    /// Without pages that are counted elsewhere.
+    fn sharing(self, shared: usize) -> Self {
+        let shared = shared as f64;
+        Self { pages: self.pages - shared, worst: self.worst - shared, ..self }
+    }
+
+    /// What is thought not to be exceeded.
+    fn at_most(self) -> f64 {
+        (self.pages + SURE * self.variance.sqrt()).min(self.worst)
     }
 }
 

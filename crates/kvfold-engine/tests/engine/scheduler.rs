@@ -208,3 +208,27 @@ fn jobs_are_admitted_by_what_jobs_before_them_held() {
     // Two of 200 tokens fit in the worst case; ten times as many when it is known that they fold.
     assert!(together[0] >= 8 && together[1] >= 8, "{together:?}");
 }
+
+/// Of many jobs that fold alike less is set aside for chance than a tenth of each, and none has to be sent back.
+#[test]
+fn what_is_set_aside_for_chance_is_learned() {
+    let limits = Limits { tokens: 4096, running: 1000 };
+    let (most, share) = (400, 0.25);
+    let mut table = Table { limit: 20 * pages([most; HEADS]), ..Table::default() };
+    let mut scheduler = Scheduler::new(limits, share);
+    let mut rng = Rng::new(11);
+    let mut together = Vec::new();
+    for _ in 0..6 {
+        let first = table.texts.len() as Id + 1000 * together.len() as Id;
+        (first..first + 120).for_each(|id| submit(&mut scheduler, &mut table, id, (most / 2, most, share)));
+        let mut running = 0;
+        while !table.texts.is_empty() {
+            step(&mut scheduler, &mut table, &mut rng, limits);
+            running = running.max(scheduler.running());
+        }
+        together.push(running);
+    }
+    // Twenty full caches, a quarter of each: eighty, and nearly as many are admitted once it is known.
+    assert!(together.last().is_some_and(|last| (74..=80).contains(last)), "{together:?}");
+    assert_eq!(table.preempted, 0);
+}
