@@ -1,6 +1,6 @@
 """Asks a server for more long answers than fit, with the full cache and with the compressed one, and watches its metrics.
 
-Usage: capacity.py ADDRESS TEXT TOKENS COMMAND COMMIT
+Usage: capacity.py MODEL TEXT BYTES TOKENS COMMAND
 """
 
 import concurrent.futures
@@ -47,6 +47,8 @@ def measure(enabled):
     done.set()
     watcher.join()
     assert all(each["engaged"] == enabled for each in held)
+    if best["kvfold_requests_running"] >= count:
+        sys.exit(f"all {count} texts ran at once, so nothing says how many fit; give fewer BYTES, or more TOKENS")
     return {
         "asked": count,
         "running_at_most": int(best["kvfold_requests_running"]),
@@ -58,14 +60,12 @@ def measure(enabled):
     }
 
 
-address, text, tokens, command, commit = sys.argv[1:]
-server, tokens = Served(address), int(tokens)
-full = measure(False)
-compressed = measure(True)
-ratio = compressed["running_at_most"] / full["running_at_most"]
-write(
-    "results/capacity.json",
-    server.about("kvfold.capacity/1", command, commit)
-    | {"tokens_of_a_sequence": tokens, "full": full, "compressed": compressed, "ratio": ratio},
-)
+model, text, size, tokens, command = sys.argv[1:]
+tokens = int(tokens)
+with Served(model, "--kv-memory", size, "--max-running", "256") as server:
+    full = measure(False)
+    compressed = measure(True)
+    ratio = compressed["running_at_most"] / full["running_at_most"]
+    what = {"tokens_of_a_sequence": tokens, "full": full, "compressed": compressed, "ratio": ratio}
+    write("results/capacity.json", server.about("kvfold.capacity/1", command) | what)
 print(f"{full['running_at_most']} texts of {tokens} tokens with the full cache, {compressed['running_at_most']} compressed: {ratio:.2f}x")

@@ -17,14 +17,4 @@ bytes="${3:-760MiB}"
 tokens="${4:-8192}"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 cargo build --release >&2
-
-scratch="$(mktemp -d)"
-target/release/kvfold serve "$model" --port 0 --kv-memory "$bytes" --max-running 256 2>"$scratch/log" &
-server=$!
-trap 'kill "$server" 2>/dev/null || true; rm -rf "$scratch"' EXIT
-until grep -q '^listening on ' "$scratch/log"; do
-  kill -0 "$server" 2>/dev/null || { cat "$scratch/log" >&2; exit 1; }
-  sleep 0.2
-done
-python3 runs/capacity.py "$(sed -n 's/^listening on //p' "$scratch/log")" "$text" "$tokens" \
-  "$0 $(basename "$model") $(basename "$text") $bytes $tokens" "$(git rev-parse --short HEAD)"
+python3 runs/capacity.py "$model" "$text" "$bytes" "$tokens" "$0 $(basename "$model") $(basename "$text") $bytes $tokens"

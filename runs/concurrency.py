@@ -1,6 +1,6 @@
 """Rates of a server by how many clients ask at once, with the full cache and with the compressed one in turn.
 
-Usage: concurrency.py ADDRESS TEXT ROUNDS COMMAND COMMIT
+Usage: concurrency.py MODEL TEXT BYTES ROUNDS COMMAND
 """
 
 import concurrent.futures
@@ -50,27 +50,27 @@ def measure(prompts, enabled):
     }
 
 
-address, text, rounds, command, commit = sys.argv[1:]
-server, rounds = Served(address), int(rounds)
-# Every round of every kind reads its own, so that nothing is found that was kept.
-prompts = iter(server.prompts(text, 2 * rounds * sum(CLIENTS) + 2, PROMPT))
-for enabled in NAMES:
-    measure([next(prompts)], enabled)
-cells = []
-for clients in CLIENTS:
-    measured = {enabled: [] for enabled in NAMES}
-    for _ in range(rounds):
-        for enabled in NAMES:
-            measured[enabled].append(measure([next(prompts) for _ in range(clients)], enabled))
-            print(f"{clients} clients, {NAMES[enabled]}: {measured[enabled][-1]['tokens_per_second']:.1f} tokens/s", file=sys.stderr, flush=True)
-    median = lambda enabled, name: statistics.median(each[name] for each in measured[enabled])
-    cell = {NAMES[enabled]: {name: median(enabled, name) for name in measured[enabled][0]} for enabled in NAMES}
+model, text, size, rounds, command = sys.argv[1:]
+rounds, cells = int(rounds), []
+with Served(model, "--kv-memory", size, "--max-running", "32") as server:
+    # Every round of every kind reads its own, so that nothing is found that was kept.
+    prompts = iter(server.prompts(text, 2 * rounds * sum(CLIENTS) + 2, PROMPT))
     for enabled in NAMES:
-        cell[NAMES[enabled]]["rounds"] = [each["tokens_per_second"] for each in measured[enabled]]
-    ratio = median(True, "tokens_per_second") / median(False, "tokens_per_second")
-    cells.append({"clients": clients} | cell | {"compressed_over_full": round(ratio, 3)})
-    what = {"prompt_tokens": PROMPT, "new_tokens": NEW, "medians_of": rounds, "rows": cells}
-    write("results/concurrency.json", server.about("kvfold.concurrency/1", command, commit) | what)
+        measure([next(prompts)], enabled)
+    for clients in CLIENTS:
+        measured = {enabled: [] for enabled in NAMES}
+        for _ in range(rounds):
+            for enabled in NAMES:
+                measured[enabled].append(measure([next(prompts) for _ in range(clients)], enabled))
+                print(f"{clients} clients, {NAMES[enabled]}: {measured[enabled][-1]['tokens_per_second']:.1f} tokens/s", file=sys.stderr, flush=True)
+        median = lambda enabled, name: statistics.median(each[name] for each in measured[enabled])
+        cell = {NAMES[enabled]: {name: median(enabled, name) for name in measured[enabled][0]} for enabled in NAMES}
+        for enabled in NAMES:
+            cell[NAMES[enabled]]["rounds"] = [each["tokens_per_second"] for each in measured[enabled]]
+        ratio = median(True, "tokens_per_second") / median(False, "tokens_per_second")
+        cells.append({"clients": clients} | cell | {"compressed_over_full": round(ratio, 3)})
+        what = {"prompt_tokens": PROMPT, "new_tokens": NEW, "medians_of": rounds, "rows": cells}
+        write("results/concurrency.json", server.about("kvfold.concurrency/1", command) | what)
 for cell in cells:
     rates = [cell[name]["tokens_per_second"] for name in NAMES.values()]
     print(f"{cell['clients']:>3} clients: {rates[0]:7.1f} full, {rates[1]:7.1f} compressed, {cell['compressed_over_full']:.2f}x")

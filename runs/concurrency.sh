@@ -16,14 +16,4 @@ bytes="${3:-80MiB}"
 rounds="${4:-3}"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 cargo build --release >&2
-
-scratch="$(mktemp -d)"
-target/release/kvfold serve "$model" --port 0 --kv-memory "$bytes" --max-running 32 2>"$scratch/log" &
-server=$!
-trap 'kill "$server" 2>/dev/null || true; rm -rf "$scratch"' EXIT
-until grep -q '^listening on ' "$scratch/log"; do
-  kill -0 "$server" 2>/dev/null || { cat "$scratch/log" >&2; exit 1; }
-  sleep 0.2
-done
-python3 runs/concurrency.py "$(sed -n 's/^listening on //p' "$scratch/log")" "$text" "$rounds" \
-  "$0 $(basename "$model") $(basename "$text") $bytes $rounds" "$(git rev-parse --short HEAD)"
+python3 runs/concurrency.py "$model" "$text" "$bytes" "$rounds" "$0 $(basename "$model") $(basename "$text") $bytes $rounds"
