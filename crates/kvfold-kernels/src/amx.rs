@@ -7,24 +7,18 @@
 //! on how many rows or columns are computed beside it (promise I3). The instruction takes numbers below the smallest
 //! normal one for zero.
 //!
-//! Tile registers belong to the thread. A [`Block`] sets them up and gives them back inside one `asm!`, so that nothing
+//! Tile registers belong to the thread. [`Blocks`] sets them up and gives them back inside one `asm!`, so that nothing
 //! outside of it has to know of them.
 
 use crate::bf16::GemmBf16;
 use crate::simd::PANEL;
 use std::arch::asm;
-use std::arch::x86_64::*;
-use std::mem::MaybeUninit;
+use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
 
 /// Rows of a tile, and words of its rows.
 const TILE: usize = 16;
 /// Bytes of a word or of a sum.
 const BYTES: usize = 4;
-/// Steps for which a left factor with adjacent columns is transposed at a time.
-const STEPS: usize = 16;
-
-/// Two tiles of rows of a left factor, 32 KiB.
-type Transposed = [MaybeUninit<u32>; 2 * TILE * STEPS * TILE];
 
 /// Whether the machine multiplies tiles of bf16 and the system lets this process use them.
 pub(crate) fn detect() -> bool {
@@ -78,57 +72,46 @@ fn permitted() -> bool {
 /// The product, of which each output is summed as the module says.
 ///
 /// # Safety
-/// The machine must have AVX-512, and [`detect`] must have said yes. `g` must pass its check, one of the left factor's
-/// distances must be 1, and `c` must be valid for rows of `g.n` elements, `g.c_row` apart.
-#[target_feature(enable = "avx512f")]
+/// [`detect`] must have said yes. `g` must pass its check, and `c` must be valid for rows of `g.n` elements, `g.c_row`
+/// apart.
 pub(crate) unsafe fn gemm(g: GemmBf16<'_>, c: *mut f32) {
-    assert!(g.a_word == 1 || g.a_row == 1, "neither the rows nor the columns of the left factor are adjacent");
-    let longest = if g.a_word == 1 { usize::MAX } else { STEPS };
-    let mut first = 0;
-    while first < g.words {
-        let (words, steps) = match g.words - first {
-            last @ ..TILE => (last, 1),
-            left => (TILE, (left / TILE).min(longest)),
-        };
-        for row in (0..g.m).step_by(2 * TILE) {
-            let mut transposed: Transposed = [const { MaybeUninit::uninit() }; _];
-            let rows = (g.m - row).min(2 * TILE);
-            let a = &g.a[row * g.a_row + first * g.a_word..];
-            let (a, a_row) = match g.a_word {
-                1 => (a.as_ptr(), g.a_row),
-                // SAFETY: `rows` adjacent words are readable at each of `words * steps` places, and there is space for
-                // two tiles of rows in STEPS.
-                word => unsafe {
-                    transpose(a.as_ptr(), word, (rows, words * steps), &mut transposed);
-                    (transposed.as_ptr().cast(), STEPS * TILE)
-                },
-            };
-            let block = Block {
+    let (whole, tall) = (g.words / TILE, g.m / (2 * TILE));
+    // The terms that fill steps, and those of a last shorter one.
+    for (first, words, steps) in [(0, TILE, whole), (whole * TILE, g.words % TILE, 1)] {
+        // The rows that fill pairs of tiles, and the rest.
+        for (row, rows, blocks) in [(0, 2 * TILE, tall), (tall * 2 * TILE, g.m % (2 * TILE), 1)] {
+            if words * steps * rows * blocks == 0 {
+                continue;
+            }
+            let part = Blocks {
                 rows,
                 cols: g.n,
                 words,
                 steps,
-                a,
-                a_row: a_row * BYTES,
+                blocks,
+                a: g.a[row * g.a_row + first..].as_ptr(),
+                a_row: g.a_row * BYTES,
                 b: g.b[first * PANEL..].as_ptr(),
                 c: c.wrapping_add(row * g.c_row),
                 c_row: g.c_row * BYTES,
                 accumulate: g.accumulate || first > 0,
             };
-            // SAFETY: the block lies inside the product.
-            unsafe { block.add() };
+            // SAFETY: the blocks lie inside the product.
+            unsafe { part.add() };
         }
-        first += words * steps;
     }
 }
 
-/// What one configuration of the tiles computes: up to two tiles of rows by two of columns, over the steps of a sum.
-struct Block {
+/// What one configuration of the tiles computes: blocks one below the other, each of up to two tiles of rows by two of
+/// columns, over the steps of a sum.
+struct Blocks {
+    /// Rows of a block.
     rows: usize,
     cols: usize,
     /// Words of a step.
     words: usize,
     steps: usize,
+    blocks: usize,
     a: *const u32,
     /// Bytes between the rows of the left factor.
     a_row: usize,
@@ -150,9 +133,30 @@ struct Config {
     rows: [u8; 16],
 }
 
-impl Block {
+/// What the loops over blocks and steps read from memory, at the places that their code names.
+#[repr(C)]
+struct Walk {
+    config: Config,
+    /// Steps of a sum, at 64.
+    steps: usize,
+    /// From the end of a block's rows of the left factor to the next block's, at 72.
+    a_next: isize,
+    /// From the end of the right factor to its beginning, at 80.
+    b_back: isize,
+    /// From a block of the output to the next, at 88.
+    c_next: usize,
+    /// Whether sums begin at the output, at 96.
+    accumulate: usize,
+}
+
+/// Bytes of a step of a left factor's row, and of a panel.
+const A_STEP: usize = TILE * BYTES;
+const B_STEP: usize = TILE * PANEL * BYTES;
+
+impl Blocks {
     /// # Safety
-    /// As [`gemm`], for the rows and words of the block: 1 to 32 rows and columns, 1 to 16 words to a step.
+    /// As [`gemm`], for the rows and words of the blocks: 1 to 32 rows and columns, 1 to 16 words to a step, at least one
+    /// step and one block; more than one block only of 32 rows.
     unsafe fn add(self) {
         // SAFETY: the caller's.
         unsafe {
@@ -183,18 +187,25 @@ impl Block {
     }
 
     /// # Safety
-    /// As [`Block::add`]; `TALL` is 1 where there are more than 16 rows, and `WIDE` where there are more columns.
+    /// As [`Blocks::add`]; `TALL` is 1 where there are more than 16 rows, and `WIDE` where there are more columns.
     unsafe fn sum<const TALL: usize, const WIDE: usize>(self) {
-        let config = self.config();
-        let b_row = PANEL * BYTES;
+        let walk = Walk {
+            config: self.config(),
+            steps: self.steps,
+            a_next: (2 * TILE * self.a_row) as isize - (self.steps * A_STEP) as isize,
+            b_back: -((self.steps * B_STEP) as isize),
+            c_next: 2 * TILE * self.c_row,
+            accumulate: usize::from(self.accumulate),
+        };
         // SAFETY: tiles in use are configured no larger than what is left of the product, so every access is inside it,
         // and the tiles are released at the end.
         unsafe {
             asm!(
                 // Configuring sets every tile to zero.
-                "ldtilecfg [{config}]",
-                "test {accumulate:e}, {accumulate:e}",
-                "jz 2f",
+                "ldtilecfg [{walk}]",
+                "2:",
+                "cmp qword ptr [{walk} + 96], 0",
+                "je 3f",
                 "tileloadd tmm0, [{c} + {c_row}]",
                 ".if {wide}",
                 "tileloadd tmm1, [{c} + {c_row} + 64]",
@@ -205,7 +216,9 @@ impl Block {
                 "tileloadd tmm3, [{lower_c} + {c_row} + 64]",
                 ".endif",
                 ".endif",
-                "2:",
+                "3:",
+                "mov {steps}, [{walk} + 64]",
+                "4:",
                 "tileloadd tmm4, [{a} + {a_row}]",
                 "tileloadd tmm6, [{b} + {b_row}]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
@@ -219,12 +232,12 @@ impl Block {
                 ".if {wide}",
                 "tdpbf16ps tmm3, tmm5, tmm7",
                 ".endif",
-                "add {lower_a}, 64",
+                "add {lower_a}, {a_step}",
                 ".endif",
-                "add {a}, 64",
-                "add {b}, 2048",
+                "add {a}, {a_step}",
+                "add {b}, {b_step}",
                 "dec {steps}",
-                "jnz 2b",
+                "jnz 4b",
                 "tilestored [{c} + {c_row}], tmm0",
                 ".if {wide}",
                 "tilestored [{c} + {c_row} + 64], tmm1",
@@ -235,18 +248,40 @@ impl Block {
                 "tilestored [{lower_c} + {c_row} + 64], tmm3",
                 ".endif",
                 ".endif",
+                "dec {blocks}",
+                "jz 5f",
+                // Tiles that are not in use must not be named.
+                "tilezero tmm0",
+                ".if {wide}",
+                "tilezero tmm1",
+                ".endif",
+                ".if {tall}",
+                "tilezero tmm2",
+                ".if {wide}",
+                "tilezero tmm3",
+                ".endif",
+                ".endif",
+                "add {a}, [{walk} + 72]",
+                "add {lower_a}, [{walk} + 72]",
+                "add {b}, [{walk} + 80]",
+                "add {c}, [{walk} + 88]",
+                "add {lower_c}, [{walk} + 88]",
+                "jmp 2b",
+                "5:",
                 "tilerelease",
-                config = in(reg) &config,
-                accumulate = in(reg) u32::from(self.accumulate),
-                c = in(reg) self.c,
-                lower_c = in(reg) self.c.wrapping_byte_add(TILE * self.c_row),
+                walk = in(reg) &walk,
+                c = inout(reg) self.c => _,
+                lower_c = inout(reg) self.c.wrapping_byte_add(TILE * self.c_row) => _,
                 c_row = in(reg) self.c_row,
                 a = inout(reg) self.a => _,
                 lower_a = inout(reg) self.a.wrapping_byte_add(TILE * self.a_row) => _,
                 a_row = in(reg) self.a_row,
                 b = inout(reg) self.b => _,
-                b_row = in(reg) b_row,
-                steps = inout(reg) self.steps => _,
+                b_row = in(reg) PANEL * BYTES,
+                steps = out(reg) _,
+                blocks = inout(reg) self.blocks => _,
+                a_step = const A_STEP,
+                b_step = const B_STEP,
                 tall = const TALL,
                 wide = const WIDE,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
@@ -257,53 +292,34 @@ impl Block {
     }
 }
 
-/// Writes `a`, whose rows are adjacent and whose words lie `a_word` apart, as rows of `STEPS` tiles.
+/// Multiplies tiles `steps` times four, four sums in turn, and touches no memory; returns the floating-point operations.
 ///
 /// # Safety
-/// The machine must have AVX-512; `rows` words must be readable at each of `words` places, and both counts must fit `to`.
-#[target_feature(enable = "avx512f")]
-unsafe fn transpose(a: *const u32, a_word: usize, (rows, words): (usize, usize), to: &mut Transposed) {
-    let mask = |left: usize| (u32::MAX >> (32 - left.min(TILE))) as u16;
-    for row in (0..rows).step_by(TILE) {
-        for word in (0..words).step_by(TILE) {
-            // SAFETY: masked to the rows and words there are.
-            unsafe {
-                let mut square = [_mm512_setzero_si512(); TILE];
-                for (i, line) in square.iter_mut().enumerate().take(words - word) {
-                    *line = _mm512_maskz_loadu_epi32(mask(rows - row), a.add((word + i) * a_word + row).cast());
-                }
-                for (i, line) in transpose_square(square).into_iter().enumerate().take(rows - row) {
-                    let to = to[(row + i) * STEPS * TILE + word..].as_mut_ptr();
-                    _mm512_mask_storeu_epi32(to.cast(), mask(words - word), line);
-                }
-            }
-        }
+/// [`detect`] must have said yes.
+pub(crate) unsafe fn products(steps: usize) -> usize {
+    let mut config = Config { palette: 1, ..Config::default() };
+    config.rows[..8].fill(TILE as u8);
+    config.row_bytes[..8].fill((TILE * BYTES) as u16);
+    // SAFETY: the caller's; the tiles are released at the end.
+    unsafe {
+        asm!(
+            "ldtilecfg [{config}]",
+            "2:",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "dec {steps}",
+            "jnz 2b",
+            "tilerelease",
+            config = in(reg) &config,
+            steps = inout(reg) steps => _,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack)
+        );
     }
-}
-
-/// Exchanges the rows and columns of 16 x 16 words: pairs of lines first, then of pairs, then the quarters of registers.
-#[target_feature(enable = "avx512f")]
-fn transpose_square(lines: [__m512i; TILE]) -> [__m512i; TILE] {
-    const EVEN: i32 = 0b10_00_10_00;
-    const ODD: i32 = 0b11_01_11_01;
-    let pairs: [__m512i; TILE] = std::array::from_fn(|i| {
-        let (x, y) = (lines[i & !1], lines[i | 1]);
-        if i & 1 == 0 { _mm512_unpacklo_epi32(x, y) } else { _mm512_unpackhi_epi32(x, y) }
-    });
-    // Line 4 i + j holds column j of each quarter, of lines 4 i to 4 i + 3.
-    let fours: [__m512i; TILE] = std::array::from_fn(|i| {
-        let (x, y) = (pairs[i & !3 | i >> 1 & 1], pairs[i & !3 | 2 | i >> 1 & 1]);
-        if i & 1 == 0 { _mm512_unpacklo_epi64(x, y) } else { _mm512_unpackhi_epi64(x, y) }
-    });
-    // The even quarters of two lines, or the odd ones.
-    let halves: [__m512i; TILE] = std::array::from_fn(|i| {
-        let (x, y) = (fours[i & !4], fours[i | 4]);
-        if i & 4 == 0 { _mm512_shuffle_i32x4::<EVEN>(x, y) } else { _mm512_shuffle_i32x4::<ODD>(x, y) }
-    });
-    std::array::from_fn(|i| {
-        let (x, y) = (halves[i & !8], halves[i | 8]);
-        if i & 8 == 0 { _mm512_shuffle_i32x4::<EVEN>(x, y) } else { _mm512_shuffle_i32x4::<ODD>(x, y) }
-    })
+    2 * 2 * 4 * TILE * TILE * TILE * steps
 }
 
 #[cfg(test)]
@@ -326,7 +342,7 @@ mod tests {
                 for step in (0..g.words).step_by(16) {
                     let (mut lower, mut upper) = (0.0f32, 0.0f32);
                     for p in step..g.words.min(step + 16) {
-                        let (a, b) = (g.a[i * g.a_row + p * g.a_word], g.b[p * PANEL + j]);
+                        let (a, b) = (g.a[i * g.a_row + p], g.b[p * PANEL + j]);
                         lower = widen(a & 0xffff).mul_add(widen(b & 0xffff), lower);
                         upper = widen(a >> 16).mul_add(widen(b >> 16), upper);
                     }
@@ -337,30 +353,25 @@ mod tests {
         }
     }
 
-    /// Random operands; a left factor with adjacent columns has no more than a panel of rows.
+    /// Random operands.
     struct Operands {
-        k: usize,
+        words: usize,
         a: Vec<u32>,
-        strides: (usize, usize),
         b: Vec<u32>,
     }
 
     impl Operands {
-        fn new(m: usize, k: usize, columns: bool, seed: u64) -> Self {
+        fn new(m: usize, k: usize, seed: u64) -> Self {
             let x: Vec<f32> = (0..m * k).map(|i| noise(seed, i)).collect();
             let y: Vec<f32> = (0..PANEL * k).map(|i| noise(seed ^ 1, i)).collect();
-            let (mut a, mut b) = (vec![0; m.max(PANEL) * words(k)], vec![0; words(k) * PANEL]);
-            match columns {
-                false => bf16::rows(&x, k, &mut a[..m * words(k)]),
-                true => bf16::panels_of_columns(&x, m, 0, &mut a),
-            }
+            let (mut a, mut b) = (vec![0; m * words(k)], vec![0; words(k) * PANEL]);
+            bf16::rows(&x, k, &mut a);
             bf16::panels_of_rows(&y, k, &mut b);
-            Self { k, a, strides: if columns { (1, PANEL) } else { (words(k), 1) }, b }
+            Self { words: words(k), a, b }
         }
 
         fn product(&self, m: usize, n: usize, c_row: usize, accumulate: bool) -> GemmBf16<'_> {
-            let (a_row, a_word) = self.strides;
-            GemmBf16 { m, n, words: words(self.k), a: &self.a, a_row, a_word, b: &self.b, c_row, accumulate }
+            GemmBf16 { m, n, words: self.words, a: &self.a, a_row: self.words, b: &self.b, c_row, accumulate }
         }
     }
 
@@ -375,38 +386,31 @@ mod tests {
         })
     }
 
-    fn check(m: usize, n: usize, k: usize, columns: bool, accumulate: bool) {
-        let operands = Operands::new(m, k, columns, k as u64);
+    fn check(m: usize, n: usize, k: usize, accumulate: bool) {
+        let operands = Operands::new(m, k, k as u64);
         let start: Vec<f32> = (0..m * (n + 3)).map(|i| noise(2, i)).collect();
         if let Some([tiles, manual]) = both(operands.product(m, n, n + 3, accumulate), &start) {
-            assert!(tiles == manual, "{m} x {n} of {k} terms, columns {columns}, accumulate {accumulate}");
+            assert!(tiles == manual, "{m} x {n} of {k} terms, accumulate {accumulate}");
         }
     }
 
     proptest! {
         #[test]
-        fn every_bit_is_as_the_manual_says(m in 1usize..70, n in 1usize..33, k in 1usize..200, columns: bool, accumulate: bool) {
-            check(if columns { m.min(PANEL) } else { m }, n, k, columns, accumulate);
+        fn every_bit_is_as_the_manual_says(m in 1usize..140, n in 1usize..33, k in 1usize..200, accumulate: bool) {
+            check(m, n, k, accumulate);
         }
     }
 
-    /// One more and one less than a tile, two, a step, and the steps that are transposed at a time.
+    /// One more and one less than a tile, two, and a step.
     #[test]
     fn edges_are_as_the_manual_says() {
         let around = |x: usize| [x - 1, x, x + 1];
         for m in [1, 2].into_iter().chain(around(16)).chain(around(32)).chain(around(96)) {
             for n in [1, 15, 16, 17, 31, 32] {
                 for k in [1, 2, 31, 32, 33, 64, 65] {
-                    check(m, n, k, false, k % 2 == 0);
-                    if m <= PANEL {
-                        check(m, n, k, true, k % 2 == 1);
-                    }
+                    check(m, n, k, k % 2 == 0);
                 }
             }
-        }
-        for k in around(512).into_iter().chain(around(1024)) {
-            check(32, 32, k, true, false);
-            check(17, 5, k, true, true);
         }
     }
 
@@ -418,7 +422,7 @@ mod tests {
         const HALF: u32 = 0x3f00;
         let cases = [(0x0001, ONE, 0.0), (SMALLEST_NORMAL, HALF, 0.0), (SMALLEST_NORMAL, ONE, f32::MIN_POSITIVE)];
         for ((a, b, want), m) in cases.into_iter().flat_map(|case| [1, 2, 17].map(|m| (case, m))) {
-            let operands = Operands { k: 2, a: vec![a; m], strides: (1, 1), b: vec![b; PANEL] };
+            let operands = Operands { words: 1, a: vec![a; m], b: vec![b; PANEL] };
             if let Some([tiles, _]) = both(operands.product(m, PANEL, PANEL, false), &vec![7.0; m * PANEL]) {
                 assert!(tiles.iter().all(|&x| x == want.to_bits()), "{m} rows of {a:x} by {b:x}: {tiles:x?}");
             }
@@ -430,6 +434,6 @@ mod tests {
     fn threads_do_not_disturb_each_other() {
         let team = Team::new(4).unwrap();
         let shapes: Vec<(usize, usize)> = (0..200).map(|i| (1 + i % 33, 1 + i * 7 % 32)).collect();
-        team.run(shapes.len(), |index| check(shapes[index].0, shapes[index].1, 700, false, true));
+        team.run(shapes.len(), |index| check(shapes[index].0, shapes[index].1, 700, true));
     }
 }

@@ -1,14 +1,15 @@
 //! Products of bf16 operands with f32 sums.
 //!
 //! Operands are rounded to bf16 (to nearest, ties to even) and packed so that two neighbouring terms of a sum share a
-//! 32-bit word, the lower term in the lower half. All products of a layer, forward and backward, read three packings of
+//! 32-bit word, the lower term in the lower half. All products of a layer, forward and backward, read four packings of
 //! a row-major matrix `[R, C]`:
 //!
 //! | packing | words | reads as |
 //! |---|---|---|
 //! | `rows` | `[R][C/2]` | left factor, terms along the columns |
 //! | `panels_of_rows` | `[R/32][C/2][32]` | right factor, outputs are the rows, terms along the columns |
-//! | `panels_of_columns` | `[C/32][R/2][32]` | right or left factor, outputs are the columns, terms along the rows |
+//! | `columns` | `[C][R/2]` | left factor, outputs are the columns, terms along the rows |
+//! | `panels_of_columns` | `[C/32][R/2][32]` | right factor, outputs are the columns, terms along the rows |
 //!
 //! Odd ends are filled up with zeros. Each output is one chain of additions over the terms in ascending order, whatever
 //! is computed beside it (promise I3). With `vdpbf16ps` a step of the chain takes two terms at once, with `tdpbf16ps`
@@ -112,6 +113,90 @@ pub(crate) fn panels_of_columns<F: Real>(x: &[F], cols: usize, first: usize, pan
     }
 }
 
+/// Words of 16 columns: 16 pairs of rows one below the other, or, transposed, of one column.
+pub type Square = [[u32; SQUARE]; SQUARE];
+
+/// Rows and columns of a [`Square`].
+const SQUARE: usize = 16;
+
+/// Exchanges rows and columns: the definition.
+pub(crate) fn transpose_scalar(square: &Square) -> Square {
+    std::array::from_fn(|i| std::array::from_fn(|j| square[j][i]))
+}
+
+/// Packs columns from `first` on of `x [R, C]` as rows `[..][R/2]`, as many as there is room for.
+#[inline(always)]
+pub(crate) fn columns<F: Real>(
+    x: &[F],
+    cols: usize,
+    first: usize,
+    out: &mut [u32],
+    transpose: impl Fn(&Square) -> Square,
+) {
+    let row_words = words(x.len() / cols);
+    for (strip, out) in out.chunks_mut(SQUARE * row_words).enumerate() {
+        let (first, width) = (first + strip * SQUARE, out.len() / row_words);
+        for (at, rows) in (0..row_words).step_by(SQUARE).zip(x.chunks(2 * SQUARE * cols)) {
+            let mut square = [[0; SQUARE]; SQUARE];
+            for (words, two) in square.iter_mut().zip(rows.chunks(2 * cols)) {
+                let columns = |row: usize| -> [F; SQUARE] {
+                    let row = two.get(row * cols + first..).unwrap_or_default();
+                    // Of a length that the compiler knows, so that it computes in vectors.
+                    match row.first_chunk().filter(|_| width == SQUARE) {
+                        Some(row) => *row,
+                        None => std::array::from_fn(|i| if i < width.min(row.len()) { row[i] } else { F::zero() }),
+                    }
+                };
+                let (lower, upper) = (columns(0), columns(1));
+                *words = std::array::from_fn(|i| pair(lower[i], upper[i]));
+            }
+            let count = SQUARE.min(row_words - at);
+            for (column, words) in out.chunks_exact_mut(row_words).zip(transpose(&square)) {
+                column[at..at + count].copy_from_slice(&words[..count]);
+            }
+        }
+    }
+}
+
+/// [`transpose_scalar`] with the vectors of an instruction set.
+pub(crate) fn transpose(level: Level, square: &Square) -> Square {
+    match level {
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 | Level::Avx512Bf16 | Level::AmxBf16 => {
+            assert!(level <= Level::detect(), "{level:?} is not available on this machine");
+            // SAFETY: the machine has AVX-512, as asserted, and registers are 16 words of any content.
+            unsafe { std::mem::transmute(transpose_avx512(std::mem::transmute::<Square, [__m512i; SQUARE]>(*square))) }
+        }
+        _ => transpose_scalar(square),
+    }
+}
+
+/// Pairs of lines first, then of pairs, then the quarters of registers.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+fn transpose_avx512(lines: [__m512i; SQUARE]) -> [__m512i; SQUARE] {
+    const EVEN: i32 = 0b10_00_10_00;
+    const ODD: i32 = 0b11_01_11_01;
+    let pairs: [__m512i; SQUARE] = std::array::from_fn(|i| {
+        let (x, y) = (lines[i & !1], lines[i | 1]);
+        if i & 1 == 0 { _mm512_unpacklo_epi32(x, y) } else { _mm512_unpackhi_epi32(x, y) }
+    });
+    // Line 4 i + j holds column j of each quarter, of lines 4 i to 4 i + 3.
+    let fours: [__m512i; SQUARE] = std::array::from_fn(|i| {
+        let (x, y) = (pairs[i & !3 | i >> 1 & 1], pairs[i & !3 | 2 | i >> 1 & 1]);
+        if i & 1 == 0 { _mm512_unpacklo_epi64(x, y) } else { _mm512_unpackhi_epi64(x, y) }
+    });
+    // The even quarters of two lines, or the odd ones.
+    let halves: [__m512i; SQUARE] = std::array::from_fn(|i| {
+        let (x, y) = (fours[i & !4], fours[i | 4]);
+        if i & 4 == 0 { _mm512_shuffle_i32x4::<EVEN>(x, y) } else { _mm512_shuffle_i32x4::<ODD>(x, y) }
+    });
+    std::array::from_fn(|i| {
+        let (x, y) = (halves[i & !8], halves[i | 8]);
+        if i & 8 == 0 { _mm512_shuffle_i32x4::<EVEN>(x, y) } else { _mm512_shuffle_i32x4::<ODD>(x, y) }
+    })
+}
+
 /// `c [m,n] (+)= a . b` on packed operands; `n` is at most a panel.
 #[derive(Clone, Copy, Debug)]
 pub struct GemmBf16<'a> {
@@ -125,8 +210,6 @@ pub struct GemmBf16<'a> {
     pub a: &'a [u32],
     /// Distance between its rows, in words.
     pub a_row: usize,
-    /// Distance between the words of a row.
-    pub a_word: usize,
     /// Right factor: one panel, `[words][32]`.
     pub b: &'a [u32],
     /// Distance between the output's rows.
@@ -139,7 +222,7 @@ impl GemmBf16<'_> {
     /// Panics unless every element that the product reads lies inside its slice.
     fn check(&self) {
         assert!((1..=PANEL).contains(&self.n) && self.m > 0 && self.words > 0, "{} x {} outputs", self.m, self.n);
-        assert!((self.m - 1) * self.a_row + (self.words - 1) * self.a_word < self.a.len(), "a is too short");
+        assert!((self.m - 1) * self.a_row + self.words <= self.a.len(), "a is too short");
         assert!(self.words * PANEL <= self.b.len(), "b is too short");
     }
 }
@@ -158,7 +241,7 @@ pub(crate) unsafe fn gemm_scalar<F: Real>(g: GemmBf16<'_>, c: *mut F) {
             let c = unsafe { &mut *c.add(i * g.c_row + j) };
             let start = if g.accumulate { *c } else { F::zero() };
             *c = (0..g.words).fold(start, |sum, p| {
-                let (a, b) = (g.a[i * g.a_row + p * g.a_word], g.b[p * PANEL + j]);
+                let (a, b) = (g.a[i * g.a_row + p], g.b[p * PANEL + j]);
                 sum + of(a & 0xffff) * of(b & 0xffff) + of(a >> 16) * of(b >> 16)
             });
         }
@@ -229,7 +312,6 @@ unsafe fn tiles<V: Dot, const NV: usize, const MR: usize>(g: GemmBf16<'_>, c: *m
             words: g.words,
             a: g.a[i * g.a_row..].as_ptr(),
             a_row: g.a_row,
-            a_word: g.a_word,
             b: g.b[strip..].as_ptr(),
             c: c.wrapping_add(i * g.c_row + strip),
             c_row: g.c_row,
@@ -257,7 +339,6 @@ struct Tile {
     words: usize,
     a: *const u32,
     a_row: usize,
-    a_word: usize,
     b: *const u32,
     c: *mut f32,
     c_row: usize,
@@ -287,7 +368,7 @@ impl Tile {
             for p in 0..self.words {
                 let b: [V::Pairs; NV] = std::array::from_fn(|j| V::pairs(self.b.add(p * PANEL + j * V::Sum::LANES)));
                 for (i, row) in acc.iter_mut().enumerate() {
-                    let a = V::splat(*self.a.add(i * self.a_row + p * self.a_word));
+                    let a = V::splat(*self.a.add(i * self.a_row + p));
                     for (sum, &b) in row.iter_mut().zip(&b) {
                         *sum = V::dot(*sum, a, b);
                     }
@@ -472,23 +553,17 @@ mod tests {
     }
 
     proptest! {
-        /// Every instruction set computes the definition, for odd sizes, both readings of the left factor, both modes.
+        /// Every instruction set computes the definition, for odd sizes, in both modes.
         #[test]
-        fn tiles_match_the_definition(m in 1usize..30, n in 1usize..33, k in 1usize..70, pad in 0usize..3, columns: bool, accumulate: bool, seed: u64) {
-            let (mut a, a_row, a_word) = match columns {
-                false => (vec![0; m * words(k)], words(k), 1),
-                true => (vec![0; m.div_ceil(PANEL) * words(k) * PANEL], 1, PANEL),
-            };
+        fn tiles_match_the_definition(m in 1usize..70, n in 1usize..33, k in 1usize..70, pad in 0usize..3, accumulate: bool, seed: u64) {
+            let mut a = vec![0; m * words(k)];
             let x: Vec<f32> = (0..m * k).map(|i| noise(seed, i)).collect();
-            match columns {
-                false => rows(&x, k, &mut a),
-                true => panels_of_columns(&x, m, 0, &mut a[..words(k) * PANEL]),
-            }
+            rows(&x, k, &mut a);
             let y: Vec<f32> = (0..n * k).map(|i| noise(seed ^ 1, i)).collect();
             let mut b = vec![7; words(k) * PANEL];
             panels_of_rows(&y, k, &mut b);
             let start: Vec<f32> = (0..m * (n + pad)).map(|i| noise(seed ^ 2, i)).collect();
-            let g = GemmBf16 { m, n, words: words(k), a: &a, a_row, a_word, b: &b, c_row: n + pad, accumulate };
+            let g = GemmBf16 { m, n, words: words(k), a: &a, a_row: words(k), b: &b, c_row: n + pad, accumulate };
             let mut expected: Vec<f64> = start.iter().map(|&x| f64::from(x)).collect();
             // SAFETY: `expected` has m rows of n + pad elements.
             unsafe { gemm_scalar(g, expected.as_mut_ptr()) };
@@ -510,7 +585,7 @@ mod tests {
             rows(&x, k, &mut a);
             panels_of_rows(&y, k, &mut b);
             for level in Level::available() {
-                let all = GemmBf16 { m, n: PANEL, words: words(k), a: &a, a_row: words(k), a_word: 1, b: &b, c_row: PANEL, accumulate: false };
+                let all = GemmBf16 { m, n: PANEL, words: words(k), a: &a, a_row: words(k), b: &b, c_row: PANEL, accumulate: false };
                 let mut together = vec![0.0; m * PANEL];
                 // SAFETY: m rows of a panel.
                 unsafe { gemm(level, all, together.as_mut_ptr()) };
@@ -520,6 +595,21 @@ mod tests {
                     unsafe { gemm(level, GemmBf16 { m: 1, a: &a[r * words(k)..], ..all }, alone.as_mut_ptr()) };
                     prop_assert_eq!(&alone[..], &together[r * PANEL..][..PANEL]);
                 }
+            }
+        }
+
+        /// Columns are the rows of the transposed matrix, on every instruction set, from any column on.
+        #[test]
+        fn columns_are_the_rows_of_the_transposed(r in 1usize..80, c in 1usize..60, at in 0.0..1.0, seed: u64) {
+            let first = (at * c as f64) as usize;
+            let x: Vec<f32> = (0..r * c).map(|i| noise(seed, i)).collect();
+            let transposed: Vec<f32> = (0..c * r).map(|i| x[i % r * c + i / r]).collect();
+            let mut wanted = vec![0; (c - first) * words(r)];
+            rows(&transposed[first * r..], r, &mut wanted);
+            for level in Level::available() {
+                let mut found = vec![7; wanted.len()];
+                columns(&x, c, first, &mut found, |square| transpose(level, square));
+                prop_assert_eq!(&found, &wanted, "{:?}", level);
             }
         }
 

@@ -4,7 +4,7 @@
 //! machine's vectors. Tests run both through the same backend and compare.
 
 use crate::attention::{self, AttentionJob, AttentionJobGrad};
-use crate::bf16::{self, GemmBf16};
+use crate::bf16::{self, GemmBf16, Square};
 use crate::ops::{Late, LateReads};
 use crate::paged::{self, DecodeJob};
 use crate::q8::{self, GemmQ8};
@@ -35,6 +35,9 @@ pub trait KernelSet<F: Real>: Copy + std::fmt::Debug + Send + Sync + 'static {
     /// Whether products of bf16 operands are fastest from packed words, however many rows there are; else many rows are
     /// multiplied as floats that were rounded, in the same order.
     fn pairs(self) -> bool;
+
+    /// Exchanges the rows and columns of packed words.
+    fn transpose(self, square: &Square) -> Square;
 
     /// A matrix product of packed bf16 operands on one thread.
     ///
@@ -83,6 +86,10 @@ impl<F: Real> KernelSet<F> for Scalar {
 
     fn pairs(self) -> bool {
         true
+    }
+
+    fn transpose(self, square: &Square) -> Square {
+        bf16::transpose_scalar(square)
     }
 
     unsafe fn gemm_bf16(self, g: GemmBf16<'_>, c: *mut F) {
@@ -134,6 +141,10 @@ impl KernelSet<f32> for Fast {
 
     fn pairs(self) -> bool {
         self.0 >= Level::Avx512Bf16
+    }
+
+    fn transpose(self, square: &Square) -> Square {
+        bf16::transpose(self.0, square)
     }
 
     unsafe fn gemm_bf16(self, g: GemmBf16<'_>, c: *mut f32) {

@@ -5,9 +5,8 @@
 //! threads of the pool that kernels run on, in many short rounds of which the fastest counts: what else runs on the machine
 //! only ever slows a round down, and of rounds this short some are left alone on a machine that is seldom idle for long.
 
-use crate::bf16::{self, GemmBf16};
 use crate::ops::Precision;
-use crate::simd::{Level, PANEL, Vector};
+use crate::simd::{Level, Vector};
 use crate::team;
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
@@ -145,23 +144,11 @@ unsafe fn chains_avx512_bf16() -> usize {
     2 * 2 * N * LANES * STEPS
 }
 
-/// Products of four tiles of sums from operands that fit the first-level cache. Setting the tiles up takes a share of the
-/// time, so this is a little less than tiles alone would reach.
+/// Products of tiles, which touch no memory either.
 #[cfg(target_arch = "x86_64")]
 fn products_amx() -> usize {
-    const ROWS: usize = 32;
-    const WORDS: usize = 128;
-    const TIMES: usize = STEPS / WORDS;
-    let (a, b) = (vec![0x3f80_3f80; ROWS * WORDS], vec![0x3e80_3e80; WORDS * PANEL]);
-    let mut c = vec![0.0f32; ROWS * PANEL];
-    for _ in 0..TIMES {
-        let (m, n, words, a, b) = (ROWS, PANEL, WORDS, black_box(&a[..]), black_box(&b[..]));
-        let g = GemmBf16 { m, n, words, a, a_row: WORDS, a_word: 1, b, c_row: PANEL, accumulate: false };
-        // SAFETY: `c` is as large as the product.
-        unsafe { bf16::gemm(Level::AmxBf16, g, c.as_mut_ptr()) };
-    }
-    black_box(c);
-    2 * 2 * ROWS * PANEL * WORDS * TIMES
+    // SAFETY: the caller asserts that the machine multiplies tiles.
+    unsafe { crate::amx::products(STEPS / 32) }
 }
 
 /// Bytes per second that all threads together read from memory, each its own part in order.

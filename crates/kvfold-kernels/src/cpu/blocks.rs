@@ -8,7 +8,7 @@ use crate::team;
 use std::ops::Range;
 
 /// Rows of a block: several register tiles, few enough to stay in cache beside a panel.
-const ROWS: usize = 128;
+pub(super) const ROWS: usize = 128;
 /// Multiplications that are worth a task.
 const TASK: usize = 256 * 1024;
 
@@ -18,6 +18,8 @@ pub(super) struct Sizes {
     pub(super) n: usize,
     pub(super) outputs: usize,
     pub(super) terms: usize,
+    /// Rows of a block at most.
+    pub(super) rows: usize,
 }
 
 /// An output whose blocks threads write side by side.
@@ -38,17 +40,18 @@ impl<F> Output<F> {
 }
 
 /// Calls `f` with blocks of rows and panels that cover an output, in parallel where it pays.
-fn blocks(Sizes { n, outputs, terms }: Sizes, f: impl Fn(Range<usize>, Range<usize>) + Sync) {
+fn blocks(Sizes { n, outputs, terms, rows }: Sizes, f: impl Fn(Range<usize>, Range<usize>) + Sync) {
     let panels = outputs.div_ceil(PANEL);
-    let rows = n.min(ROWS);
+    // As few blocks as hold all rows, of equal height but for what fills register tiles.
+    let rows = n.div_ceil(n.div_ceil(rows).max(1)).next_multiple_of(PANEL);
     // Blocks of few rows take more panels; few blocks of rows are divided by panels.
-    let worth = TASK.div_ceil(rows.max(1) * terms * PANEL);
-    let wanted = (4 * team::threads()).div_ceil(n.div_ceil(ROWS).max(1));
+    let worth = TASK.div_ceil(rows.min(n).max(1) * terms * PANEL);
+    let wanted = (4 * team::threads()).div_ceil(n.div_ceil(rows).max(1));
     let width = panels.div_ceil(wanted).max(worth).min(panels);
     let strips = panels.div_ceil(width);
-    team::run(n.div_ceil(ROWS) * strips, |block| {
-        let (row, panel) = (block / strips * ROWS, block % strips * width);
-        f(row..n.min(row + ROWS), panel..panels.min(panel + width));
+    team::run(n.div_ceil(rows) * strips, |block| {
+        let (row, panel) = (block / strips * rows, block % strips * width);
+        f(row..n.min(row + rows), panel..panels.min(panel + width));
     });
 }
 

@@ -6,7 +6,7 @@
 //! half the bytes. Many rows are multiplied as floats instead: each block rounds its activations and widens its panels of
 //! weights once. The sums are the same, term by term.
 
-use super::blocks::Sizes;
+use super::blocks::{ROWS, Sizes};
 use super::{Array, Cpu, for_rows};
 use crate::bf16::{self, GemmBf16, words};
 use crate::kernel_set::KernelSet;
@@ -16,8 +16,13 @@ use crate::team;
 
 /// Rows from which widening a panel once is cheaper than widening it in registers for every four rows.
 const MANY: usize = 64;
+/// Words of a left factor that stay in the second-level cache while panels pass by: each is read from far away as often as
+/// there are blocks of rows, which tiles wait for sooner than other products.
+const LEFT: usize = 192 * 1024;
 /// Words that a weight gradient sums before it moves on, so that its inputs stay in cache.
 const WORDS: usize = 256;
+/// Rows of a weight gradient that a task computes at most, from words.
+const TALL: usize = 128;
 /// Terms that it sums where they are floats.
 const TERMS: usize = 128;
 
@@ -56,10 +61,12 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     /// `x [N,terms]` times panels of `outputs` columns.
     fn row_product(&self, x: &Array<F>, panels: &[u32], outputs: usize) -> Array<F> {
         let (n, terms) = x.matrix();
-        let sizes = Sizes { n, outputs, terms };
         let y = match self.set.pairs() || n < MANY {
-            true => self.word_product(self.packed_rows(x), panels, sizes),
-            false => self.widened_product(x.data(), panels, sizes),
+            true => {
+                let rows = (LEFT / words(terms)).clamp(ROWS, 4 * ROWS);
+                self.word_product(self.packed_rows(x), panels, Sizes { n, outputs, terms, rows })
+            }
+            false => self.widened_product(x.data(), panels, Sizes { n, outputs, terms, rows: ROWS }),
         };
         self.array(&[n, outputs], y)
     }
@@ -74,7 +81,6 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
                 words,
                 a: &a[rows.start * words..],
                 a_row: words,
-                a_word: 1,
                 b: &b[panel * words * PANEL..][..words * PANEL],
                 c_row: sizes.outputs,
                 accumulate: false,
@@ -135,21 +141,26 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         self.array(&[m, k], dw)
     }
 
-    /// `d^T . x` of packed columns.
+    /// `d^T . x` of packed columns: those of `x` are laid out once, those of `d` by the task that needs them.
     fn word_product_of_columns(&self, d: &Array<F>, x: &Array<F>, dw: &mut [F]) {
-        let (n, k) = x.matrix();
-        let (a, b) = (self.packed_panels_of_columns(d), self.packed_panels_of_columns(x));
-        let words = words(n);
-        team::each(dw.chunks_mut(PANEL * k).zip(a.chunks_exact(words * PANEL)), |(dw, a)| {
+        let ((_, m), (n, k)) = (d.matrix(), x.matrix());
+        let (b, words) = (self.packed_panels_of_columns(x), words(n));
+        // Rows that share the reading of x, where there are enough of them for every thread.
+        let rows = m.div_ceil(2 * team::threads()).next_multiple_of(PANEL).min(TALL);
+        team::each(dw.chunks_mut(rows * k).enumerate(), |(task, dw)| {
+            let mut left = self.home.words.take(dw.len() / k * words);
+            self.set.run(
+                #[inline(always)]
+                || bf16::columns(d.data(), m, task * rows, &mut left, |square| self.set.transpose(square)),
+            );
             for first in (0..words).step_by(WORDS) {
                 for (panel, b) in b.chunks_exact(words * PANEL).enumerate() {
                     let product = GemmBf16 {
                         m: dw.len() / k,
                         n: PANEL.min(k - panel * PANEL),
                         words: WORDS.min(words - first),
-                        a: &a[first * PANEL..],
-                        a_row: 1,
-                        a_word: PANEL,
+                        a: &left[first..],
+                        a_row: words,
                         b: &b[first * PANEL..],
                         c_row: k,
                         accumulate: first > 0,
@@ -158,6 +169,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
                     unsafe { self.set.gemm_bf16(product, dw.as_mut_ptr().wrapping_add(panel * PANEL)) };
                 }
             }
+            self.home.words.give(left);
         });
     }
 

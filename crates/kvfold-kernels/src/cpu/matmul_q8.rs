@@ -1,6 +1,6 @@
 //! Products with 8-bit weights: what is served, never what is trained.
 
-use super::blocks::Sizes;
+use super::blocks::{ROWS, Sizes};
 use super::{Array, Cpu};
 use crate::kernel_set::KernelSet;
 use crate::q8::{GemmQ8, Panels};
@@ -12,7 +12,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         let ((n, terms), (outputs, wk)) = (x.matrix(), w.matrix());
         assert_eq!(terms, wk, "linear of {:?} by {:?}", x.shape(), w.shape());
         let panels = self.quantised(w);
-        let y = self.panel_product(Sizes { n, outputs, terms }, |rows, panel, n, to| {
+        let y = self.panel_product(Sizes { n, outputs, terms, rows: ROWS }, |rows, panel, n, to| {
             let (a, b) = (&x.data()[rows.start * terms..], panels.panel(panel));
             let product = GemmQ8 { m: rows.len(), n, a, k: terms, b, c_row: outputs };
             // SAFETY: these rows and columns are this call's alone.
