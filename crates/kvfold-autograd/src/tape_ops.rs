@@ -17,6 +17,7 @@ fn visible_value<T: Clone>(visible: &Visible<Var<T>>) -> Visible<T> {
         exact: visible.exact.as_ref().map(keys_value),
         pooled: visible.pooled.as_ref().map(|p| Pooled { keys: keys_value(&p.keys), close: p.close.value.clone() }),
         delay: visible.delay,
+        precision: visible.precision,
     }
 }
 
@@ -32,6 +33,10 @@ where
 
     fn weight(&self, shape: &[usize], data: &[f32], precision: Precision) -> Self::Tensor {
         Var::constant(self.ops.weight(shape, data, precision))
+    }
+
+    fn precision(&self, weight: &Self::Tensor) -> Precision {
+        self.ops.precision(&weight.value)
     }
 
     fn to_host(&self, x: &Self::Tensor) -> Vec<f32> {

@@ -7,8 +7,8 @@
 //! on how many rows or columns are computed beside it (promise I3). The instruction takes numbers below the smallest
 //! normal one for zero.
 //!
-//! Tile registers belong to the thread. [`Blocks`] sets them up and gives them back inside one `asm!`, so that nothing
-//! outside of it has to know of them.
+//! Tile registers belong to the thread: [`Tiles`] are set up for the blocks of one size and given back after them. Nothing
+//! else of this process uses them, so they stay as they are from one `asm!` to the next.
 
 use crate::bf16::GemmBf16;
 use crate::simd::PANEL;
@@ -75,51 +75,43 @@ fn permitted() -> bool {
 /// [`detect`] must have said yes. `g` must pass its check, and `c` must be valid for rows of `g.n` elements, `g.c_row`
 /// apart.
 pub(crate) unsafe fn gemm(g: GemmBf16<'_>, c: *mut f32) {
-    let (whole, tall) = (g.words / TILE, g.m / (2 * TILE));
-    // The terms that fill steps, and those of a last shorter one.
-    for (first, words, steps) in [(0, TILE, whole), (whole * TILE, g.words % TILE, 1)] {
-        // The rows that fill pairs of tiles, and the rest.
-        for (row, rows, blocks) in [(0, 2 * TILE, tall), (tall * 2 * TILE, g.m % (2 * TILE), 1)] {
-            if words * steps * rows * blocks == 0 {
-                continue;
+    for (first, words, steps) in parts(g.words, TILE) {
+        for (col, cols, panels) in parts(g.n, PANEL) {
+            for (row, rows, blocks) in parts(g.m, 2 * TILE) {
+                // SAFETY: the machine has tiles, and these sizes fit them.
+                let tiles = unsafe { Tiles::new(rows, cols, words) };
+                for (col, row) in
+                    (0..panels).flat_map(|p| (0..blocks).map(move |b| (col + p * PANEL, row + b * 2 * TILE)))
+                {
+                    let block = Block {
+                        steps,
+                        a: g.a[row * g.a_row + first..].as_ptr(),
+                        a_row: g.a_row * BYTES,
+                        b: g.b[col / PANEL * g.b_panel + first * PANEL..].as_ptr(),
+                        c: c.wrapping_add(row * g.c_row + col),
+                        c_row: g.c_row * BYTES,
+                        accumulate: g.accumulate || first > 0,
+                    };
+                    // SAFETY: the block lies inside the product and is of the tiles' sizes.
+                    unsafe {
+                        match (rows > TILE, cols > TILE) {
+                            (false, false) => block.sum::<0, 0>(&tiles),
+                            (false, true) => block.sum::<0, 1>(&tiles),
+                            (true, false) => block.sum::<1, 0>(&tiles),
+                            (true, true) => block.sum::<1, 1>(&tiles),
+                        }
+                    }
+                }
             }
-            let part = Blocks {
-                rows,
-                cols: g.n,
-                words,
-                steps,
-                blocks,
-                a: g.a[row * g.a_row + first..].as_ptr(),
-                a_row: g.a_row * BYTES,
-                b: g.b[first * PANEL..].as_ptr(),
-                c: c.wrapping_add(row * g.c_row),
-                c_row: g.c_row * BYTES,
-                accumulate: g.accumulate || first > 0,
-            };
-            // SAFETY: the blocks lie inside the product.
-            unsafe { part.add() };
         }
     }
 }
 
-/// What one configuration of the tiles computes: blocks one below the other, each of up to two tiles of rows by two of
-/// columns, over the steps of a sum.
-struct Blocks {
-    /// Rows of a block.
-    rows: usize,
-    cols: usize,
-    /// Words of a step.
-    words: usize,
-    steps: usize,
-    blocks: usize,
-    a: *const u32,
-    /// Bytes between the rows of the left factor.
-    a_row: usize,
-    b: *const u32,
-    c: *mut f32,
-    /// Bytes between the rows of the output.
-    c_row: usize,
-    accumulate: bool,
+/// The units that a length is made of, and a rest that is shorter, where there are any: where they begin, how long each is,
+/// and how many there are.
+fn parts(len: usize, unit: usize) -> impl Iterator<Item = (usize, usize, usize)> {
+    let whole = len / unit;
+    [(0, unit, whole), (whole * unit, len % unit, 1)].into_iter().filter(|&(_, size, count)| size * count > 0)
 }
 
 /// The operand of `ldtilecfg`.
@@ -133,79 +125,67 @@ struct Config {
     rows: [u8; 16],
 }
 
-/// What the loops over blocks and steps read from memory, at the places that their code names.
-#[repr(C)]
-struct Walk {
-    config: Config,
-    /// Steps of a sum, at 64.
-    steps: usize,
-    /// From the end of a block's rows of the left factor to the next block's, at 72.
-    a_next: isize,
-    /// From the end of the right factor to its beginning, at 80.
-    b_back: isize,
-    /// From a block of the output to the next, at 88.
-    c_next: usize,
-    /// Whether sums begin at the output, at 96.
-    accumulate: usize,
-}
+/// The thread's tile registers, set up for blocks of one size; given back when dropped.
+///
+/// Tiles 0 to 3 are the output's, 4 and 5 the left factor's, 6 and 7 the right one's. One that is not in use has no rows and
+/// must not be named.
+struct Tiles(());
 
-/// Bytes of a step of a left factor's row, and of a panel.
-const A_STEP: usize = TILE * BYTES;
-const B_STEP: usize = TILE * PANEL * BYTES;
-
-impl Blocks {
+impl Tiles {
     /// # Safety
-    /// As [`gemm`], for the rows and words of the blocks: 1 to 32 rows and columns, 1 to 16 words to a step, at least one
-    /// step and one block; more than one block only of 32 rows.
-    unsafe fn add(self) {
-        // SAFETY: the caller's.
-        unsafe {
-            match (self.rows > TILE, self.cols > TILE) {
-                (false, false) => self.sum::<0, 0>(),
-                (false, true) => self.sum::<0, 1>(),
-                (true, false) => self.sum::<1, 0>(),
-                (true, true) => self.sum::<1, 1>(),
-            }
-        }
-    }
-
-    /// Tiles 0 to 3 are the output's, 4 and 5 the left factor's, 6 and 7 the right one's. One that is not in use has no
-    /// rows.
-    fn config(&self) -> Config {
+    /// [`detect`] must have said yes; 1 to 32 rows and columns, 1 to 16 words. The thread must have no other.
+    unsafe fn new(rows: usize, cols: usize, words: usize) -> Self {
         let mut config = Config { palette: 1, ..Config::default() };
         let part = |of: usize, second: usize| if second == 0 { of.min(TILE) } else { of.saturating_sub(TILE) };
-        let output = |tile: usize| (tile, part(self.rows, tile / 2), part(self.cols, tile % 2));
-        let left = |tile: usize| (4 + tile, part(self.rows, tile), self.words);
-        let right = |tile: usize| (6 + tile, self.words, part(self.cols, tile));
+        let output = |tile: usize| (tile, part(rows, tile / 2), part(cols, tile % 2));
+        let left = |tile: usize| (4 + tile, part(rows, tile), words);
+        let right = |tile: usize| (6 + tile, words, part(cols, tile));
         for (tile, rows, cols) in [output(0), output(1), output(2), output(3), left(0), left(1), right(0), right(1)] {
             if rows > 0 && cols > 0 {
                 config.rows[tile] = rows as u8;
                 config.row_bytes[tile] = (cols * BYTES) as u16;
             }
         }
-        config
+        // SAFETY: the caller's; a tile is no larger than 16 rows of 64 bytes.
+        unsafe { asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, readonly)) };
+        Self(())
     }
+}
 
+impl Drop for Tiles {
+    fn drop(&mut self) {
+        // SAFETY: whoever made it has a machine with tiles.
+        unsafe { asm!("tilerelease", options(nostack, nomem)) };
+    }
+}
+
+/// Up to two tiles of rows by two of columns, over the steps of a sum.
+struct Block {
+    steps: usize,
+    a: *const u32,
+    /// Bytes between the rows of the left factor.
+    a_row: usize,
+    b: *const u32,
+    c: *mut f32,
+    /// Bytes between the rows of the output.
+    c_row: usize,
+    accumulate: bool,
+}
+
+/// Bytes of a step of a left factor's row, and of a panel.
+const A_STEP: usize = TILE * BYTES;
+const B_STEP: usize = TILE * PANEL * BYTES;
+
+impl Block {
     /// # Safety
-    /// As [`Blocks::add`]; `TALL` is 1 where there are more than 16 rows, and `WIDE` where there are more columns.
-    unsafe fn sum<const TALL: usize, const WIDE: usize>(self) {
-        let walk = Walk {
-            config: self.config(),
-            steps: self.steps,
-            a_next: (2 * TILE * self.a_row) as isize - (self.steps * A_STEP) as isize,
-            b_back: -((self.steps * B_STEP) as isize),
-            c_next: 2 * TILE * self.c_row,
-            accumulate: usize::from(self.accumulate),
-        };
-        // SAFETY: tiles in use are configured no larger than what is left of the product, so every access is inside it,
-        // and the tiles are released at the end.
+    /// As [`gemm`], for a block of the sizes that the tiles are set up for; `TALL` is 1 where it has more than 16 rows, and
+    /// `WIDE` where it has more columns. There must be a step.
+    unsafe fn sum<const TALL: usize, const WIDE: usize>(self, _: &Tiles) {
+        // SAFETY: the tiles are no larger than what is left of the product, so every access is inside it.
         unsafe {
             asm!(
-                // Configuring sets every tile to zero.
-                "ldtilecfg [{walk}]",
-                "2:",
-                "cmp qword ptr [{walk} + 96], 0",
-                "je 3f",
+                "test {accumulate:e}, {accumulate:e}",
+                "jz 2f",
                 "tileloadd tmm0, [{c} + {c_row}]",
                 ".if {wide}",
                 "tileloadd tmm1, [{c} + {c_row} + 64]",
@@ -216,9 +196,19 @@ impl Blocks {
                 "tileloadd tmm3, [{lower_c} + {c_row} + 64]",
                 ".endif",
                 ".endif",
+                "jmp 3f",
+                "2:",
+                "tilezero tmm0",
+                ".if {wide}",
+                "tilezero tmm1",
+                ".endif",
+                ".if {tall}",
+                "tilezero tmm2",
+                ".if {wide}",
+                "tilezero tmm3",
+                ".endif",
+                ".endif",
                 "3:",
-                "mov {steps}, [{walk} + 64]",
-                "4:",
                 "tileloadd tmm4, [{a} + {a_row}]",
                 "tileloadd tmm6, [{b} + {b_row}]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
@@ -237,7 +227,7 @@ impl Blocks {
                 "add {a}, {a_step}",
                 "add {b}, {b_step}",
                 "dec {steps}",
-                "jnz 4b",
+                "jnz 3b",
                 "tilestored [{c} + {c_row}], tmm0",
                 ".if {wide}",
                 "tilestored [{c} + {c_row} + 64], tmm1",
@@ -248,38 +238,16 @@ impl Blocks {
                 "tilestored [{lower_c} + {c_row} + 64], tmm3",
                 ".endif",
                 ".endif",
-                "dec {blocks}",
-                "jz 5f",
-                // Tiles that are not in use must not be named.
-                "tilezero tmm0",
-                ".if {wide}",
-                "tilezero tmm1",
-                ".endif",
-                ".if {tall}",
-                "tilezero tmm2",
-                ".if {wide}",
-                "tilezero tmm3",
-                ".endif",
-                ".endif",
-                "add {a}, [{walk} + 72]",
-                "add {lower_a}, [{walk} + 72]",
-                "add {b}, [{walk} + 80]",
-                "add {c}, [{walk} + 88]",
-                "add {lower_c}, [{walk} + 88]",
-                "jmp 2b",
-                "5:",
-                "tilerelease",
-                walk = in(reg) &walk,
-                c = inout(reg) self.c => _,
-                lower_c = inout(reg) self.c.wrapping_byte_add(TILE * self.c_row) => _,
+                accumulate = in(reg) u32::from(self.accumulate),
+                c = in(reg) self.c,
+                lower_c = in(reg) self.c.wrapping_byte_add(TILE * self.c_row),
                 c_row = in(reg) self.c_row,
                 a = inout(reg) self.a => _,
                 lower_a = inout(reg) self.a.wrapping_byte_add(TILE * self.a_row) => _,
                 a_row = in(reg) self.a_row,
                 b = inout(reg) self.b => _,
                 b_row = in(reg) PANEL * BYTES,
-                steps = out(reg) _,
-                blocks = inout(reg) self.blocks => _,
+                steps = inout(reg) self.steps => _,
                 a_step = const A_STEP,
                 b_step = const B_STEP,
                 tall = const TALL,
@@ -297,13 +265,10 @@ impl Blocks {
 /// # Safety
 /// [`detect`] must have said yes.
 pub(crate) unsafe fn products(steps: usize) -> usize {
-    let mut config = Config { palette: 1, ..Config::default() };
-    config.rows[..8].fill(TILE as u8);
-    config.row_bytes[..8].fill((TILE * BYTES) as u16);
-    // SAFETY: the caller's; the tiles are released at the end.
+    // SAFETY: the caller's, and whole tiles are set up.
     unsafe {
+        let _tiles = Tiles::new(2 * TILE, PANEL, TILE);
         asm!(
-            "ldtilecfg [{config}]",
             "2:",
             "tdpbf16ps tmm0, tmm4, tmm6",
             "tdpbf16ps tmm1, tmm4, tmm7",
@@ -311,12 +276,10 @@ pub(crate) unsafe fn products(steps: usize) -> usize {
             "tdpbf16ps tmm3, tmm5, tmm7",
             "dec {steps}",
             "jnz 2b",
-            "tilerelease",
-            config = in(reg) &config,
             steps = inout(reg) steps => _,
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack)
+            options(nostack, nomem)
         );
     }
     2 * 2 * 4 * TILE * TILE * TILE * steps
@@ -342,7 +305,7 @@ mod tests {
                 for step in (0..g.words).step_by(16) {
                     let (mut lower, mut upper) = (0.0f32, 0.0f32);
                     for p in step..g.words.min(step + 16) {
-                        let (a, b) = (g.a[i * g.a_row + p], g.b[p * PANEL + j]);
+                        let (a, b) = (g.a[i * g.a_row + p], g.b[j / PANEL * g.b_panel + p * PANEL + j % PANEL]);
                         lower = widen(a & 0xffff).mul_add(widen(b & 0xffff), lower);
                         upper = widen(a >> 16).mul_add(widen(b >> 16), upper);
                     }
@@ -352,6 +315,9 @@ mod tests {
             }
         }
     }
+
+    /// Panels of a right factor.
+    const PANELS: usize = 3;
 
     /// Random operands.
     struct Operands {
@@ -363,15 +329,17 @@ mod tests {
     impl Operands {
         fn new(m: usize, k: usize, seed: u64) -> Self {
             let x: Vec<f32> = (0..m * k).map(|i| noise(seed, i)).collect();
-            let y: Vec<f32> = (0..PANEL * k).map(|i| noise(seed ^ 1, i)).collect();
-            let (mut a, mut b) = (vec![0; m * words(k)], vec![0; words(k) * PANEL]);
+            let y: Vec<f32> = (0..PANELS * PANEL * k).map(|i| noise(seed ^ 1, i)).collect();
+            let (mut a, mut b) = (vec![0; m * words(k)], vec![0; PANELS * words(k) * PANEL]);
             bf16::rows(&x, k, &mut a);
-            bf16::panels_of_rows(&y, k, &mut b);
+            let panels = b.chunks_exact_mut(words(k) * PANEL).zip(y.chunks(PANEL * k));
+            panels.for_each(|(panel, rows)| bf16::panels_of_rows(rows, k, panel));
             Self { words: words(k), a, b }
         }
 
         fn product(&self, m: usize, n: usize, c_row: usize, accumulate: bool) -> GemmBf16<'_> {
-            GemmBf16 { m, n, words: self.words, a: &self.a, a_row: self.words, b: &self.b, c_row, accumulate }
+            let (a_row, b_panel) = (self.words, self.words * PANEL);
+            GemmBf16 { m, n, words: self.words, a: &self.a, a_row, b: &self.b, b_panel, c_row, accumulate }
         }
     }
 
@@ -396,7 +364,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_bit_is_as_the_manual_says(m in 1usize..140, n in 1usize..33, k in 1usize..200, accumulate: bool) {
+        fn every_bit_is_as_the_manual_says(m in 1usize..140, n in 1usize..=PANELS * PANEL, k in 1usize..200, accumulate: bool) {
             check(m, n, k, accumulate);
         }
     }
@@ -406,7 +374,7 @@ mod tests {
     fn edges_are_as_the_manual_says() {
         let around = |x: usize| [x - 1, x, x + 1];
         for m in [1, 2].into_iter().chain(around(16)).chain(around(32)).chain(around(96)) {
-            for n in [1, 15, 16, 17, 31, 32] {
+            for n in [1, 15, 16, 17, 31, 32, 33, 64] {
                 for k in [1, 2, 31, 32, 33, 64, 65] {
                     check(m, n, k, k % 2 == 0);
                 }

@@ -76,11 +76,25 @@ pub(crate) fn words(terms: usize) -> usize {
 /// Packs rows `[.., C]` as `[..][C/2]`.
 #[inline(always)]
 pub(crate) fn rows<F: Real>(x: &[F], cols: usize, out: &mut [u32]) {
+    // Terms that are adjacent, 32 at a time, so that the compiler computes in vectors.
+    const TERMS: usize = 2 * SQUARE;
     for (x, out) in x.chunks_exact(cols).zip(out.chunks_exact_mut(words(cols))) {
-        let (pairs, last) = x.as_chunks::<2>();
-        out.iter_mut().zip(pairs).for_each(|(word, &[lower, upper])| *word = pair(lower, upper));
+        let (whole, rest) = x.as_chunks::<TERMS>();
+        let (to, to_rest) = out.split_at_mut(whole.len() * SQUARE);
+        for (to, x) in to.as_chunks_mut::<SQUARE>().0.iter_mut().zip(whole) {
+            let mut halves = [0; TERMS];
+            halves.iter_mut().zip(x).for_each(|(half, &x)| *half = round(x.f64() as f32) as u16);
+            // SAFETY: 32 halves are 16 words of any content.
+            *to = unsafe { std::mem::transmute::<[u16; TERMS], [u32; SQUARE]>(halves) };
+            if cfg!(target_endian = "big") {
+                // The lower term belongs in the lower half.
+                to.iter_mut().for_each(|word| *word = word.rotate_left(16));
+            }
+        }
+        let (pairs, last) = rest.as_chunks::<2>();
+        to_rest.iter_mut().zip(pairs).for_each(|(word, &[lower, upper])| *word = pair(lower, upper));
         if let &[last] = last {
-            out[pairs.len()] = pair(last, F::zero());
+            to_rest[pairs.len()] = pair(last, F::zero());
         }
     }
 }
@@ -197,12 +211,12 @@ fn transpose_avx512(lines: [__m512i; SQUARE]) -> [__m512i; SQUARE] {
     })
 }
 
-/// `c [m,n] (+)= a . b` on packed operands; `n` is at most a panel.
+/// `c [m,n] (+)= a . b` on packed operands.
 #[derive(Clone, Copy, Debug)]
 pub struct GemmBf16<'a> {
     /// Rows of the output.
     pub m: usize,
-    /// Columns of the output, at most [`PANEL`].
+    /// Columns of the output.
     pub n: usize,
     /// Words of each sum: two terms each.
     pub words: usize,
@@ -210,8 +224,10 @@ pub struct GemmBf16<'a> {
     pub a: &'a [u32],
     /// Distance between its rows, in words.
     pub a_row: usize,
-    /// Right factor: one panel, `[words][32]`.
+    /// Right factor: panels, `[words][32]` each.
     pub b: &'a [u32],
+    /// Distance between them.
+    pub b_panel: usize,
     /// Distance between the output's rows.
     pub c_row: usize,
     /// Adds to the output instead of replacing it.
@@ -221,9 +237,9 @@ pub struct GemmBf16<'a> {
 impl GemmBf16<'_> {
     /// Panics unless every element that the product reads lies inside its slice.
     fn check(&self) {
-        assert!((1..=PANEL).contains(&self.n) && self.m > 0 && self.words > 0, "{} x {} outputs", self.m, self.n);
+        assert!(self.n > 0 && self.m > 0 && self.words > 0, "{} x {} outputs of {} words", self.m, self.n, self.words);
         assert!((self.m - 1) * self.a_row + self.words <= self.a.len(), "a is too short");
-        assert!(self.words * PANEL <= self.b.len(), "b is too short");
+        assert!((self.n - 1) / PANEL * self.b_panel + self.words * PANEL <= self.b.len(), "b is too short");
     }
 }
 
@@ -241,7 +257,7 @@ pub(crate) unsafe fn gemm_scalar<F: Real>(g: GemmBf16<'_>, c: *mut F) {
             let c = unsafe { &mut *c.add(i * g.c_row + j) };
             let start = if g.accumulate { *c } else { F::zero() };
             *c = (0..g.words).fold(start, |sum, p| {
-                let (a, b) = (g.a[i * g.a_row + p], g.b[p * PANEL + j]);
+                let (a, b) = (g.a[i * g.a_row + p], g.b[j / PANEL * g.b_panel + p * PANEL + j % PANEL]);
                 sum + of(a & 0xffff) * of(b & 0xffff) + of(a >> 16) * of(b >> 16)
             });
         }
@@ -312,7 +328,7 @@ unsafe fn tiles<V: Dot, const NV: usize, const MR: usize>(g: GemmBf16<'_>, c: *m
             words: g.words,
             a: g.a[i * g.a_row..].as_ptr(),
             a_row: g.a_row,
-            b: g.b[strip..].as_ptr(),
+            b: g.b[strip / PANEL * g.b_panel + strip % PANEL..].as_ptr(),
             c: c.wrapping_add(i * g.c_row + strip),
             c_row: g.c_row,
             cols: (g.n - strip).min(NV * V::Sum::LANES),
@@ -555,15 +571,16 @@ mod tests {
     proptest! {
         /// Every instruction set computes the definition, for odd sizes, in both modes.
         #[test]
-        fn tiles_match_the_definition(m in 1usize..70, n in 1usize..33, k in 1usize..70, pad in 0usize..3, accumulate: bool, seed: u64) {
+        fn tiles_match_the_definition(m in 1usize..70, n in 1usize..100, k in 1usize..70, pad in 0usize..3, accumulate: bool, seed: u64) {
             let mut a = vec![0; m * words(k)];
             let x: Vec<f32> = (0..m * k).map(|i| noise(seed, i)).collect();
             rows(&x, k, &mut a);
             let y: Vec<f32> = (0..n * k).map(|i| noise(seed ^ 1, i)).collect();
-            let mut b = vec![7; words(k) * PANEL];
-            panels_of_rows(&y, k, &mut b);
+            let b_panel = words(k) * PANEL;
+            let mut b = vec![7; n.div_ceil(PANEL) * b_panel];
+            b.chunks_mut(b_panel).zip(y.chunks(PANEL * k)).for_each(|(panel, rows)| panels_of_rows(rows, k, panel));
             let start: Vec<f32> = (0..m * (n + pad)).map(|i| noise(seed ^ 2, i)).collect();
-            let g = GemmBf16 { m, n, words: words(k), a: &a, a_row: words(k), b: &b, c_row: n + pad, accumulate };
+            let g = GemmBf16 { m, n, words: words(k), a: &a, a_row: words(k), b: &b, b_panel: words(k) * PANEL, c_row: n + pad, accumulate };
             let mut expected: Vec<f64> = start.iter().map(|&x| f64::from(x)).collect();
             // SAFETY: `expected` has m rows of n + pad elements.
             unsafe { gemm_scalar(g, expected.as_mut_ptr()) };
@@ -585,7 +602,7 @@ mod tests {
             rows(&x, k, &mut a);
             panels_of_rows(&y, k, &mut b);
             for level in Level::available() {
-                let all = GemmBf16 { m, n: PANEL, words: words(k), a: &a, a_row: words(k), b: &b, c_row: PANEL, accumulate: false };
+                let all = GemmBf16 { m, n: PANEL, words: words(k), a: &a, a_row: words(k), b: &b, b_panel: words(k) * PANEL, c_row: PANEL, accumulate: false };
                 let mut together = vec![0.0; m * PANEL];
                 // SAFETY: m rows of a panel.
                 unsafe { gemm(level, all, together.as_mut_ptr()) };

@@ -36,6 +36,10 @@ pub trait KernelSet<F: Real>: Copy + std::fmt::Debug + Send + Sync + 'static {
     /// multiplied as floats that were rounded, in the same order.
     fn pairs(self) -> bool;
 
+    /// Whether products of bf16 operands are so much faster than others that attention is worth rounding for them, where it
+    /// is asked for in that precision.
+    fn tiles(self) -> bool;
+
     /// Exchanges the rows and columns of packed words.
     fn transpose(self, square: &Square) -> Square;
 
@@ -85,6 +89,10 @@ impl<F: Real> KernelSet<F> for Scalar {
     }
 
     fn pairs(self) -> bool {
+        true
+    }
+
+    fn tiles(self) -> bool {
         true
     }
 
@@ -141,6 +149,10 @@ impl KernelSet<f32> for Fast {
 
     fn pairs(self) -> bool {
         self.0 >= Level::Avx512Bf16
+    }
+
+    fn tiles(self) -> bool {
+        self.0 >= Level::AmxBf16
     }
 
     fn transpose(self, square: &Square) -> Square {

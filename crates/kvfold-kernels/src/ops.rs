@@ -132,6 +132,8 @@ pub struct Visible<T> {
     pub pooled: Option<Pooled<T>>,
     /// W, tokens that stay exact; not used without pooled states.
     pub delay: usize,
+    /// What factors of products may be rounded to; whether they are is the machine's choice. Sums stay f32.
+    pub precision: Precision,
 }
 
 /// A batch's keys and values before rotation, with what decides how they pool.
@@ -379,6 +381,9 @@ pub trait Ops: std::fmt::Debug {
 
     /// A weight `[M,K]` for [`Ops::linear`] and [`Ops::embed`], held in its precision only: what inference needs.
     fn weight(&self, shape: &[usize], data: &[f32], precision: Precision) -> Self::Tensor;
+
+    /// In which precision a weight is multiplied.
+    fn precision(&self, weight: &Self::Tensor) -> Precision;
 
     /// The numbers of an array, row-major.
     fn to_host(&self, x: &Self::Tensor) -> Vec<f32>;

@@ -328,6 +328,7 @@ impl<O: Grad> Bench<'_, O> {
             exact: exact.cloned(),
             pooled: pooled.cloned(),
             delay,
+            precision: Precision::F32,
         };
         self.attend(&format!("{name} plain"), &view(Some(&Keys { mass: None, ..exact.clone() }), None, 0), spans);
         self.attend(&format!("{name} at once"), &view(None, Some(&states), 0), spans);

@@ -3,7 +3,7 @@
 
 use kvfold_kernels::noise::{hash, unit};
 use kvfold_kernels::ops::{
-    Decided, Exempt, Heads, Keys, PoolInput, PoolOutput, PoolShape, Pooled, Span, Spans, Visible,
+    Decided, Exempt, Heads, Keys, PoolInput, PoolOutput, PoolShape, Pooled, Precision, Span, Spans, Visible,
 };
 use kvfold_kernels::{Array, Ops, Reference};
 
@@ -129,7 +129,7 @@ fn visible_keys(close: &Array<f64>, delay: usize) -> Vec<Vec<usize>> {
         Keys { k: zeros.clone(), v: ops().array(&shape, v), mass: None }
     };
     let pooled = Some(Pooled { keys: one_hot(0), close: close.clone() });
-    let visible = Visible { exact: Some(one_hot(len)), pooled, delay };
+    let visible = Visible { exact: Some(one_hot(len)), pooled, delay, precision: Precision::F32 };
     let out = ops().attention(&zeros, &visible, &Spans::of_lengths(&[len]), heads);
     let seen = |row: &[f64]| {
         let seen: Vec<usize> = (0..2 * len).filter(|&j| row[j] > 0.0).collect();
@@ -291,7 +291,7 @@ fn the_parallel_form_is_a_streaming_cache() {
         let states = Keys { k: pooled.k, v: pooled.v, mass: Some(ops().ln(&pooled.mass)) };
         let exact = Keys { k: k.clone(), v: v.clone(), mass: Some(ops().ln(&omega)) };
         let pooled = Some(Pooled { keys: states, close: decided.close });
-        let visible = Visible { exact: (delay > 0).then_some(exact), pooled, delay };
+        let visible = Visible { exact: (delay > 0).then_some(exact), pooled, delay, precision: Precision::F32 };
         let out = ops().attention(&q, &visible, &spans, heads);
         let rates = ops().fold_rate(&logit, &spans, Exempt { sinks: 0, delay });
 

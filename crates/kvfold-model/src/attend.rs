@@ -20,7 +20,7 @@ impl<O: Ops> Attend<O> for Plain {
         let Pass { ops, shape, angles, spans } = *pass;
         let q = ops.rope(&p.q, angles, spans);
         let exact = Some(Keys { k: ops.rope(&p.k, angles, spans), v: p.v, mass: None });
-        ops.attention(&q, &Visible { exact, pooled: None, delay: 0 }, spans, shape.heads)
+        ops.attention(&q, &Visible { exact, pooled: None, delay: 0, precision: p.precision }, spans, shape.heads)
     }
 }
 
@@ -58,7 +58,7 @@ impl<O: Ops> Attend<O> for Fading {
         let q = fade_queries(pass, *self, turn(&fade_queries(pass, *self, p.q)));
         let k = fade_keys(pass, *self, turn(&fade_keys(pass, *self, p.k)));
         let exact = Some(Keys { k, v: p.v, mass: None });
-        ops.attention(&q, &Visible { exact, pooled: None, delay: 0 }, spans, shape.heads)
+        ops.attention(&q, &Visible { exact, pooled: None, delay: 0, precision: p.precision }, spans, shape.heads)
     }
 }
 
@@ -82,7 +82,7 @@ pub struct Gated<T> {
 /// Decisions and importances of one layer (spec 1.2, 5.2), and the projections without the borrowed channels.
 pub fn gated<O: Ops>(pass: &Pass<'_, O>, dmc: &Dmc, p: Projected<O::Tensor>) -> Gated<O::Tensor> {
     let (ops, heads) = (pass.ops, pass.shape.heads);
-    let Projected { q, k, v, decide, ahead } = p;
+    let Projected { q, k, v, decide, ahead, .. } = p;
     let with_importance = |gate: Gate<O::Tensor>| (gate.logit, Some(gate.omega));
     let ((mut logit, omega), mut ahead) = match dmc.decision {
         Decision::Borrowed { scale, offset } => {
@@ -187,6 +187,7 @@ impl<T> Folding<T> {
 impl<O: Ops> Attend<O> for Folding<O::Tensor> {
     fn attend(&mut self, layer: usize, pass: &Pass<'_, O>, p: Projected<O::Tensor>) -> O::Tensor {
         let Pass { ops, shape, angles, spans } = *pass;
+        let precision = p.precision;
         let Gated { q, k, v, logit, ahead, omega } = gated(pass, &self.dmc, p);
         let logit = ahead.into_iter().fold(logit, |logit, ahead| ops.add_ahead(&logit, &ahead, spans));
         let (logit, decided) = match &self.mode {
@@ -220,7 +221,8 @@ impl<O: Ops> Attend<O> for Folding<O::Tensor> {
                 (exact, Keys { k: turn(&states.k), mass: mass(&states.mass), v: states.v })
             }
         };
-        let visible = Visible { exact, pooled: Some(Pooled { keys: pooled, close: decided.close }), delay };
+        let pooled = Some(Pooled { keys: pooled, close: decided.close });
+        let visible = Visible { exact, pooled, delay, precision };
         ops.attention(&rotated_query(pass, &self.dmc, &q), &visible, spans, shape.heads)
     }
 }

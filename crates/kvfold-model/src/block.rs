@@ -6,7 +6,7 @@
 use crate::shape::Shape;
 use crate::weights::{Block, Weights};
 use kvfold_kernels::Ops;
-use kvfold_kernels::ops::Spans;
+use kvfold_kernels::ops::{Precision, Spans};
 
 /// What a pass over a batch shares between its layers.
 #[derive(Debug)]
@@ -34,6 +34,8 @@ pub struct Projected<T> {
     pub decide: Option<T>,
     /// What each token adds to the decision logits of the next, before scaling `[N, G]`, in models that have it.
     pub ahead: Option<T>,
+    /// The precision of the projections, which attention's products may be in, too.
+    pub precision: Precision,
 }
 
 /// What the queries of a layer attend to, and how: the only difference between training and serving.
@@ -53,6 +55,7 @@ impl<O: Ops> Pass<'_, O> {
             v: self.linear(&y, &w.v, &w.v_bias),                                        // [N, G*D]
             decide: w.decide.as_ref().map(|decide| self.linear(&y, decide, &w.decide_bias)), // [N, 2G]
             ahead: w.decide_ahead.as_ref().map(|ahead| ops.linear(&y, ahead)),          // [N, G]
+            precision: ops.precision(&w.q),
         };
         let y = attend.attend(layer, self, projected); // [N, H*D]
         let x = ops.add(x, &self.linear(&y, &w.o, &w.o_bias), 1.0); // [N, C]

@@ -237,10 +237,13 @@ pub struct Training {
     pub steps: u64,
     /// Tokens trained on.
     pub tokens: u64,
-    /// Wall clock.
+    /// Wall clock of the steps.
     #[serde(deserialize_with = "crate::non_finite::nullable")]
     pub seconds: f64,
-    /// Tokens over seconds.
+    /// Wall clock of the checkpoints between them; older receipts count it among the steps.
+    #[serde(default)]
+    pub saving_seconds: f64,
+    /// Tokens over the steps' seconds.
     #[serde(deserialize_with = "crate::non_finite::nullable")]
     pub tokens_per_second: f64,
 }

@@ -44,7 +44,13 @@ pub(crate) fn receipt() -> Receipt {
             top1_agreement: 0.926,
         },
         tokens_per_second: Speed { dense: 4_210.0, compressed: 4_630.0, batch: 1, ceiling: Some(1.1) },
-        training: Some(Training { steps: 150, tokens: 1_228_800, seconds: 96.0, tokens_per_second: 12_800.0 }),
+        training: Some(Training {
+            steps: 150,
+            tokens: 1_228_800,
+            seconds: 96.0,
+            saving_seconds: 1.0,
+            tokens_per_second: 12_800.0,
+        }),
         story: Some(Story {
             prompt: "Once upon a time".to_owned(),
             dense: "Once upon a time, there was a little girl named Lily. She loved to play \

@@ -3,7 +3,9 @@
 use crate::check::{Recorder, Tensor, Variable, check, gradients, ragged, uniform};
 use kvfold_autograd::Var;
 use kvfold_kernels::Reference;
-use kvfold_kernels::ops::{Borrowed, Channel, Heads, Keys, Ops, PoolInput, PoolShape, Pooled, Spans, Visible};
+use kvfold_kernels::ops::{
+    Borrowed, Channel, Heads, Keys, Ops, PoolInput, PoolShape, Pooled, Precision, Spans, Visible,
+};
 
 const UNIT: (f64, f64) = (-1.0, 1.0);
 
@@ -61,7 +63,7 @@ impl View {
         let exact = self.exact.then(&mut keys);
         let pooled = self.pooled.then(keys);
         let pooled = pooled.map(|keys| Pooled { keys, close: x.last().expect("pooled views end with close").clone() });
-        Visible { exact, pooled, delay: self.delay }
+        Visible { exact, pooled, delay: self.delay, precision: Precision::F32 }
     }
 
     fn inputs(self, spans: &Spans, heads: Heads) -> Vec<Tensor> {
@@ -145,6 +147,7 @@ fn attend(
         exact: (delay > 0).then_some(exact),
         pooled: Some(Pooled { keys: states, close: decided.close }),
         delay,
+        precision: Precision::F32,
     };
     vec![t.attention(&rotate(q), &visible, spans, heads)]
 }
@@ -181,8 +184,12 @@ fn an_evicting_block_end_to_end() {
             let close = t.decide_soft(&t.relax(&logit, &noise, 0.7), &spans, 1).close;
             let table = t.rope_table(&[1.0, 0.1], 16);
             let keys = Keys { k: t.rope(&x[1], &table, &spans), v: x[2].clone(), mass: None };
-            let visible =
-                Visible { exact: (delay > 0).then(|| keys.clone()), pooled: Some(Pooled { keys, close }), delay };
+            let visible = Visible {
+                exact: (delay > 0).then(|| keys.clone()),
+                pooled: Some(Pooled { keys, close }),
+                delay,
+                precision: Precision::F32,
+            };
             vec![t.attention(&t.rope(&q, &table, &spans), &visible, &spans, heads)]
         });
     }

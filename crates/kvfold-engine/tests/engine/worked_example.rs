@@ -8,7 +8,7 @@ use crate::common::{cut, worst};
 use kvfold_cache::{CachePolicy, CacheShape, Folding as FoldingCache, PagePool};
 use kvfold_engine::{CachedAttend, Member};
 use kvfold_kernels::dmc::{Decision, Dmc, Method, Share};
-use kvfold_kernels::ops::{Heads, MIN_IMPORTANCE, Spans};
+use kvfold_kernels::ops::{Heads, MIN_IMPORTANCE, Precision, Spans};
 use kvfold_kernels::paged::CacheDType;
 use kvfold_kernels::{Array, Ops, Reference};
 use kvfold_model::attend::{Folding, Mode};
@@ -119,7 +119,7 @@ impl Scene {
         }
         let array = |data: Vec<f64>| ops.array(&[rows.len(), data.len() / rows.len()], data);
         let decide = (!decide.is_empty()).then(|| array(decide));
-        Projected { q: array(q), k: array(k), v: array(v), decide, ahead: None }
+        Projected { q: array(q), k: array(k), v: array(v), decide, ahead: None, precision: Precision::F32 }
     }
 
     /// What query i gets from slots: a softmax over keys that stand where the slots say, of means by importance.

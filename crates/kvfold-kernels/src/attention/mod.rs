@@ -19,6 +19,7 @@ mod tests;
 
 pub(crate) use reference::{reference, reference_grad, reference_reads};
 
+use crate::ops::Precision;
 use crate::real::Real;
 
 /// Rows of a token-major array, seen from one head: element (t, d) is `data[start + t*row + d]`.
@@ -63,6 +64,8 @@ pub struct AttentionJob<'a, F> {
     pub(crate) exact: Option<KeyView<'a, F>>,
     pub(crate) pooled: Option<(KeyView<'a, F>, View<'a, F>)>,
     pub(crate) delay: usize,
+    /// What factors of products may be rounded to.
+    pub(crate) precision: Precision,
 }
 
 impl<F: Real> AttentionJob<'_, F> {

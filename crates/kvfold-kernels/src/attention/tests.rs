@@ -3,10 +3,13 @@
 use super::*;
 use crate::kernel_set::Scalar;
 use crate::noise::{hash, unit};
-use crate::ops::{Late, LateReads};
+use crate::ops::{Late, LateReads, Precision};
 
 /// Largest difference of an output or a gradient; what is left is the order of the sums.
 const TOLERANCE: f64 = 1e-12;
+
+/// The same for factors in bf16, of the largest number: some times the 2^-9 that one of them is rounded by.
+const ROUNDED: f64 = 0.02;
 
 /// A job's shape: tokens, head dim, group, delay, and which keys there are.
 #[derive(Clone, Copy, Debug)]
@@ -68,6 +71,7 @@ impl Data {
             exact: shape.exact.then(|| keys(260)),
             pooled: shape.pooled.then(|| (keys(400), close)),
             delay: shape.delay,
+            precision: Precision::F32,
         }
     }
 }
@@ -97,15 +101,21 @@ fn assert_blocked_is_the_definition(shape: Shape, seed: u64) {
     let data = Data::new(shape, seed);
     let (job, d) = (data.job(shape), data.columns(550));
     let expected = run(&job, d, reference, reference_grad);
-    let got = run(
-        &job,
-        d,
-        |job, out, lse| blocked::forward(Scalar, job, out, lse),
-        |job, grad| blocked::backward(Scalar, job, grad),
-    );
-    for ((name, expected), (_, got)) in expected.iter().zip(&got) {
-        for (i, (expected, got)) in expected.iter().zip(got).enumerate() {
-            assert!((expected - got).abs() <= TOLERANCE, "{shape:?}, {name}, element {i}: {got}, expected {expected}");
+    // In floats, and with factors that are rounded to bf16.
+    for (precision, tolerance) in [(Precision::F32, 0.0), (Precision::Bf16, ROUNDED)] {
+        let job = AttentionJob { precision, ..data.job(shape) };
+        let got = run(
+            &job,
+            d,
+            |job, out, lse| blocked::forward(Scalar, job, out, lse),
+            |job, grad| blocked::backward(Scalar, job, grad),
+        );
+        for ((name, expected), (_, got)) in expected.iter().zip(&got) {
+            let size = expected.iter().fold(1.0, |size: f64, x| if x.is_finite() { size.max(x.abs()) } else { size });
+            for (i, (expected, got)) in expected.iter().zip(got).enumerate() {
+                let close = (expected - got).abs() <= TOLERANCE + tolerance * size;
+                assert!(close, "{shape:?}, {precision:?}, {name}, element {i}: {got}, expected {expected}");
+            }
         }
     }
 }

@@ -369,8 +369,11 @@ fn sum_of<F: Real>(parts: &[Vec<F>], cols: usize) -> Vec<F> {
 /// A KV head's rows of `x [N, G*parts*width]` in one sequence, `[parts][T][width]`.
 fn by_head<F: Real>(x: &Array<F>, (span, g): (&Span, usize), (parts, width): (usize, usize)) -> Vec<F> {
     let view = view(x, span, g, parts * width);
-    let places = (0..parts).flat_map(|h| (0..span.len).map(move |t| (h, t)));
-    places.flat_map(|(h, t)| view.row(t, h * width, width)).copied().collect()
+    let mut rows = Vec::with_capacity(parts * span.len * width);
+    for h in 0..parts {
+        (0..span.len).for_each(|t| rows.extend_from_slice(view.row(t, h * width, width)));
+    }
+    rows
 }
 
 /// Gradients of keys, job-major; empty where there are no such keys.

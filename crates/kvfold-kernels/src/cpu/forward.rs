@@ -46,6 +46,10 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
         }
     }
 
+    fn precision(&self, weight: &Array<F>) -> Precision {
+        weight.precision()
+    }
+
     fn to_host(&self, x: &Array<F>) -> Vec<f32> {
         match x.is_whole() {
             true => x.data().iter().map(|x| x.f64() as f32).collect(),
@@ -394,6 +398,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
                 .as_ref()
                 .map(|pooled| (key_view(&pooled.keys, span, g, dim), view(&pooled.close, span, g, 1))),
             delay: visible.delay,
+            precision: visible.precision,
         };
         spans.iter().flat_map(|span| (0..kv).map(move |g| job(span, g))).collect()
     }

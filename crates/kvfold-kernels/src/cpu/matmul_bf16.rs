@@ -82,6 +82,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
                 a: &a[rows.start * words..],
                 a_row: words,
                 b: &b[panel * words * PANEL..][..words * PANEL],
+                b_panel: words * PANEL,
                 c_row: sizes.outputs,
                 accumulate: false,
             };
@@ -154,20 +155,19 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
                 || bf16::columns(d.data(), m, task * rows, &mut left, |square| self.set.transpose(square)),
             );
             for first in (0..words).step_by(WORDS) {
-                for (panel, b) in b.chunks_exact(words * PANEL).enumerate() {
-                    let product = GemmBf16 {
-                        m: dw.len() / k,
-                        n: PANEL.min(k - panel * PANEL),
-                        words: WORDS.min(words - first),
-                        a: &left[first..],
-                        a_row: words,
-                        b: &b[first * PANEL..],
-                        c_row: k,
-                        accumulate: first > 0,
-                    };
-                    // SAFETY: the rows are this task's alone, and the columns lie inside them.
-                    unsafe { self.set.gemm_bf16(product, dw.as_mut_ptr().wrapping_add(panel * PANEL)) };
-                }
+                let product = GemmBf16 {
+                    m: dw.len() / k,
+                    n: k,
+                    words: WORDS.min(words - first),
+                    a: &left[first..],
+                    a_row: words,
+                    b: &b[first * PANEL..],
+                    b_panel: words * PANEL,
+                    c_row: k,
+                    accumulate: first > 0,
+                };
+                // SAFETY: the rows are this task's alone.
+                unsafe { self.set.gemm_bf16(product, dw.as_mut_ptr()) };
             }
             self.home.words.give(left);
         });

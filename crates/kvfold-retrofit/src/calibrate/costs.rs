@@ -33,7 +33,7 @@ impl<O: Grad> Attend<O> for Reading<O::Tensor> {
         let Pass { ops, shape, angles, spans } = *pass;
         let q = ops.rope(&p.q, angles, spans);
         let exact = Some(Keys { k: ops.rope(&p.k, angles, spans), v: p.v.clone(), mass: None });
-        let visible = Visible { exact, pooled: None, delay: 0 };
+        let visible = Visible { exact, pooled: None, delay: 0, precision: p.precision };
         let saved = ops.attention_saving(&q, &visible, spans, shape.heads);
         let reads = ops.late_reads((&q, &visible), &saved, spans, shape.heads, self.late);
         self.seen = Some((reads, p.v));

@@ -44,11 +44,12 @@ impl Papers<'_> {
         let reports = &self.trained.reports;
         let before = reports.len() - self.trained.steps as usize;
         let tokens = reports[before..].iter().map(|report| report.tokens).sum();
-        let seconds = self.trained.elapsed.as_secs_f64();
+        let seconds = self.trained.stepping.as_secs_f64();
         Training {
             steps: self.trained.steps,
             tokens,
             seconds,
+            saving_seconds: self.trained.saving.as_secs_f64(),
             tokens_per_second: tokens as f64 / seconds.max(f64::MIN_POSITIVE),
         }
     }

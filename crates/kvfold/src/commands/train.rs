@@ -43,7 +43,9 @@ pub(crate) struct Trained {
     /// One report per step.
     pub(crate) reports: Vec<StepReport>,
     /// Time of this process's steps.
-    pub(crate) elapsed: Duration,
+    pub(crate) stepping: Duration,
+    /// Time of the checkpoints between them.
+    pub(crate) saving: Duration,
     /// Steps that this process took.
     pub(crate) steps: u64,
 }
@@ -63,6 +65,7 @@ pub(crate) fn train(
         watch.exploded(report);
     });
     let (started, first) = (Instant::now(), trainer.steps());
+    let mut saving = Duration::ZERO;
     while !trainer.finished() {
         let report = trainer.step(corpus)?;
         reports.push(report);
@@ -70,8 +73,10 @@ pub(crate) fn train(
             return Err(watch.error(&report, corpus, trainer.settings()).into());
         }
         panel.show(trainer, &report);
+        let saves = Instant::now();
         after_step(trainer, &reports, watch.is_wary())?;
+        saving += saves.elapsed();
     }
     panel.close();
-    Ok(Trained { reports, elapsed: started.elapsed(), steps: trainer.steps() - first })
+    Ok(Trained { reports, stepping: started.elapsed() - saving, saving, steps: trainer.steps() - first })
 }

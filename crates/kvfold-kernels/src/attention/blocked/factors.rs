@@ -1,0 +1,261 @@
+//! How queries, keys, values and their gradients are laid out for the products of attention, and multiplied.
+//!
+//! A block of scores is `[queries][KEYS]`, floats in either way. [`Floats`] multiplies everything as it is. [`Words`] rounds
+//! every factor to bf16, the weights of values and the gradients of scores among them, and adds products up as floats: for
+//! machines whose tiles multiply bf16 an order of magnitude faster than anything multiplies floats.
+
+use super::KEYS;
+use crate::bf16::{self, GemmBf16, words};
+use crate::kernel_set::KernelSet;
+use crate::real::Real;
+use crate::simd::{Gemm, PANEL, STRIP};
+use std::ops::Range;
+
+/// A block of scores, or of their gradients: rows [`KEYS`] apart, of the keys `j0..j0 + width`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Block {
+    /// First query.
+    pub(super) i0: usize,
+    pub(super) rows: usize,
+    /// First key; a multiple of [`Factors::ALIGN`].
+    pub(super) j0: usize,
+    pub(super) width: usize,
+}
+
+/// Products of factors that are laid out in one way. All factors are `[T,D]`, tokens by channels; `size` is `(T, D)`.
+pub(super) trait Factors<F: Real, K: KernelSet<F>> {
+    /// What factors are made of.
+    type Number: Copy;
+    /// Queries of a block at most.
+    const QUERIES: usize;
+    /// What blocks of keys begin at multiples of.
+    const ALIGN: usize;
+
+    fn new(set: K) -> Self;
+
+    /// As a left factor whose terms are channels.
+    fn left(&self, x: Vec<F>, size: (usize, usize)) -> Vec<Self::Number>;
+
+    /// As a right factor whose terms are channels.
+    fn by_token(&self, x: &[F], size: (usize, usize)) -> Vec<Self::Number>;
+
+    /// As a right factor whose terms are tokens.
+    fn by_channel(&self, x: &[F], size: (usize, usize)) -> Vec<Self::Number>;
+
+    /// `s = left . by_token^T` of a block.
+    fn scores(&self, size: (usize, usize), block: Block, left: &[Self::Number], by_token: &[Self::Number], s: &mut [F]);
+
+    /// Adds `s . by_channel` to `out [rows][D]`, sums over the block's keys.
+    fn over_keys(&mut self, size: (usize, usize), block: Block, s: &[F], by_channel: &[Self::Number], out: &mut [F]);
+
+    /// Adds `s^T . by_channel` to `out [width][D]`, sums over the block's queries.
+    fn over_queries(&mut self, size: (usize, usize), block: Block, s: &[F], by_channel: &[Self::Number], out: &mut [F]);
+}
+
+/// Factors in the backend's floats, as strips of 16 columns.
+#[derive(Debug)]
+pub(super) struct Floats<K>(K);
+
+impl<K> Floats<K> {
+    /// A sum over the tokens from `first` on, whose rows of output are `a_row` apart in the left factor.
+    fn over_tokens<'a, F>(
+        (len, dim): (usize, usize),
+        (m, k): (usize, usize),
+        (a, a_row, a_col): (&'a [F], usize, usize),
+        (b, first): (&'a [F], usize),
+    ) -> Gemm<'a, F> {
+        let b = &b[first * STRIP..];
+        Gemm { m, n: dim, k, a, a_row, a_col, b, b_row: STRIP, b_strip: len * STRIP, c_row: dim, accumulate: true }
+    }
+}
+
+impl<F: Real, K: KernelSet<F>> Factors<F, K> for Floats<K> {
+    type Number = F;
+    const QUERIES: usize = 48;
+    const ALIGN: usize = STRIP;
+
+    fn new(set: K) -> Self {
+        Self(set)
+    }
+
+    fn left(&self, x: Vec<F>, _: (usize, usize)) -> Vec<F> {
+        x
+    }
+
+    /// Strips of 16 tokens, `[T/16][D][16]`.
+    fn by_token(&self, x: &[F], (len, dim): (usize, usize)) -> Vec<F> {
+        let mut strips = vec![F::zero(); len.div_ceil(STRIP) * dim * STRIP];
+        for (strip, rows) in strips.chunks_exact_mut(dim * STRIP).zip(x.chunks(dim * STRIP)) {
+            for (t, row) in rows.chunks_exact(dim).enumerate() {
+                row.iter().enumerate().for_each(|(d, &x)| strip[d * STRIP + t] = x);
+            }
+        }
+        strips
+    }
+
+    /// Strips of 16 channels, `[D/16][T][16]`.
+    fn by_channel(&self, x: &[F], (len, dim): (usize, usize)) -> Vec<F> {
+        let mut strips = vec![F::zero(); dim.div_ceil(STRIP) * len * STRIP];
+        for (n, strip) in strips.chunks_exact_mut(len * STRIP).enumerate() {
+            let width = STRIP.min(dim - n * STRIP);
+            for (to, row) in strip.chunks_exact_mut(STRIP).zip(x.chunks_exact(dim)) {
+                to[..width].copy_from_slice(&row[n * STRIP..][..width]);
+            }
+        }
+        strips
+    }
+
+    fn scores(&self, (_, dim): (usize, usize), block: Block, left: &[F], by_token: &[F], s: &mut [F]) {
+        let product = Gemm {
+            m: block.rows,
+            n: block.width,
+            k: dim,
+            a: &left[block.i0 * dim..],
+            a_row: dim,
+            a_col: 1,
+            b: &by_token[block.j0 * dim..],
+            b_row: STRIP,
+            b_strip: dim * STRIP,
+            c_row: KEYS,
+            accumulate: false,
+        };
+        self.0.gemm(product, s);
+    }
+
+    fn over_keys(&mut self, size: (usize, usize), block: Block, s: &[F], by_channel: &[F], out: &mut [F]) {
+        let Block { rows, j0, width, .. } = block;
+        self.0.gemm(Self::over_tokens(size, (rows, width), (s, KEYS, 1), (by_channel, j0)), out);
+    }
+
+    fn over_queries(&mut self, size: (usize, usize), block: Block, s: &[F], by_channel: &[F], out: &mut [F]) {
+        let Block { i0, rows, width, .. } = block;
+        self.0.gemm(Self::over_tokens(size, (width, rows), (s, 1, KEYS), (by_channel, i0)), out);
+    }
+}
+
+/// Factors in bf16, packed as `bf16.rs` says.
+#[derive(Debug)]
+pub(super) struct Words<K> {
+    set: K,
+    /// A block of scores as a left factor.
+    left: Vec<u32>,
+}
+
+impl<K> Words<K> {
+    /// A sum over tokens, `words` of them two by two from `first` on.
+    fn over_tokens<F: Real>(
+        &self,
+        (len, dim): (usize, usize),
+        m: usize,
+        tokens: Range<usize>,
+        by_channel: &[u32],
+        out: &mut [F],
+    ) where
+        K: KernelSet<F>,
+    {
+        let words = words(tokens.len());
+        let product = GemmBf16 {
+            m,
+            n: dim,
+            words,
+            a: &self.left,
+            a_row: words,
+            b: &by_channel[tokens.start / 2 * PANEL..],
+            b_panel: bf16::words(len) * PANEL,
+            c_row: dim,
+            accumulate: true,
+        };
+        assert!(m * dim <= out.len(), "{m} rows of {dim} channels");
+        // SAFETY: the rows lie inside the exclusive slice.
+        unsafe { self.set.gemm_bf16(product, out.as_mut_ptr()) };
+    }
+}
+
+impl<F: Real, K: KernelSet<F>> Factors<F, K> for Words<K> {
+    type Number = u32;
+    /// Pairs of tiles, and pairs of terms.
+    const QUERIES: usize = 64;
+    const ALIGN: usize = PANEL;
+
+    fn new(set: K) -> Self {
+        Self { set, left: vec![0; KEYS * KEYS / 2] }
+    }
+
+    fn left(&self, x: Vec<F>, (len, dim): (usize, usize)) -> Vec<u32> {
+        let mut packed = vec![0; len * words(dim)];
+        self.set.run(
+            #[inline(always)]
+            || bf16::rows(&x, dim, &mut packed),
+        );
+        packed
+    }
+
+    fn by_token(&self, x: &[F], (len, dim): (usize, usize)) -> Vec<u32> {
+        let panel = words(dim) * PANEL;
+        let mut packed = vec![0; len.div_ceil(PANEL) * panel];
+        self.set.run(
+            #[inline(always)]
+            || {
+                for (panel, rows) in packed.chunks_exact_mut(panel).zip(x.chunks(PANEL * dim)) {
+                    bf16::panels_of_rows(rows, dim, panel);
+                }
+            },
+        );
+        packed
+    }
+
+    fn by_channel(&self, x: &[F], (len, dim): (usize, usize)) -> Vec<u32> {
+        let mut packed = vec![0; dim.div_ceil(PANEL) * words(len) * PANEL];
+        self.set.run(
+            #[inline(always)]
+            || {
+                for (n, panel) in packed.chunks_exact_mut(words(len) * PANEL).enumerate() {
+                    bf16::panels_of_columns(x, dim, n * PANEL, panel);
+                }
+            },
+        );
+        packed
+    }
+
+    fn scores(&self, (_, dim): (usize, usize), block: Block, left: &[u32], by_token: &[u32], s: &mut [F]) {
+        let words = words(dim);
+        let product = GemmBf16 {
+            m: block.rows,
+            n: block.width,
+            words,
+            a: &left[block.i0 * words..],
+            a_row: words,
+            b: &by_token[block.j0 * words..],
+            b_panel: words * PANEL,
+            c_row: KEYS,
+            accumulate: false,
+        };
+        assert!((block.rows - 1) * KEYS + block.width <= s.len(), "{block:?} does not fit");
+        // SAFETY: the rows lie inside the exclusive slice.
+        unsafe { self.set.gemm_bf16(product, s.as_mut_ptr()) };
+    }
+
+    fn over_keys(&mut self, size: (usize, usize), block: Block, s: &[F], by_channel: &[u32], out: &mut [F]) {
+        let Block { rows, j0, width, .. } = block;
+        let (set, left) = (self.set, &mut self.left[..rows * words(width)]);
+        set.run(
+            #[inline(always)]
+            || {
+                for (s, left) in s.chunks(KEYS).zip(left.chunks_exact_mut(words(width))) {
+                    bf16::rows(&s[..width], width, left);
+                }
+            },
+        );
+        self.over_tokens(size, rows, j0..j0 + width, by_channel, out);
+    }
+
+    fn over_queries(&mut self, size: (usize, usize), block: Block, s: &[F], by_channel: &[u32], out: &mut [F]) {
+        let Block { i0, rows, width, .. } = block;
+        let (set, left) = (self.set, &mut self.left[..width * words(rows)]);
+        set.run(
+            #[inline(always)]
+            || bf16::columns(&s[..rows * KEYS], KEYS, 0, left, |square| set.transpose(square)),
+        );
+        self.over_tokens(size, width, i0..i0 + rows, by_channel, out);
+    }
+}
