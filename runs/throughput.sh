@@ -59,7 +59,7 @@ result = {
     "commit": commit,
     "date": str(datetime.date.today()),
     "machine": f"{cpu}, {os.cpu_count()} cores",
-    "what": f"tokens/s of {steps} steps of {batch} x 1024 tokens, the first one included",
+    "what": f"tokens/s of {steps} steps of {batch} x 1024 tokens, the first one included, checkpoints not",
     "torch": torch,
     "kvfold": kvfold,
     "ratio_of_medians": {
