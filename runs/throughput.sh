@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Retrofit throughput beside PyTorch: SmolLM2-135M, sequences of 1024, BATCH of them a step, distillation from the original,
-# all weights trained, DMC as the paper has it (fold at once, a window of 12, log masses, a decision head). kvfold with bf16
-# operands, PyTorch with bf16 operands and, since some machines have no instructions for those, with f32 ones. In turn, on an
-# otherwise idle machine; the medians are in results/throughput.json.
+# all weights trained, DMC as the paper has it (fold at once, a window of 12, log masses, a decision head). kvfold and PyTorch with
+# bf16 operands; on machines that have no instructions for those PyTorch with f32 ones, too. In turn, on an otherwise idle
+# machine; the medians are in results/throughput.json.
 #
 # Usage: runs/throughput.sh [PYTHON] [ROUNDS] [STEPS] [BATCH]     default: python3 3 8 2
 #        PYTHON has torch, safetensors, tokenizers
@@ -41,7 +41,9 @@ for round in $(seq "$rounds"); do
   echo "round $round" >&2
   torch bfloat16 >>"$scratch/torch_bf16"
   kvfold >>"$scratch/kvfold"
-  torch float32 >>"$scratch/torch_f32"
+  if ! grep -q -w -e avx512_bf16 -e amx_bf16 /proc/cpuinfo; then
+    torch float32 >>"$scratch/torch_f32"
+  fi
 done
 
 python3 - "$scratch" "$0 PYTHON $rounds $steps $batch" "$(git rev-parse --short HEAD)" \
@@ -49,10 +51,11 @@ python3 - "$scratch" "$0 PYTHON $rounds $steps $batch" "$(git rev-parse --short 
 import datetime, json, os, platform, statistics, sys
 scratch, command, commit, steps, batch = sys.argv[1:]
 read = lambda name: [float(line) for line in open(os.path.join(scratch, name))]
+measured = [name for name in ("bf16", "f32") if os.path.exists(os.path.join(scratch, f"torch_{name}"))]
 with open("/proc/cpuinfo") as info:
     cpu = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.machine())
 kvfold = read("kvfold")
-torch = {name: read(f"torch_{name}") for name in ("bf16", "f32")}
+torch = {name: read(f"torch_{name}") for name in measured}
 result = {
     "schema": "kvfold.throughput/2",
     "command": command,
