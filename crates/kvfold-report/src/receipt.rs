@@ -411,6 +411,7 @@ mod tests {
             "steps": 150,
             "tokens": 1228800,
             "seconds": 96.0,
+            "saving_seconds": 1.0,
             "tokens_per_second": 12800.0
           },
           "story": {

@@ -33,7 +33,7 @@ fn every_kernel_has_a_time_beside_the_machines_best() {
         "swiglu",
         "head gate",
         "soft decision backward",
-        "folding attention backward",
+        "folding attention backward f32",
         "pool",
         "paged attention f32 prefill",
         "paged attention bf16 decode",
