@@ -178,8 +178,12 @@ pub(crate) fn transpose(level: Level, square: &Square) -> Square {
         #[cfg(target_arch = "x86_64")]
         Level::Avx512 | Level::Avx512Bf16 | Level::AmxBf16 => {
             assert!(level <= Level::detect(), "{level:?} is not available on this machine");
+            type Registers = [__m512i; SQUARE];
             // SAFETY: the machine has AVX-512, as asserted, and registers are 16 words of any content.
-            unsafe { std::mem::transmute(transpose_avx512(std::mem::transmute::<Square, [__m512i; SQUARE]>(*square))) }
+            unsafe {
+                let lines = std::mem::transmute::<Square, Registers>(*square);
+                std::mem::transmute::<Registers, Square>(transpose_avx512(lines))
+            }
         }
         _ => transpose_scalar(square),
     }
