@@ -10,8 +10,9 @@ import time
 
 from served import Served, write
 
-#: New tokens of an answer: long enough that all texts that fit are there at the same time.
-NEW = 96
+#: New tokens of an answer. A step reads some 512 tokens of prompts and makes a token of every answer, so the first answers must
+#: last for all prompts' steps: only then are all texts that fit there at the same time.
+NEW = 384
 #: More than fit.
 ASKED = {False: 5, True: 18}
 

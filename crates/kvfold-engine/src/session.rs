@@ -27,7 +27,7 @@ use std::path::Path;
 const ENTRY: &str = "kvfold";
 
 /// The version that this build writes and reads.
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 
 /// What a file says of itself.
 #[derive(Debug, Serialize, Deserialize)]

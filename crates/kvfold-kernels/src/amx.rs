@@ -11,7 +11,8 @@
 //! else of this process uses them, so they stay as they are from one `asm!` to the next.
 
 use crate::bf16::GemmBf16;
-use crate::simd::PANEL;
+use crate::paged::{KeyPages, PAGE_SLOTS, PAGE_WORDS, ValuePages};
+use crate::simd::{Level, PANEL};
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
 
@@ -83,23 +84,82 @@ pub(crate) unsafe fn gemm(g: GemmBf16<'_>, c: *mut f32) {
                 for (col, row) in
                     (0..panels).flat_map(|p| (0..blocks).map(move |b| (col + p * PANEL, row + b * 2 * TILE)))
                 {
+                    let b = g.b[col / PANEL * g.b_panel + first * PANEL..].as_ptr();
                     let block = Block {
                         steps,
                         a: g.a[row * g.a_row + first..].as_ptr(),
                         a_row: g.a_row * BYTES,
-                        b: g.b[col / PANEL * g.b_panel + first * PANEL..].as_ptr(),
+                        right: Right::Apart { tiles: [b, b.wrapping_add(TILE)], row: PANEL },
                         c: c.wrapping_add(row * g.c_row + col),
                         c_row: g.c_row * BYTES,
                         accumulate: g.accumulate || first > 0,
                     };
                     // SAFETY: the block lies inside the product and is of the tiles' sizes.
-                    unsafe {
-                        match (rows > TILE, cols > TILE) {
-                            (false, false) => block.sum::<0, 0>(&tiles),
-                            (false, true) => block.sum::<0, 1>(&tiles),
-                            (true, false) => block.sum::<1, 0>(&tiles),
-                            (true, true) => block.sum::<1, 1>(&tiles),
-                        }
+                    unsafe { block.sum((rows, cols), &tiles) };
+                }
+            }
+        }
+    }
+}
+
+/// Scores, each summed as the module says, on a machine that has tiles.
+pub(crate) fn key_pages(product: KeyPages<'_>, scores: &mut [f32], row: usize) {
+    assert!(Level::detect() >= Level::AmxBf16, "this machine has no tiles");
+    product.check(row, scores.len());
+    let (KeyPages { q, words, keys }, c) = (product, scores.as_mut_ptr());
+    for (first, part, steps) in parts(words, TILE) {
+        for (query, rows, blocks) in parts(q.len() / words, 2 * TILE) {
+            // SAFETY: the machine has tiles, and these sizes fit them.
+            let tiles = unsafe { Tiles::new(rows, PANEL, part) };
+            for (n, two) in keys.chunks(2).enumerate() {
+                let at = |page: usize| two[page.min(two.len() - 1)][first * PAGE_SLOTS..].as_ptr();
+                for query in (0..blocks).map(|b| query + b * 2 * TILE) {
+                    let block = Block {
+                        steps,
+                        a: q[query * words + first..].as_ptr(),
+                        a_row: words * BYTES,
+                        right: Right::Apart { tiles: [at(0), at(1)], row: PAGE_SLOTS },
+                        c: c.wrapping_add(query * row + n * 2 * PAGE_SLOTS),
+                        c_row: row * BYTES,
+                        accumulate: first > 0,
+                    };
+                    // SAFETY: the block lies inside the product; the second page's tiles are left alone where there is none.
+                    unsafe { block.sum((rows, two.len() * PAGE_SLOTS), &tiles) };
+                }
+            }
+        }
+    }
+}
+
+/// Pages whose values stay in the first-level cache while rows of weights pass by.
+const NEAR: usize = 32;
+
+/// Adds weighted values, a step of each sum per page, on a machine that has tiles.
+pub(crate) fn value_pages(product: ValuePages<'_>, out: &mut [f32]) {
+    assert!(Level::detect() >= Level::AmxBf16, "this machine has no tiles");
+    product.check(out.len());
+    let (ValuePages { weights, values, dim }, c) = (product, out.as_mut_ptr());
+    let a_row = values.len() * PAGE_WORDS;
+    let mut list = [std::ptr::null(); NEAR];
+    for (col, cols, panels) in parts(dim, PANEL) {
+        for (query, rows, blocks) in parts(weights.len() / a_row, 2 * TILE) {
+            // SAFETY: the machine has tiles, and these sizes fit them.
+            let tiles = unsafe { Tiles::new(rows, cols, PAGE_WORDS) };
+            for (n, near) in values.chunks(NEAR).enumerate() {
+                for col in (0..panels).map(|p| col + p * PANEL) {
+                    list.iter_mut().zip(near).for_each(|(to, page)| *to = page[col..].as_ptr());
+                    for query in (0..blocks).map(|b| query + b * 2 * TILE) {
+                        let block = Block {
+                            steps: near.len(),
+                            a: weights[query * a_row + n * NEAR * PAGE_WORDS..].as_ptr(),
+                            a_row: a_row * BYTES,
+                            right: Right::Listed { tiles: &list, row: dim },
+                            c: c.wrapping_add(query * dim + col),
+                            c_row: dim * BYTES,
+                            accumulate: true,
+                        };
+                        // SAFETY: the block lies inside the product and is of the tiles' sizes.
+                        unsafe { block.sum((rows, cols), &tiles) };
                     }
                 }
             }
@@ -160,27 +220,58 @@ impl Drop for Tiles {
 }
 
 /// Up to two tiles of rows by two of columns, over the steps of a sum.
-struct Block {
+struct Block<'a> {
     steps: usize,
     a: *const u32,
     /// Bytes between the rows of the left factor.
     a_row: usize,
-    b: *const u32,
+    right: Right<'a>,
     c: *mut f32,
     /// Bytes between the rows of the output.
     c_row: usize,
     accumulate: bool,
 }
 
-/// Bytes of a step of a left factor's row, and of a panel.
-const A_STEP: usize = TILE * BYTES;
-const B_STEP: usize = TILE * PANEL * BYTES;
+/// Where the tiles of a right factor are. Rows are so many words apart.
+enum Right<'a> {
+    /// Two tiles, each of which goes on below itself: steps of 16 words.
+    Apart { tiles: [*const u32; 2], row: usize },
+    /// The first tile of every step, with the second on its right: steps of half a page's slots.
+    Listed { tiles: &'a [*const u32], row: usize },
+}
 
-impl Block {
+impl Block<'_> {
+    /// Computes a block of so many rows and columns.
+    ///
     /// # Safety
-    /// As [`gemm`], for a block of the sizes that the tiles are set up for; `TALL` is 1 where it has more than 16 rows, and
-    /// `WIDE` where it has more columns. There must be a step.
-    unsafe fn sum<const TALL: usize, const WIDE: usize>(self, _: &Tiles) {
+    /// As [`gemm`], for a block that the tiles are set up for or of a tile of columns less. There must be a step.
+    unsafe fn sum(self, (rows, cols): (usize, usize), tiles: &Tiles) {
+        let listed = matches!(self.right, Right::Listed { .. });
+        // SAFETY: the caller's.
+        unsafe {
+            match (rows > TILE, cols > TILE, listed) {
+                (false, false, false) => self.sum_with::<0, 0, 0>(tiles),
+                (false, true, false) => self.sum_with::<0, 1, 0>(tiles),
+                (true, false, false) => self.sum_with::<1, 0, 0>(tiles),
+                (true, true, false) => self.sum_with::<1, 1, 0>(tiles),
+                (false, false, true) => self.sum_with::<0, 0, 1>(tiles),
+                (false, true, true) => self.sum_with::<0, 1, 1>(tiles),
+                (true, false, true) => self.sum_with::<1, 0, 1>(tiles),
+                (true, true, true) => self.sum_with::<1, 1, 1>(tiles),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Block::sum`]; `TALL` is 1 where the block has more than 16 rows, `WIDE` where it has more columns, and `LISTED`
+    /// where its right factor is.
+    unsafe fn sum_with<const TALL: usize, const WIDE: usize, const LISTED: usize>(self, _: &Tiles) {
+        let null = std::ptr::null();
+        // What `next` is: bytes to the next step, or where the next step's tile is listed.
+        let ([b, right_b], b_row, next) = match self.right {
+            Right::Apart { tiles, row } => (tiles, row, TILE * row * BYTES),
+            Right::Listed { tiles, row } => ([null, null], row, tiles.as_ptr() as usize),
+        };
         // SAFETY: the tiles are no larger than what is left of the product, so every access is inside it.
         unsafe {
             asm!(
@@ -209,11 +300,16 @@ impl Block {
                 ".endif",
                 ".endif",
                 "3:",
+                ".if {listed}",
+                "mov {b}, [{next}]",
+                "lea {right_b}, [{b} + 64]",
+                "add {next}, 8",
+                ".endif",
                 "tileloadd tmm4, [{a} + {a_row}]",
                 "tileloadd tmm6, [{b} + {b_row}]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
                 ".if {wide}",
-                "tileloadd tmm7, [{b} + {b_row} + 64]",
+                "tileloadd tmm7, [{right_b} + {b_row}]",
                 "tdpbf16ps tmm1, tmm4, tmm7",
                 ".endif",
                 ".if {tall}",
@@ -222,10 +318,16 @@ impl Block {
                 ".if {wide}",
                 "tdpbf16ps tmm3, tmm5, tmm7",
                 ".endif",
-                "add {lower_a}, {a_step}",
                 ".endif",
+                ".if {listed}",
+                "add {a}, {page_step}",
+                "add {lower_a}, {page_step}",
+                ".else",
                 "add {a}, {a_step}",
-                "add {b}, {b_step}",
+                "add {lower_a}, {a_step}",
+                "add {b}, {next}",
+                "add {right_b}, {next}",
+                ".endif",
                 "dec {steps}",
                 "jnz 3b",
                 "tilestored [{c} + {c_row}], tmm0",
@@ -245,13 +347,16 @@ impl Block {
                 a = inout(reg) self.a => _,
                 lower_a = inout(reg) self.a.wrapping_byte_add(TILE * self.a_row) => _,
                 a_row = in(reg) self.a_row,
-                b = inout(reg) self.b => _,
-                b_row = in(reg) PANEL * BYTES,
+                b = inout(reg) b => _,
+                right_b = inout(reg) right_b => _,
+                b_row = in(reg) b_row * BYTES,
+                next = inout(reg) next => _,
                 steps = inout(reg) self.steps => _,
-                a_step = const A_STEP,
-                b_step = const B_STEP,
+                a_step = const TILE * BYTES,
+                page_step = const PAGE_WORDS * BYTES,
                 tall = const TALL,
                 wide = const WIDE,
+                listed = const LISTED,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack)
@@ -287,7 +392,9 @@ pub(crate) unsafe fn products(steps: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use super::{key_pages, value_pages};
     use crate::bf16::{self, GemmBf16, widen, words};
+    use crate::paged::{KeyPages, PAGE_SLOTS, PAGE_WORDS, ValuePages};
     use crate::simd::{Level, PANEL};
     use crate::team::Team;
     use proptest::prelude::*;
@@ -302,14 +409,9 @@ mod tests {
             for j in 0..g.n {
                 let c = &mut c[i * g.c_row + j];
                 let mut sum = if g.accumulate { *c } else { 0.0 };
-                for step in (0..g.words).step_by(16) {
-                    let (mut lower, mut upper) = (0.0f32, 0.0f32);
-                    for p in step..g.words.min(step + 16) {
-                        let (a, b) = (g.a[i * g.a_row + p], g.b[j / PANEL * g.b_panel + p * PANEL + j % PANEL]);
-                        lower = widen(a & 0xffff).mul_add(widen(b & 0xffff), lower);
-                        upper = widen(a >> 16).mul_add(widen(b >> 16), upper);
-                    }
-                    sum += lower + upper;
+                let (a, panel) = (&g.a[i * g.a_row..][..g.words], &g.b[j / PANEL * g.b_panel..][..g.words * PANEL]);
+                for (a, b) in a.chunks(16).zip(panel.chunks(16 * PANEL)) {
+                    sum += step(a.iter().zip(b.iter().skip(j % PANEL).step_by(PANEL)));
                 }
                 *c = sum;
             }
@@ -318,6 +420,64 @@ mod tests {
 
     /// Panels of a right factor.
     const PANELS: usize = 3;
+
+    /// One step of a sum by the manual: the products of lower terms, and of upper ones, in a chain each.
+    fn step<'a>(pairs: impl Iterator<Item = (&'a u32, &'a u32)>) -> f32 {
+        let (mut lower, mut upper) = (0.0f32, 0.0f32);
+        for (&a, &b) in pairs {
+            lower = widen(a & 0xffff).mul_add(widen(b & 0xffff), lower);
+            upper = widen(a >> 16).mul_add(widen(b >> 16), upper);
+        }
+        lower + upper
+    }
+
+    /// Random words of ordinary terms.
+    fn words_of(seed: u64, len: usize) -> Vec<u32> {
+        let x: Vec<f32> = (0..2 * len).map(|i| noise(seed, i)).collect();
+        let mut packed = vec![0; len];
+        bf16::rows(&x, 2 * len, &mut packed);
+        packed
+    }
+
+    proptest! {
+        /// Pages of keys and of values are multiplied as they lie, for any head dim and number of pages and rows.
+        #[test]
+        fn pages_are_as_the_manual_says(rows in 1usize..100, half in 1usize..70, pages in 1usize..70, seed: u64) {
+            if !Level::available().contains(&Level::AmxBf16) {
+                return Ok(());
+            }
+            let (dim, bits) = (2 * half, |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<u32>>());
+            let page = |n: usize| words_of(seed ^ n as u64, half * PAGE_SLOTS);
+            let pages: Vec<Vec<u32>> = (0..pages).map(|n| page(n + 2)).collect();
+            let pages: Vec<&[u32]> = pages.iter().map(|page| &page[..]).collect();
+
+            let (q, row) = (words_of(seed, rows * half), pages.len() * PAGE_SLOTS + 3);
+            let mut scores = vec![0.5; rows * row];
+            let mut wanted = scores.clone();
+            key_pages(KeyPages { q: &q, words: half, keys: &pages }, &mut scores, row);
+            for (q, wanted) in q.chunks_exact(half).zip(wanted.chunks_exact_mut(row)) {
+                for (n, score) in wanted[..pages.len() * PAGE_SLOTS].iter_mut().enumerate() {
+                    let keys = pages[n / PAGE_SLOTS].iter().skip(n % PAGE_SLOTS).step_by(PAGE_SLOTS);
+                    let pairs: Vec<_> = q.iter().zip(keys).collect();
+                    *score = pairs.chunks(16).fold(0.0, |sum, pairs| sum + step(pairs.iter().copied()));
+                }
+            }
+            prop_assert_eq!(bits(&scores), bits(&wanted), "scores");
+
+            let weights = words_of(seed ^ 1, rows * pages.len() * PAGE_WORDS);
+            let mut out: Vec<f32> = (0..rows * dim).map(|i| noise(!seed, i)).collect();
+            let mut wanted = out.clone();
+            value_pages(ValuePages { weights: &weights, values: &pages, dim }, &mut out);
+            for (weights, wanted) in weights.chunks_exact(pages.len() * PAGE_WORDS).zip(wanted.chunks_exact_mut(dim)) {
+                for (weights, values) in weights.chunks_exact(PAGE_WORDS).zip(&pages) {
+                    for (d, out) in wanted.iter_mut().enumerate() {
+                        *out += step(weights.iter().zip(values.iter().skip(d).step_by(dim)));
+                    }
+                }
+            }
+            prop_assert_eq!(bits(&out), bits(&wanted), "values");
+        }
+    }
 
     /// Random operands.
     struct Operands {

@@ -40,12 +40,12 @@ pub(crate) fn rounded<F: Real>(x: F) -> F {
     F::of(f64::from(widen(round(x.f64() as f32))))
 }
 
-/// The terms of packed words `[..][W]`, each row as two rows of its lower and of its upper terms: `[..][2][W]`.
+/// The terms of packed words `[..][width]`, each row as two rows of its lower and of its upper terms: `[..][2][width]`.
 #[inline(always)]
-pub(crate) fn widen_rows<F: Real, const W: usize>(words: &[u32], terms: &mut [F]) {
+pub(crate) fn widen_rows<F: Real>(words: &[u32], width: usize, terms: &mut [F]) {
     let of = |bits: u32| F::of(f64::from(f32::from_bits(bits)));
-    for (words, terms) in words.as_chunks::<W>().0.iter().zip(terms.chunks_exact_mut(2 * W)) {
-        let (lower, upper) = terms.split_at_mut(W);
+    for (words, terms) in words.chunks_exact(width).zip(terms.chunks_exact_mut(2 * width)) {
+        let (lower, upper) = terms.split_at_mut(width);
         lower.iter_mut().zip(words).for_each(|(term, word)| *term = of(word << 16));
         upper.iter_mut().zip(words).for_each(|(term, word)| *term = of(word & 0xffff_0000));
     }
@@ -57,15 +57,29 @@ pub(crate) fn widen_panel<F: Real>(words: &[u32], strips: &mut [F]) {
     let (left, right) = strips.split_at_mut(strips.len() / 2);
     let terms = left.chunks_exact_mut(2 * STRIP).zip(right.chunks_exact_mut(2 * STRIP));
     for (words, (left, right)) in words.chunks_exact(PANEL).zip(terms) {
-        widen_rows::<F, STRIP>(&words[..STRIP], left);
-        widen_rows::<F, STRIP>(&words[STRIP..], right);
+        widen_rows(&words[..STRIP], STRIP, left);
+        widen_rows(&words[STRIP..], STRIP, right);
     }
 }
 
 /// Two neighbouring terms as a word.
 #[inline(always)]
-fn pair<F: Real>(lower: F, upper: F) -> u32 {
+pub(crate) fn pair<F: Real>(lower: F, upper: F) -> u32 {
     round(lower.f64() as f32) | round(upper.f64() as f32) << 16
+}
+
+/// Whether both terms of a word are finite.
+#[inline(always)]
+pub(crate) fn finite(word: u32) -> bool {
+    const EXPONENT: u32 = 0x7f80;
+    word & EXPONENT != EXPONENT && word >> 16 & EXPONENT != EXPONENT
+}
+
+/// Adds the products of two words' lower terms and of their upper ones.
+#[inline(always)]
+pub(crate) fn add_pair<F: Real>(sum: F, a: u32, b: u32) -> F {
+    let of = |bits: u32| F::of(f64::from(widen(bits)));
+    sum + of(a & 0xffff) * of(b & 0xffff) + of(a >> 16) * of(b >> 16)
 }
 
 /// Words of a row of `terms` terms.
@@ -254,15 +268,13 @@ impl GemmBf16<'_> {
 /// Rows of `n` elements, `c_row` apart, must be valid at `c` for reads and writes, and nobody else may use them.
 pub(crate) unsafe fn gemm_scalar<F: Real>(g: GemmBf16<'_>, c: *mut F) {
     g.check();
-    let of = |bits: u32| F::of(f64::from(widen(bits)));
     for i in 0..g.m {
         for j in 0..g.n {
             // SAFETY: inside the rows that the caller vouches for.
             let c = unsafe { &mut *c.add(i * g.c_row + j) };
             let start = if g.accumulate { *c } else { F::zero() };
             *c = (0..g.words).fold(start, |sum, p| {
-                let (a, b) = (g.a[i * g.a_row + p], g.b[j / PANEL * g.b_panel + p * PANEL + j % PANEL]);
-                sum + of(a & 0xffff) * of(b & 0xffff) + of(a >> 16) * of(b >> 16)
+                add_pair(sum, g.a[i * g.a_row + p], g.b[j / PANEL * g.b_panel + p * PANEL + j % PANEL])
             });
         }
     }

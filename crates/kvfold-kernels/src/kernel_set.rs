@@ -3,10 +3,12 @@
 //! [`Scalar`] is the reference, generic over the float; its every method is the definition. [`Fast`] is f32 with the
 //! machine's vectors. Tests run both through the same backend and compare.
 
+#[cfg(target_arch = "x86_64")]
+use crate::amx;
 use crate::attention::{self, AttentionJob, AttentionJobGrad};
 use crate::bf16::{self, GemmBf16, Square};
 use crate::ops::{Late, LateReads};
-use crate::paged::{self, DecodeJob};
+use crate::paged::{self, DecodeJob, KeyPages, ValuePages};
 use crate::q8::{self, GemmQ8};
 use crate::real::Real;
 use crate::simd::{self, Gemm, Level};
@@ -64,8 +66,18 @@ pub trait KernelSet<F: Real>: Copy + std::fmt::Debug + Send + Sync + 'static {
     /// The adjoint of [`KernelSet::attention`].
     fn attention_grad(self, job: &AttentionJob<'_, F>, grad: &mut AttentionJobGrad<'_, F>);
 
-    /// One token of a paged cache's head: takes it and attends to what it sees.
+    /// One token of a paged cache's head: takes it and attends to what it sees, in floats.
     fn decode(self, job: DecodeJob<'_, F>);
+
+    /// Scores of queries and pages of keys, in words; rows of them `row` apart.
+    fn key_pages(self, product: KeyPages<'_>, scores: &mut [F], row: usize) {
+        product.define(scores, row);
+    }
+
+    /// Adds weighted pages of values, in words, to rows of outputs.
+    fn value_pages(self, product: ValuePages<'_>, out: &mut [F]) {
+        product.define(out);
+    }
 }
 
 /// The reference: plain loops, library exponentials.
@@ -183,5 +195,21 @@ impl KernelSet<f32> for Fast {
 
     fn decode(self, job: DecodeJob<'_, f32>) {
         paged::decode(self.0, job);
+    }
+
+    fn key_pages(self, product: KeyPages<'_>, scores: &mut [f32], row: usize) {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Level::AmxBf16 => amx::key_pages(product, scores, row),
+            _ => product.define(scores, row),
+        }
+    }
+
+    fn value_pages(self, product: ValuePages<'_>, out: &mut [f32]) {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Level::AmxBf16 => amx::value_pages(product, out),
+            _ => product.define(out),
+        }
     }
 }

@@ -251,7 +251,11 @@ fn large() -> Case {
 }
 
 /// Texts side by side: each takes a random number of tokens per pass, or none. Returns each one's logits and slots.
-fn together(engine: &mut Engine<FastCpu>, texts: &[Vec<u32>], rng: &mut Rng) -> Vec<(Vec<f32>, Vec<Vec<usize>>)> {
+fn together<K: KernelSet<f32>>(
+    engine: &mut Engine<Cpu<f32, K>>,
+    texts: &[Vec<u32>],
+    rng: &mut Rng,
+) -> Vec<(Vec<f32>, Vec<Vec<usize>>)> {
     let vocab = engine.model().shape.vocab;
     let mut sequences: Vec<(Sequence, Vec<f32>)> = texts.iter().map(|_| (engine.sequence(), Vec::new())).collect();
     while sequences.iter().zip(texts).any(|((sequence, _), text)| sequence.tokens() < text.len()) {
@@ -277,7 +281,7 @@ fn together(engine: &mut Engine<FastCpu>, texts: &[Vec<u32>], rng: &mut Rng) -> 
 }
 
 /// Serves texts alone in one chunk, token by token, and together; panics where a byte differs.
-fn company_changes_nothing(engine: &mut Engine<FastCpu>, texts: &[Vec<u32>], rng: &mut Rng) {
+fn company_changes_nothing<K: KernelSet<f32>>(engine: &mut Engine<Cpu<f32, K>>, texts: &[Vec<u32>], rng: &mut Rng) {
     let what = format!("{} in {}", engine.policy().name(), engine.pool().dtype().name());
     let mut alone = |size: usize| -> Vec<_> {
         let serve = |text: &Vec<u32>| {
@@ -308,64 +312,122 @@ fn company_changes_nothing(engine: &mut Engine<FastCpu>, texts: &[Vec<u32>], rng
     assert!(same(&last, &wanted), "last logits, {what}");
 }
 
-#[test]
-fn a_sequence_is_the_same_bytes_alone_or_in_any_batch_chunking_and_thread_count() {
+fn any_way_is_the_same_bytes<K: KernelSet<f32>>(ops: &Cpu<f32, K>, dtypes: &[CacheDType]) {
     let drawn = METHODS.into_iter().flat_map(|method| (2001..2004).map(move |seed| Case::draw_of(method, seed)));
     let cases = std::iter::once(large()).chain(drawn);
-    for (case, dtype) in cases.flat_map(|case| CacheDType::ALL.map(|dtype| (case.clone(), dtype))) {
+    for (case, &dtype) in cases.flat_map(|case| dtypes.iter().map(move |dtype| (case.clone(), dtype))) {
         let mut rng = Rng::new(case.seed);
         let texts: Vec<Vec<u32>> = [1, 130, 37, 90, 16].map(|len| rng.tokens(len, case.shape.vocab)).to_vec();
-        for engine in [case.engine(FastCpu::new()), case.dense_engine(FastCpu::new())] {
+        for engine in [case.engine(ops.clone()), case.dense_engine(ops.clone())] {
             company_changes_nothing(&mut engine.with_cache_dtype(dtype), &texts, &mut rng);
         }
     }
 }
 
 #[test]
-fn coarser_slots_change_logits_by_their_rounding() {
-    // Relative to the largest logit of a row. Where something may fold, rounding may change what does: nothing does here.
-    for (dtype, mean, most) in [(CacheDType::Bf16, 0.01, 0.1), (CacheDType::Int8, 0.02, 0.2)] {
-        let (mut errors, mut worst) = (Vec::new(), 0.0f64);
-        let cases = METHODS.into_iter().flat_map(|method| (2200..2220).map(move |seed| Case::draw_of(method, seed)));
-        for case in cases.map(Case::never) {
-            let text = Rng::new(case.seed).tokens(130, case.shape.vocab);
-            for engine in [|case: &Case| case.dense_engine(FastCpu::new()), |case: &Case| case.engine(FastCpu::new())] {
-                let logits =
-                    |dtype| serve(&mut engine(&case).with_cache_dtype(dtype), &text, &cut(130, &[50]), |_, _| {});
-                let (exact, coarse) = (logits(CacheDType::F32), logits(dtype));
-                let vocab = case.shape.vocab;
-                for (exact, coarse) in exact.chunks_exact(vocab).zip(coarse.chunks_exact(vocab)) {
-                    let top = exact.iter().map(|x| x.abs()).fold(0.0, f32::max);
-                    let error = exact.iter().zip(coarse).map(|(e, c)| (e - c).abs()).fold(0.0, f32::max);
-                    errors.push(f64::from(error / top));
-                    worst = worst.max(f64::from(error / top));
-                }
+fn a_sequence_is_the_same_bytes_alone_or_in_any_batch_chunking_and_thread_count() {
+    any_way_is_the_same_bytes(&FastCpu::new(), &CacheDType::ALL);
+}
+
+/// As machines with tiles compute, by the definition.
+#[test]
+fn a_sequence_is_the_same_bytes_any_way_in_words() {
+    any_way_is_the_same_bytes(&Reference::<f32>::reference(), &[CacheDType::Bf16]);
+}
+
+/// Errors relative to the largest logit of a row: the mean, and the largest. Where something may fold, rounding may change
+/// what does: nothing does here.
+fn errors_of_rounding<K: KernelSet<f32>>(
+    ops: &Cpu<f32, K>,
+    dtype: CacheDType,
+    seeds: std::ops::Range<u64>,
+) -> [f64; 2] {
+    let mut errors = Vec::new();
+    let cases = METHODS.into_iter().flat_map(|method| seeds.clone().map(move |seed| Case::draw_of(method, seed)));
+    for case in cases.map(Case::never) {
+        let text = Rng::new(case.seed).tokens(130, case.shape.vocab);
+        for dense in [true, false] {
+            let logits = |dtype| {
+                let engine = if dense { case.dense_engine(ops.clone()) } else { case.engine(ops.clone()) };
+                serve(&mut engine.with_cache_dtype(dtype), &text, &cut(130, &[50]), |_, _| {})
+            };
+            let (exact, coarse) = (logits(CacheDType::F32), logits(dtype));
+            let vocab = case.shape.vocab;
+            for (exact, coarse) in exact.chunks_exact(vocab).zip(coarse.chunks_exact(vocab)) {
+                let top = exact.iter().map(|x| x.abs()).fold(0.0, f32::max);
+                let error = exact.iter().zip(coarse).map(|(e, c)| (e - c).abs()).fold(0.0, f32::max);
+                errors.push(f64::from(error / top));
             }
         }
-        let found = errors.iter().sum::<f64>() / errors.len() as f64;
-        assert!(found > 0.0 && found < mean && worst < most, "{dtype:?}: {found} in the mean, {worst} at most");
     }
+    [errors.iter().sum::<f64>() / errors.len() as f64, errors.iter().copied().fold(0.0, f64::max)]
 }
 
 #[test]
-fn what_a_finished_sequence_left_in_memory_is_never_seen() {
+fn coarser_slots_change_logits_by_their_rounding() {
+    for (dtype, mean, most) in [(CacheDType::Bf16, 0.01, 0.1), (CacheDType::Int8, 0.02, 0.2)] {
+        let [found, worst] = errors_of_rounding(&FastCpu::new(), dtype, 2200..2220);
+        assert!(found > 0.0 && found < mean && worst < most, "{dtype:?}: {found} in the mean, {worst} at most");
+    }
+    let [found, worst] = errors_of_rounding(&Reference::<f32>::reference(), CacheDType::Bf16, 2200..2205);
+    assert!(found > 0.0 && found < 0.01 && worst < 0.1, "in words: {found} in the mean, {worst} at most");
+}
+
+/// Cases on a backend where token 0 is not a number, with an engine each.
+fn poisoned<K: KernelSet<f32>>(
+    ops: &Cpu<f32, K>,
+    dtypes: &[CacheDType],
+    mut test: impl FnMut(&Case, &mut Engine<Cpu<f32, K>>),
+) {
     let drawn = |method| (2101..2141).step_by(2).map(move |seed| Case::draw_of(method, seed));
     for case in METHODS.into_iter().flat_map(drawn) {
-        let mut model = case.model(FastCpu::new());
+        let mut model = case.model(ops.clone());
         let mut embed = model.weights.embed.data().to_vec();
         embed[..case.shape.hidden].fill(f32::NAN);
         model.weights.embed = model.ops.tensor(&[case.shape.vocab, case.shape.hidden], &embed);
         let engine = Engine::with_policy(model, kvfold_cache::policy_of(Some(&case.dmc))).with_page_limit(400);
-        let mut engine = engine.with_cache_dtype(CacheDType::ALL[case.seed as usize / 2 % 3]);
-        let mut rng = Rng::new(case.seed);
-        let text: Vec<u32> = rng.tokens(70, case.shape.vocab - 1).iter().map(|id| id + 1).collect();
-        let whole = cut(text.len(), &[text.len()]);
-        let before = serve(&mut engine, &text, &whole, |_, _| {});
-        assert!(before.iter().all(|x| x.is_finite()), "{case:?}");
-        let poison = serve(&mut engine, &[0; 80], &cut(80, &[80]), |_, _| {});
-        assert!(poison.iter().all(|x| x.is_nan()), "{case:?}");
-        assert!(same(&before, &serve(&mut engine, &text, &whole, |_, _| {})), "{case:?}");
+        test(&case, &mut engine.with_cache_dtype(dtypes[case.seed as usize / 2 % dtypes.len()]));
     }
+}
+
+fn what_was_left_is_never_seen<K: KernelSet<f32>>(ops: &Cpu<f32, K>, dtypes: &[CacheDType]) {
+    poisoned(ops, dtypes, |case, engine| {
+        let text: Vec<u32> = Rng::new(case.seed).tokens(70, case.shape.vocab - 1).iter().map(|id| id + 1).collect();
+        let whole = cut(text.len(), &[text.len()]);
+        let before = serve(engine, &text, &whole, |_, _| {});
+        assert!(before.iter().all(|x| x.is_finite()), "{case:?}");
+        let poison = serve(engine, &[0; 80], &cut(80, &[80]), |_, _| {});
+        assert!(poison.iter().all(|x| x.is_nan()), "{case:?}");
+        assert!(same(&before, &serve(engine, &text, &whole, |_, _| {})), "{case:?}");
+    });
+}
+
+#[test]
+fn what_a_finished_sequence_left_in_memory_is_never_seen() {
+    what_was_left_is_never_seen(&FastCpu::new(), &CacheDType::ALL);
+    what_was_left_is_never_seen(&Reference::<f32>::reference(), &[CacheDType::Bf16]);
+}
+
+fn a_token_does_not_touch_those_before_it<K: KernelSet<f32>>(ops: &Cpu<f32, K>, dtypes: &[CacheDType]) {
+    poisoned(ops, dtypes, |case, engine| {
+        let mut rng = Rng::new(case.seed);
+        let mut text: Vec<u32> = rng.tokens(90, case.shape.vocab - 1).iter().map(|id| id + 1).collect();
+        let clean = serve(engine, &text, &cut(text.len(), &[1]), |_, _| {});
+        let at = rng.within(1..text.len());
+        text[at] = 0;
+        let before = at * case.shape.vocab;
+        for sizes in [&[text.len()][..], &[31], &[1]] {
+            let logits = serve(engine, &text, &cut(text.len(), sizes), |_, _| {});
+            assert!(same(&logits[..before], &clean[..before]), "token {at} in chunks of {sizes:?}, {case:?}");
+            assert!(logits[before..][..case.shape.vocab].iter().all(|x| x.is_nan()), "{case:?}");
+        }
+    });
+}
+
+#[test]
+fn what_is_not_a_number_touches_no_token_before_it() {
+    a_token_does_not_touch_those_before_it(&FastCpu::new(), &CacheDType::ALL);
+    a_token_does_not_touch_those_before_it(&Reference::<f32>::reference(), &[CacheDType::Bf16]);
 }
 
 // ---- I4: every page comes back ----

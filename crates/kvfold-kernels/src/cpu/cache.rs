@@ -39,7 +39,11 @@ impl<'a, F: Real> Head<'a, F> {
     fn take<K: KernelSet<F>>(self, set: K, scratch: &mut Scratch<F>) -> Option<Chunk<'a, F>> {
         let Self { input, table, out } = self;
         if input.len == 1 {
-            set.decode(DecodeJob { input: &input, table, scratch, out });
+            let job = DecodeJob { input: &input, table, scratch, out };
+            match paged::in_words(set, &input) {
+                true => paged::decode_words(set, job),
+                false => set.decode(job),
+            }
             return None;
         }
         let prepared = paged::prepare(set, &input, table, scratch);
@@ -121,7 +125,7 @@ impl<F: Real, K: KernelSet<F>> CacheOps for Cpu<F, K> {
         let mut blocks = Vec::new();
         for Chunk { input, table, prepared, out } in chunks.iter_mut().flatten() {
             let mut rest: &mut [F] = out;
-            for tokens in prepared.blocks(rule.delay()) {
+            for tokens in prepared.blocks(rule.delay(), group) {
                 let (block, after) = rest.split_at_mut(tokens.len() * group * dim);
                 blocks.push(((&*input, &**table, &*prepared), tokens, block));
                 rest = after;

@@ -10,6 +10,7 @@
 use super::page::{Half, Page};
 use super::page_kernel::{PageKernel, Vectors};
 use super::take::{Moving, take};
+use super::words::OpenSlots;
 use super::{HeadInput, HeadTable, PAGE_SLOTS};
 use crate::kernel_set::{Fast, KernelSet};
 use crate::real::{self, Real};
@@ -28,6 +29,13 @@ pub(crate) struct Scratch<F> {
     pub(super) shares: Vec<F>,
     /// Half a page, widened.
     pub(super) page: Vec<F>,
+    /// Queries and weights as words.
+    pub(super) words: Vec<u32>,
+    pub(super) weights: Vec<u32>,
+    /// Scores that find their places among the others.
+    pub(super) apart: Vec<F>,
+    /// The open slot as a page.
+    pub(super) open: OpenSlots<F>,
 }
 
 /// Queries of tokens, `[tokens * group][D]`, times 1/sqrt(D).

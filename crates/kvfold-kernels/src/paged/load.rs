@@ -11,17 +11,20 @@ use std::arch::x86_64::*;
 /// # Safety
 /// As [`Vector`].
 pub(crate) unsafe trait Load<T: Copy + Default>: Vector {
-    /// `LANES` numbers at `p`.
-    unsafe fn widen(p: *const T) -> Self;
+    /// Neighbouring terms of a sum that are stored as one.
+    const TERMS: usize = 1;
 
-    /// The `n` first numbers at `p`, then zeros.
+    /// Term `TERM` of each of the `LANES` at `p`.
+    unsafe fn widen<const TERM: usize>(p: *const T) -> Self;
+
+    /// Of the `n` first at `p`, then zeros.
     #[inline(always)]
-    unsafe fn widen_part(p: *const T, n: usize) -> Self {
+    unsafe fn widen_part<const TERM: usize>(p: *const T, n: usize) -> Self {
         let mut whole = [T::default(); PAGE_SLOTS];
-        // SAFETY: the caller has n numbers at p, and no vector has more lanes than a page has slots.
+        // SAFETY: the caller has n of them at p, and no vector has more lanes than a page has slots.
         unsafe {
             std::ptr::copy_nonoverlapping(p, whole.as_mut_ptr(), n);
-            Self::widen(whole.as_ptr())
+            Self::widen::<TERM>(whole.as_ptr())
         }
     }
 }
@@ -29,25 +32,26 @@ pub(crate) unsafe trait Load<T: Copy + Default>: Vector {
 // SAFETY: reads LANES numbers as the contract says.
 unsafe impl Load<f32> for [f32; 8] {
     #[inline(always)]
-    unsafe fn widen(p: *const f32) -> Self {
+    unsafe fn widen<const TERM: usize>(p: *const f32) -> Self {
         // SAFETY: the caller's.
         unsafe { Self::load(p) }
     }
 }
 
 // SAFETY: as above.
-unsafe impl Load<u16> for [f32; 8] {
+unsafe impl Load<u32> for [f32; 8] {
+    const TERMS: usize = 2;
     #[inline(always)]
-    unsafe fn widen(p: *const u16) -> Self {
+    unsafe fn widen<const TERM: usize>(p: *const u32) -> Self {
         // SAFETY: the caller's.
-        std::array::from_fn(|i| bf16::widen(u32::from(unsafe { *p.add(i) })))
+        std::array::from_fn(|i| bf16::widen(unsafe { *p.add(i) } >> (16 * TERM)))
     }
 }
 
 // SAFETY: as above.
 unsafe impl Load<i8> for [f32; 8] {
     #[inline(always)]
-    unsafe fn widen(p: *const i8) -> Self {
+    unsafe fn widen<const TERM: usize>(p: *const i8) -> Self {
         // SAFETY: the caller's.
         std::array::from_fn(|i| f32::from(unsafe { *p.add(i) }))
     }
@@ -57,7 +61,7 @@ unsafe impl Load<i8> for [f32; 8] {
 // SAFETY: reads LANES numbers as the contract says.
 unsafe impl Load<f32> for __m256 {
     #[inline(always)]
-    unsafe fn widen(p: *const f32) -> Self {
+    unsafe fn widen<const TERM: usize>(p: *const f32) -> Self {
         // SAFETY: the caller's.
         unsafe { Self::load(p) }
     }
@@ -65,11 +69,18 @@ unsafe impl Load<f32> for __m256 {
 
 #[cfg(target_arch = "x86_64")]
 // SAFETY: as above.
-unsafe impl Load<u16> for __m256 {
+unsafe impl Load<u32> for __m256 {
+    const TERMS: usize = 2;
     #[inline(always)]
-    unsafe fn widen(p: *const u16) -> Self {
+    unsafe fn widen<const TERM: usize>(p: *const u32) -> Self {
         // SAFETY: the caller's, who has AVX2.
-        unsafe { _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())), 16)) }
+        unsafe {
+            let words = _mm256_loadu_si256(p.cast());
+            _mm256_castsi256_ps(match TERM {
+                0 => _mm256_slli_epi32::<16>(words),
+                _ => _mm256_and_si256(words, _mm256_set1_epi32(-0x1_0000)),
+            })
+        }
     }
 }
 
@@ -77,7 +88,7 @@ unsafe impl Load<u16> for __m256 {
 // SAFETY: as above.
 unsafe impl Load<i8> for __m256 {
     #[inline(always)]
-    unsafe fn widen(p: *const i8) -> Self {
+    unsafe fn widen<const TERM: usize>(p: *const i8) -> Self {
         // SAFETY: the caller's, who has AVX2.
         unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))) }
     }
@@ -87,7 +98,7 @@ unsafe impl Load<i8> for __m256 {
 // SAFETY: reads LANES numbers as the contract says.
 unsafe impl Load<f32> for __m512 {
     #[inline(always)]
-    unsafe fn widen(p: *const f32) -> Self {
+    unsafe fn widen<const TERM: usize>(p: *const f32) -> Self {
         // SAFETY: the caller's.
         unsafe { Self::load(p) }
     }
@@ -95,11 +106,18 @@ unsafe impl Load<f32> for __m512 {
 
 #[cfg(target_arch = "x86_64")]
 // SAFETY: as above.
-unsafe impl Load<u16> for __m512 {
+unsafe impl Load<u32> for __m512 {
+    const TERMS: usize = 2;
     #[inline(always)]
-    unsafe fn widen(p: *const u16) -> Self {
+    unsafe fn widen<const TERM: usize>(p: *const u32) -> Self {
         // SAFETY: the caller's, who has AVX-512.
-        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())), 16)) }
+        unsafe {
+            let words = _mm512_loadu_si512(p.cast());
+            _mm512_castsi512_ps(match TERM {
+                0 => _mm512_slli_epi32::<16>(words),
+                _ => _mm512_and_si512(words, _mm512_set1_epi32(-0x1_0000)),
+            })
+        }
     }
 }
 
@@ -107,7 +125,7 @@ unsafe impl Load<u16> for __m512 {
 // SAFETY: as above.
 unsafe impl Load<i8> for __m512 {
     #[inline(always)]
-    unsafe fn widen(p: *const i8) -> Self {
+    unsafe fn widen<const TERM: usize>(p: *const i8) -> Self {
         // SAFETY: the caller's, who has AVX-512.
         unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) }
     }

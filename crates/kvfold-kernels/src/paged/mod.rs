@@ -25,6 +25,7 @@ mod page;
 mod page_kernel;
 mod prefill;
 mod take;
+mod words;
 
 pub use arena::{Arena, Block, SharedBlock};
 pub(crate) use attend::{DecodeJob, Scratch, decode, one};
@@ -33,6 +34,8 @@ pub use page::{CacheDType, PageLayout};
 pub(crate) use page::{bytes, bytes_mut};
 pub(crate) use page_kernel::Plain;
 pub(crate) use prefill::{Prepared, block, prepare};
+pub use words::{KeyPages, ValuePages};
+pub(crate) use words::{PAGE_WORDS, decode as decode_words, in_words};
 
 use crate::attention::View;
 use crate::ops::Heads;

@@ -8,6 +8,9 @@
 //! log masses [16], in the backend's floats (when the model uses them)
 //! ```
 //!
+//! Two bf16 numbers that are neighbouring terms of a sum, two channels of a key or one channel of two values, share a word
+//! (`bf16.rs`): keys `[D/2][16]` and values `[8][D]` words are right factors as they lie, for whatever multiplies words.
+//!
 //! An int8 slot has one scale for its key and one for its value, chosen when the slot is written: its largest magnitude
 //! is 127. A scale is rounded up to bf16 before it is used, so that halving its bytes costs the numbers nothing.
 
@@ -76,6 +79,7 @@ pub struct PageLayout {
 
 /// A type that numbers are stored in: any bits are a value of it.
 trait Packed: Copy {}
+impl Packed for u32 {}
 impl Packed for u16 {}
 impl Packed for i8 {}
 impl Packed for u8 {}
@@ -114,7 +118,8 @@ pub(crate) struct Page<'a, F> {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Numbers<'a, F> {
     Floats(&'a [F]),
-    Bf16(&'a [u16]),
+    /// Words of two.
+    Bf16(&'a [u32]),
     Int8 {
         numbers: &'a [i8],
         /// Of keys, then of values.
@@ -181,7 +186,7 @@ impl PageLayout {
         let (scales, masses) = rest.split_at_mut(scales);
         match self.dtype {
             CacheDType::F32 => place(numbers, lane, (k, v), [|x| x, |x| x]),
-            CacheDType::Bf16 => place(packed_mut(numbers), lane, (k, v), [bits, bits]),
+            CacheDType::Bf16 => place_pairs(packed_mut(numbers), lane, (k, v)),
             CacheDType::Int8 => {
                 let scales = packed_mut::<F, u16>(scales);
                 let [of_key, of_value] = [scale_of(k), scale_of(v)];
@@ -212,15 +217,28 @@ fn place<F: Real, T>(to: &mut [T], lane: usize, (k, v): (&[F], &[F]), [of_key, o
     values.iter_mut().zip(v).for_each(|(to, &v)| *to = of_value(v));
 }
 
-/// The bits of the nearest bf16.
+/// Puts a key and a value, rounded to bf16, where a slot's are in words of two.
 #[inline(always)]
-fn bits<F: Real>(x: F) -> u16 {
-    bf16::round(x.f64() as f32) as u16
+pub(super) fn place_pairs<F: Real>(words: &mut [u32], lane: usize, (k, v): (&[F], &[F])) {
+    let (keys, values) = words.split_at_mut(words.len() / 2);
+    for (words, pair) in keys.chunks_exact_mut(PAGE_SLOTS).zip(k.chunks_exact(2)) {
+        words[lane] = bf16::pair(pair[0], pair[1]);
+    }
+    let half = 16 * (lane % 2);
+    for (word, &v) in values[lane / 2 * v.len()..][..v.len()].iter_mut().zip(v) {
+        *word = *word & !(0xffff << half) | bf16::round(v.f64() as f32) << half;
+    }
+}
+
+/// Term `n` of a sum, the lower or the upper one of its word.
+#[inline(always)]
+fn half<F: Real>(word: u32, n: usize) -> F {
+    widened((word >> (16 * (n % 2))) as u16)
 }
 
 /// The number that bf16 bits stand for.
 #[inline(always)]
-pub(crate) fn widened<F: Real>(bits: u16) -> F {
+fn widened<F: Real>(bits: u16) -> F {
     F::of(f64::from(bf16::widen(u32::from(bits))))
 }
 
@@ -242,13 +260,25 @@ fn steps<F: Real>(x: F, scale: u16) -> i8 {
 }
 
 impl<F: Real> Numbers<'_, F> {
-    /// Number i of a page, without its scale.
+    /// Channel d of the key in a lane, without its scale.
     #[inline(always)]
-    pub(crate) fn at(&self, i: usize) -> F {
+    pub(crate) fn key(&self, d: usize, lane: usize) -> F {
+        let at = d * PAGE_SLOTS + lane;
         match *self {
-            Numbers::Floats(numbers) => numbers[i],
-            Numbers::Bf16(numbers) => widened(numbers[i]),
-            Numbers::Int8 { numbers, .. } => F::of(f64::from(numbers[i])),
+            Numbers::Floats(numbers) => numbers[at],
+            Numbers::Bf16(words) => half(words[d / 2 * PAGE_SLOTS + lane], d),
+            Numbers::Int8 { numbers, .. } => F::of(f64::from(numbers[at])),
+        }
+    }
+
+    /// Channel d of the value in a lane, of `dim`, without its scale.
+    #[inline(always)]
+    pub(crate) fn value(&self, (d, dim): (usize, usize), lane: usize) -> F {
+        let at = (PAGE_SLOTS + lane) * dim + d;
+        match *self {
+            Numbers::Floats(numbers) => numbers[at],
+            Numbers::Bf16(words) => half(words[(PAGE_SLOTS + lane) / 2 * dim + d], lane),
+            Numbers::Int8 { numbers, .. } => F::of(f64::from(numbers[at])),
         }
     }
 
@@ -278,6 +308,30 @@ impl<F: Real> Numbers<'_, F> {
 }
 
 impl<'a, F: Real> Page<'a, F> {
+    /// A page of words, without masses.
+    pub(super) fn of_words(words: &'a [u32]) -> Self {
+        Self { numbers: Numbers::Bf16(words), mass: &[] }
+    }
+
+    /// The words of a page of them.
+    pub(super) fn words(&self) -> &'a [u32] {
+        match self.numbers {
+            Numbers::Bf16(words) => words,
+            _ => panic!("not a page of words"),
+        }
+    }
+
+    /// The keys of a page of words, `[D/2][16]`.
+    pub(super) fn keys(&self) -> &'a [u32] {
+        Half::Keys.of(self.words())
+    }
+
+    /// The values of a page of words, `[8][D]`.
+    #[inline(always)]
+    pub(super) fn values(&self) -> &'a [u32] {
+        Half::Values.of(self.words())
+    }
+
     /// Reads the key and the value of one slot.
     #[inline(always)]
     pub(super) fn read(&self, lane: usize, (k, v): (&mut [F], &mut [F])) {
@@ -285,24 +339,32 @@ impl<'a, F: Real> Page<'a, F> {
         let scale = |scales: Option<[F; PAGE_SLOTS]>| scales.map_or(F::one(), |scales| scales[lane]);
         let (of_key, of_value) = (scale(self.numbers.key_scales()), scale(self.numbers.value_scales()));
         for (d, k) in k.iter_mut().enumerate() {
-            *k = self.numbers.at(d * PAGE_SLOTS + lane) * of_key;
+            *k = self.numbers.key(d, lane) * of_key;
         }
         for (d, v) in v.iter_mut().enumerate() {
-            *v = self.numbers.at((PAGE_SLOTS + lane) * dim + d) * of_value;
+            *v = self.numbers.value((d, dim), lane) * of_value;
         }
     }
 
     /// Half a page as floats without scales: keys `[D][16]`, or values `[16][D]`.
     #[inline(always)]
-    pub(super) fn floats<'b>(&self, half: Half, buffer: &'b mut Vec<F>) -> &'b [F]
+    pub(super) fn floats<'b>(&self, half: Half, dim: usize, buffer: &'b mut Vec<F>) -> &'b [F]
     where
         'a: 'b,
     {
-        buffer.clear();
         match self.numbers {
             Numbers::Floats(numbers) => return half.of(numbers),
-            Numbers::Bf16(numbers) => buffer.extend(half.of(numbers).iter().map(|&bits| widened::<F>(bits))),
-            Numbers::Int8 { numbers, .. } => buffer.extend(half.of(numbers).iter().map(|&x| F::of(f64::from(x)))),
+            Numbers::Bf16(words) => {
+                buffer.resize(PAGE_SLOTS * dim, F::zero());
+                match half {
+                    Half::Keys => bf16::widen_rows(half.of(words), PAGE_SLOTS, buffer),
+                    Half::Values => bf16::widen_rows(half.of(words), dim, buffer),
+                }
+            }
+            Numbers::Int8 { numbers, .. } => {
+                buffer.clear();
+                buffer.extend(half.of(numbers).iter().map(|&x| F::of(f64::from(x))));
+            }
         }
         buffer
     }

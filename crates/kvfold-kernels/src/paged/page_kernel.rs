@@ -36,7 +36,7 @@ impl<F: Real> PageKernel<F> for Plain {
         for (q, scores) in q.chunks_exact(dim).zip(scores.chunks_mut(stride)) {
             for (lane, score) in scores[..PAGE_SLOTS].iter_mut().enumerate() {
                 let terms = q.iter().enumerate();
-                let sum = terms.fold(F::zero(), |sum, (d, &q)| sum + q * page.numbers.at(d * PAGE_SLOTS + lane));
+                let sum = terms.fold(F::zero(), |sum, (d, &q)| sum + q * page.numbers.key(d, lane));
                 *score = scales.map_or(sum, |scales| sum * scales[lane]);
             }
         }
@@ -48,7 +48,7 @@ impl<F: Real> PageKernel<F> for Plain {
             for (d, out) in out.iter_mut().enumerate() {
                 for lane in 0..used {
                     let weight = scales.map_or(weights[lane], |scales| weights[lane] * scales[lane]);
-                    *out += weight * page.numbers.at((PAGE_SLOTS + lane) * dim + d);
+                    *out += weight * page.numbers.value((d, dim), lane);
                 }
             }
         }
@@ -74,12 +74,12 @@ pub(crate) struct Vectors<V>(PhantomData<V>);
 /// Query heads that share a register's keys.
 const ROWS: usize = 4;
 
-impl<V: Load<f32> + Load<u16> + Load<i8>> PageKernel<f32> for Vectors<V> {
+impl<V: Load<f32> + Load<u32> + Load<i8>> PageKernel<f32> for Vectors<V> {
     #[inline(always)]
     fn scores(page: &Page<'_, f32>, dim: usize, q: &[f32], (scores, stride): (&mut [f32], usize)) {
         match page.numbers {
             Numbers::Floats(numbers) => scores_of::<V, f32>(numbers, dim, q, (scores, stride)),
-            Numbers::Bf16(numbers) => scores_of::<V, u16>(numbers, dim, q, (scores, stride)),
+            Numbers::Bf16(words) => scores_of::<V, u32>(words, dim, q, (scores, stride)),
             Numbers::Int8 { numbers, .. } => scores_of::<V, i8>(numbers, dim, q, (scores, stride)),
         }
         if let Some(scales) = page.numbers.key_scales() {
@@ -93,7 +93,7 @@ impl<V: Load<f32> + Load<u16> + Load<i8>> PageKernel<f32> for Vectors<V> {
     fn values(page: &Page<'_, f32>, used: usize, (weights, stride): (&[f32], usize), (out, dim): (&mut [f32], usize)) {
         match page.numbers {
             Numbers::Floats(numbers) => values_of::<V, f32>(numbers, used, (weights, stride), (out, dim)),
-            Numbers::Bf16(numbers) => values_of::<V, u16>(numbers, used, (weights, stride), (out, dim)),
+            Numbers::Bf16(words) => values_of::<V, u32>(words, used, (weights, stride), (out, dim)),
             Numbers::Int8 { numbers, .. } => {
                 let scales = page.numbers.value_scales().expect("int8 has scales");
                 for (weights, out) in weights.chunks(stride * ROWS).zip(out.chunks_mut(ROWS * dim)) {
@@ -132,7 +132,8 @@ impl<V: Load<f32> + Load<u16> + Load<i8>> PageKernel<f32> for Vectors<V> {
 /// Scores of a page's keys, the first numbers of it, for all rows of `q`.
 #[inline(always)]
 fn scores_of<V: Load<T>, T: Copy + Default>(keys: &[T], dim: usize, q: &[f32], (scores, stride): (&mut [f32], usize)) {
-    assert!(keys.len() >= dim * PAGE_SLOTS && PAGE_SLOTS.is_multiple_of(V::LANES) && V::LANES * 2 >= PAGE_SLOTS);
+    assert!(PAGE_SLOTS.is_multiple_of(V::LANES) && V::LANES * 2 >= PAGE_SLOTS);
+    assert!(dim.is_multiple_of(V::TERMS) && keys.len() >= dim / V::TERMS * PAGE_SLOTS);
     for (q, scores) in q.chunks(ROWS * dim).zip(scores.chunks_mut(ROWS * stride)) {
         let rows = q.len() / dim;
         assert!(rows * dim == q.len() && (rows - 1) * stride + PAGE_SLOTS <= scores.len());
@@ -157,24 +158,44 @@ unsafe fn score_rows<V: Load<T>, T: Copy + Default, const R: usize>(
 ) {
     // SAFETY: the caller's.
     unsafe {
-        let vectors = PAGE_SLOTS / V::LANES;
         let mut sums = [[V::zero(); 2]; R];
-        for d in 0..dim {
-            let key = keys.add(d * PAGE_SLOTS);
-            let mut k = [V::zero(); 2];
-            for (j, k) in k.iter_mut().enumerate().take(vectors) {
-                *k = V::widen(key.add(j * V::LANES));
-            }
-            for (r, sums) in sums.iter_mut().enumerate() {
-                let q = V::splat(*q.add(r * dim + d));
-                for (sum, &k) in sums.iter_mut().zip(&k).take(vectors) {
-                    *sum = q.mul_add(k, *sum);
-                }
+        for d in (0..dim).step_by(V::TERMS) {
+            let key = keys.add(d / V::TERMS * PAGE_SLOTS);
+            add_channel::<V, T, R, 0>(key, q.add(d), dim, &mut sums);
+            if V::TERMS == 2 {
+                add_channel::<V, T, R, 1>(key, q.add(d + 1), dim, &mut sums);
             }
         }
         for (r, sums) in sums.iter().enumerate() {
-            for (j, sum) in sums.iter().enumerate().take(vectors) {
+            for (j, sum) in sums.iter().enumerate().take(PAGE_SLOTS / V::LANES) {
                 sum.store(scores.add(r * stride + j * V::LANES));
+            }
+        }
+    }
+}
+
+/// Adds what one channel gives to the scores of 16 keys.
+///
+/// # Safety
+/// The channel of 16 keys, and of R queries that are `dim` apart, must be at the pointers.
+#[inline(always)]
+unsafe fn add_channel<V: Load<T>, T: Copy + Default, const R: usize, const TERM: usize>(
+    key: *const T,
+    q: *const f32,
+    dim: usize,
+    sums: &mut [[V; 2]; R],
+) {
+    let vectors = PAGE_SLOTS / V::LANES;
+    // SAFETY: the caller's.
+    unsafe {
+        let mut k = [V::zero(); 2];
+        for (j, k) in k.iter_mut().enumerate().take(vectors) {
+            *k = V::widen::<TERM>(key.add(j * V::LANES));
+        }
+        for (r, sums) in sums.iter_mut().enumerate() {
+            let q = V::splat(*q.add(r * dim));
+            for (sum, &k) in sums.iter_mut().zip(&k).take(vectors) {
+                *sum = q.mul_add(k, *sum);
             }
         }
     }
@@ -188,10 +209,11 @@ fn values_of<V: Load<T>, T: Copy + Default>(
     weights: (&[f32], usize),
     to: (&mut [f32], usize),
 ) {
-    add_values::<V, T>(&numbers[PAGE_SLOTS * to.1..], used, weights, to);
+    add_values::<V, T>(&numbers[PAGE_SLOTS / V::TERMS * to.1..], used, weights, to);
 }
 
-/// Adds the first `used` rows of `values [..][dim]`, weighted, to all rows of `out`.
+/// Adds the first `used` rows of `values [..][dim]`, weighted, to all rows of `out`; neighbouring rows share one where
+/// neighbouring terms do.
 #[inline(always)]
 fn add_values<V: Load<T>, T: Copy + Default>(
     values: &[T],
@@ -199,7 +221,7 @@ fn add_values<V: Load<T>, T: Copy + Default>(
     (weights, stride): (&[f32], usize),
     (out, dim): (&mut [f32], usize),
 ) {
-    assert!(values.len() >= used * dim);
+    assert!(values.len() >= used.div_ceil(V::TERMS) * dim);
     for (weights, out) in weights.chunks(ROWS * stride).zip(out.chunks_mut(ROWS * dim)) {
         let rows = out.len() / dim;
         assert!(rows * dim == out.len() && (rows - 1) * stride + used <= weights.len());
@@ -283,19 +305,41 @@ impl<T: Copy + Default> Weighted<T> {
                     *sum = if whole { V::load(out(r, j)) } else { V::load_part(out(r, j), lanes) };
                 }
             }
-            for slot in 0..self.used {
-                let weights: [V; R] = std::array::from_fn(|r| V::splat(*self.weights.add(r * self.stride + slot)));
-                for j in 0..N {
-                    let value = self.values.add(slot * self.dim + from + j * V::LANES);
-                    let value = if whole { V::widen(value) } else { V::widen_part(value, lanes) };
-                    for (sums, &weight) in sums.iter_mut().zip(&weights) {
-                        sums[j] = weight.mul_add(value, sums[j]);
-                    }
+            for slot in (0..self.used).step_by(V::TERMS) {
+                self.add_slot::<V, R, N, 0>(slot, from, lanes, &mut sums);
+                if V::TERMS == 2 && slot + 1 < self.used {
+                    self.add_slot::<V, R, N, 1>(slot + 1, from, lanes, &mut sums);
                 }
             }
             for (r, sums) in sums.iter().enumerate() {
                 for (j, sum) in sums.iter().enumerate() {
                     if whole { sum.store(out(r, j)) } else { sum.store_part(out(r, j), lanes) }
+                }
+            }
+        }
+    }
+
+    /// Adds what one slot gives to N vectors of columns.
+    ///
+    /// # Safety
+    /// As [`Weighted::add`]; the slot must be one of those in use, and term `TERM` of where it is.
+    #[inline(always)]
+    unsafe fn add_slot<V: Load<T>, const R: usize, const N: usize, const TERM: usize>(
+        &self,
+        slot: usize,
+        from: usize,
+        lanes: usize,
+        sums: &mut [[V; N]; R],
+    ) {
+        // SAFETY: the caller's.
+        unsafe {
+            let weights: [V; R] = std::array::from_fn(|r| V::splat(*self.weights.add(r * self.stride + slot)));
+            for j in 0..N {
+                let value = self.values.add(slot / V::TERMS * self.dim + from + j * V::LANES);
+                let value =
+                    if lanes == V::LANES { V::widen::<TERM>(value) } else { V::widen_part::<TERM>(value, lanes) };
+                for (sums, &weight) in sums.iter_mut().zip(&weights) {
+                    sums[j] = weight.mul_add(value, sums[j]);
                 }
             }
         }
@@ -391,7 +435,7 @@ mod tests {
                 a: &self.q,
                 a_row: dim,
                 a_col: 1,
-                b: page.floats(Half::Keys, &mut keys),
+                b: page.floats(Half::Keys, dim, &mut keys),
                 b_row: PAGE_SLOTS,
                 b_strip: STRIP,
                 c_row: STRIDE,
@@ -405,7 +449,7 @@ mod tests {
             };
             scaled(&mut scores, page.numbers.key_scales());
             scaled(&mut weights, page.numbers.value_scales());
-            let (n, k, b) = (dim, self.used, page.floats(Half::Values, &mut values));
+            let (n, k, b) = (dim, self.used, page.floats(Half::Values, dim, &mut values));
             let sum = Gemm { n, k, a: &weights, a_row: STRIDE, b, b_row: dim, c_row: dim, accumulate: true, ..product };
             Fast(level).gemm(sum, &mut out);
             [scores, out]

@@ -9,14 +9,17 @@
 use super::attend::{Scratch, add_masses, exponentials, scale_queries};
 use super::page::{Half, Page};
 use super::take::take;
+use super::words::{self, OpenSlots, Turns, in_words};
 use super::{HeadInput, HeadTable, PAGE_SLOTS};
 use crate::kernel_set::KernelSet;
 use crate::real::Real;
 use crate::simd::{Gemm, STRIP};
 use std::ops::Range;
 
-/// Queries of a block.
-const QUERIES: usize = 16;
+/// Tokens of a block.
+const TOKENS: usize = 16;
+/// Rows, one per query head of a token, of a block in words: whole pairs of tiles, where heads are few enough.
+const ROWS: usize = 96;
 
 /// `c [m,n] (+)= a [m,k] . b [k,n]` with rows of `a` and `b` adjacent to columns.
 fn product<'a, F>([m, n, k]: [usize; 3], (a, a_row): (&'a [F], usize), (b, b_row): (&'a [F], usize)) -> Gemm<'a, F> {
@@ -27,12 +30,12 @@ fn product<'a, F>([m, n, k]: [usize; 3], (a, a_row): (&'a [F], usize), (b, b_row
 fn widened<'b, 'a: 'b, F: Real, K: KernelSet<F>>(
     set: K,
     page: &Page<'a, F>,
-    half: Half,
+    (half, dim): (Half, usize),
     buffer: &'b mut Vec<F>,
 ) -> &'b [F] {
     set.run(
         #[inline(always)]
-        || page.floats(half, buffer),
+        || page.floats(half, dim, buffer),
     )
 }
 
@@ -77,9 +80,26 @@ impl<F: Real> Rows<F> {
 #[derive(Debug)]
 pub(crate) struct Prepared<F> {
     /// Position of the chunk's first token.
-    start: usize,
+    pub(super) start: usize,
     /// Slots after each token.
-    slots: Vec<usize>,
+    pub(super) slots: Vec<usize>,
+    kept: Kept<F>,
+}
+
+/// What was there while a chunk was taken.
+#[derive(Debug)]
+enum Kept<F> {
+    Floats(Exact<F>),
+    /// The ring is absent where there is none.
+    Words {
+        open: OpenSlots<F>,
+        turns: Option<Turns<F>>,
+    },
+}
+
+/// The open slot and the ring's tokens in floats.
+#[derive(Debug)]
+struct Exact<F> {
     /// The open slot as each token left it; empty when slots do not change.
     open: Rows<F>,
     /// Exact tokens from position `first` on, in the order of time; empty without a ring.
@@ -96,19 +116,54 @@ pub(crate) fn prepare<F: Real, K: KernelSet<F>>(
     table: &mut HeadTable,
     scratch: &mut Scratch<F>,
 ) -> Prepared<F> {
+    scratch.moving.resize(input.heads.dim);
+    let (start, mut slots) = (table.tokens, Vec::with_capacity(input.len));
+    let mut taken = |table: &mut HeadTable, t: usize| {
+        take(input, table, t, &mut scratch.moving);
+        slots.push(table.slots);
+    };
+    let kept = match in_words(set, input) {
+        true => {
+            let mut open = OpenSlots::default();
+            let mut turns = (input.rule.delay() > 0).then(|| Turns::new(input, table));
+            set.run(
+                #[inline(always)]
+                || {
+                    for t in 0..input.len {
+                        taken(table, t);
+                        if input.rule.has_open_slot() {
+                            open.push(input, table);
+                        }
+                        if let Some(turns) = &mut turns {
+                            turns.taken(input, table, t + 1 == input.len);
+                        }
+                    }
+                },
+            );
+            Kept::Words { open, turns }
+        }
+        false => Kept::Floats(prepare_floats(set, input, table, taken)),
+    };
+    Prepared { start, slots, kept }
+}
+
+/// Takes all tokens with `take`.
+fn prepare_floats<F: Real, K: KernelSet<F>>(
+    set: K,
+    input: &HeadInput<'_, F>,
+    table: &mut HeadTable,
+    mut take: impl FnMut(&mut HeadTable, usize),
+) -> Exact<F> {
     let dim = input.heads.dim;
     let (start, delay) = (table.tokens, input.rule.delay());
     let first = start - table.exact(input.rule);
     let (mut exact, mut open) = (Rows::default(), Rows::default());
-    let mut slots = Vec::with_capacity(input.len);
-    scratch.moving.resize(dim);
     set.run(
         #[inline(always)]
         || {
             (first..start).for_each(|position| exact.push_seat(input, table, position % delay));
             for t in 0..input.len {
-                take(input, table, t, &mut scratch.moving);
-                slots.push(table.slots);
+                take(table, t);
                 if delay > 0 {
                     exact.push_seat(input, table, (start + t) % delay);
                 }
@@ -123,16 +178,20 @@ pub(crate) fn prepare<F: Real, K: KernelSet<F>>(
     for (i, k) in exact.k.chunks_exact(dim).enumerate() {
         k.iter().enumerate().for_each(|(d, &k)| exact_kt[d * n + i] = k);
     }
-    Prepared { start, slots, open, exact, first, exact_kt }
+    Exact { open, exact, first, exact_kt }
 }
 
 impl<F: Real> Prepared<F> {
-    /// The chunk's tokens in blocks, none of which crosses a turn of the ring.
-    pub(crate) fn blocks(&self, delay: usize) -> Vec<Range<usize>> {
+    /// The chunk's tokens in blocks, none of which crosses a turn of the ring; a token has `group` queries.
+    pub(crate) fn blocks(&self, delay: usize, group: usize) -> Vec<Range<usize>> {
+        let most = match self.kept {
+            Kept::Floats(_) => TOKENS,
+            Kept::Words { .. } => (ROWS / group).clamp(TOKENS, 2 * TOKENS),
+        };
         let (mut blocks, mut from) = (Vec::new(), 0);
         while from < self.slots.len() {
             let turn = if delay > 0 { delay - (self.start + from) % delay } else { usize::MAX };
-            let to = self.slots.len().min(from + QUERIES.min(turn));
+            let to = self.slots.len().min(from + most.min(turn));
             blocks.push(from..to);
             from = to;
         }
@@ -148,6 +207,7 @@ struct Queries<'a, 'b, F> {
     input: &'a HeadInput<'b, F>,
     table: &'a HeadTable,
     prepared: &'a Prepared<F>,
+    exact: &'a Exact<F>,
     tokens: Range<usize>,
     /// Where the ring's seats begin in a row of scores, behind the slots.
     ring: usize,
@@ -165,12 +225,18 @@ pub(crate) fn block<F: Real, K: KernelSet<F>>(
     scratch: &mut Scratch<F>,
     out: &mut [F],
 ) {
+    let exact = match &prepared.kept {
+        Kept::Floats(exact) => exact,
+        Kept::Words { open, turns } => {
+            return words::block(set, (input, table, prepared), (open, turns), tokens, scratch, out);
+        }
+    };
     let delay = input.rule.delay();
     let last = prepared.start + tokens.end - 1;
     let ring = prepared.slots[tokens.end - 1].next_multiple_of(PAGE_SLOTS);
     let stride = ring + delay.next_multiple_of(PAGE_SLOTS);
     let turn = if delay > 0 { last - last % delay } else { last };
-    let queries = Queries { input, table, prepared, tokens, ring, stride, turn };
+    let queries = Queries { input, table, prepared, exact, tokens, ring, stride, turn };
     queries.scores(set, scratch);
     set.run(
         #[inline(always)]
@@ -204,12 +270,12 @@ impl<F: Real> Queries<'_, '_, F> {
 
     /// Where a seat's token is among the exact ones, its seat 0 having been of a token at position `from`.
     fn exact(&self, from: usize, seat: usize) -> usize {
-        from + seat - self.prepared.first
+        from + seat - self.exact.first
     }
 
     /// Scores, minus infinity where a query sees nothing.
     fn scores<K: KernelSet<F>>(&self, set: K, scratch: &mut Scratch<F>) {
-        let Self { input, prepared, stride, ring, .. } = *self;
+        let Self { input, prepared, exact, stride, ring, .. } = *self;
         let (dim, group, delay) = (input.heads.dim, input.heads.group(), input.rule.delay());
         let Scratch { q, scores, page: buffer, .. } = scratch;
         scale_queries(input, self.tokens.clone(), q);
@@ -218,7 +284,7 @@ impl<F: Real> Queries<'_, '_, F> {
         scores.resize(rows * stride, F::neg_infinity());
         for (n, (page, _)) in input.slot_pages(self.table, self.closed(self.tokens.end - 1)).enumerate() {
             let scores = &mut scores[n * PAGE_SLOTS..];
-            let keys = widened(set, &page, Half::Keys, buffer);
+            let keys = widened(set, &page, (Half::Keys, dim), buffer);
             set.gemm(Gemm { c_row: stride, ..product([rows, PAGE_SLOTS, dim], (q, dim), (keys, PAGE_SLOTS)) }, scores);
             if let Some(scales) = page.numbers.key_scales() {
                 scores.chunks_mut(stride).for_each(|row| scale(row, &scales));
@@ -230,11 +296,11 @@ impl<F: Real> Queries<'_, '_, F> {
             let of_token = &mut scores[self.row(t) * stride..][..group * stride];
             of_token.chunks_exact_mut(stride).for_each(|row| row[closed..ring].fill(F::neg_infinity()));
             if closed < seen {
-                let k = &prepared.open.k[t * dim..][..dim];
+                let k = &exact.open.k[t * dim..][..dim];
                 let open = product([group, 1, dim], (&q[self.row(t) * dim..], dim), (k, 1));
                 set.gemm(Gemm { c_row: stride, ..open }, &mut of_token[closed..]);
                 if input.rule.has_mass() {
-                    of_token.chunks_exact_mut(stride).for_each(|row| row[closed] += prepared.open.mass[t]);
+                    of_token.chunks_exact_mut(stride).for_each(|row| row[closed] += exact.open.mass[t]);
                 }
             }
         }
@@ -244,17 +310,17 @@ impl<F: Real> Queries<'_, '_, F> {
     }
 
     fn ring_scores<K: KernelSet<F>>(&self, set: K, q: &[F], scores: &mut [F]) {
-        let Self { input, prepared, stride, ring, .. } = *self;
+        let Self { input, exact, stride, ring, .. } = *self;
         let (dim, delay) = (input.heads.dim, input.rule.delay());
-        let (rows, n) = (q.len() / dim, prepared.exact.k.len() / dim);
+        let (rows, n) = (q.len() / dim, exact.exact.k.len() / dim);
         let part = |from: usize, seats: Range<usize>, to: &mut [F], to_row: usize| {
             let first = self.exact(from, seats.start);
-            let keys = (&prepared.exact_kt[first..], n);
+            let keys = (&exact.exact_kt[first..], n);
             let scores = Gemm { c_row: to_row, ..product([rows, seats.len(), dim], (q, dim), keys) };
             let to = &mut to[seats.start..];
             set.gemm(scores, to);
             if input.rule.has_mass() {
-                add_masses(to, to_row, &prepared.exact.mass[first..][..seats.len()]);
+                add_masses(to, to_row, &exact.exact.mass[first..][..seats.len()]);
             }
         };
         part(self.turn, 0..self.seat(self.tokens.end - 1) + 1, &mut scores[ring..], stride);
@@ -272,7 +338,7 @@ impl<F: Real> Queries<'_, '_, F> {
     /// Adds up values in decode's order. What only some of the queries see is added for those alone: 0 times infinity is not
     /// 0, and a token must not touch those before it, whatever it holds.
     fn values<K: KernelSet<F>>(&self, set: K, scratch: &mut Scratch<F>, out: &mut [F]) {
-        let Self { input, prepared, stride, ring, .. } = *self;
+        let Self { input, prepared, exact, stride, ring, .. } = *self;
         let (dim, group, delay) = (input.heads.dim, input.heads.group(), input.rule.delay());
         let Scratch { scores, page: buffer, .. } = scratch;
         let weighted = |weights: &[F], v: &[F], terms: usize, out: &mut [F]| {
@@ -291,7 +357,7 @@ impl<F: Real> Queries<'_, '_, F> {
                     scale(&mut weights[at..closed.max(at)], &scales);
                 }
             }
-            let values = widened(set, &page, Half::Values, buffer);
+            let values = widened(set, &page, (Half::Values, dim), buffer);
             let shared = of_all.clamp(at, at + used) - at;
             weighted(&scores[at..], values, shared, out);
             for (t, out) in self.tokens.clone().zip(out.chunks_exact_mut(group * dim)) {
@@ -302,13 +368,13 @@ impl<F: Real> Queries<'_, '_, F> {
         for (t, out) in self.tokens.clone().zip(out.chunks_exact_mut(group * dim)) {
             let closed = self.closed(t);
             if closed < prepared.slots[t] {
-                weighted(&scores[self.row(t) * stride + closed..], &prepared.open.v[t * dim..], 1, out);
+                weighted(&scores[self.row(t) * stride + closed..], &exact.open.v[t * dim..], 1, out);
             }
         }
         if delay == 0 {
             return;
         }
-        let v = |from: usize, seat: usize| &prepared.exact.v[self.exact(from, seat) * dim..];
+        let v = |from: usize, seat: usize| &exact.exact.v[self.exact(from, seat) * dim..];
         let (first, last) = (self.seat(self.tokens.start), self.seat(self.tokens.end - 1));
         weighted(&scores[ring..], v(self.turn, 0), first + 1, out);
         for (t, out) in self.tokens.clone().zip(out.chunks_exact_mut(group * dim)) {
