@@ -18,6 +18,7 @@
 //! | `machine.rs` | the speeds that kernels are judged by |
 //! | `noise.rs` | counter-based noise |
 
+mod aligned;
 #[cfg(target_arch = "x86_64")]
 mod amx;
 mod attention;

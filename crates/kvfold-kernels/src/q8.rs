@@ -4,6 +4,7 @@
 //! Activations and sums stay floats. A weight is `scale * integer`, rounded to f32, and an output one chain of additions
 //! over the terms in ascending order, whatever is computed beside it (promise I3).
 
+use crate::aligned::Aligned;
 use crate::bf16::widen;
 use crate::real::Real;
 use crate::simd::{Level, PANEL, Vector};
@@ -17,9 +18,9 @@ pub(crate) const BLOCK: usize = 32;
 #[derive(Debug)]
 pub(crate) struct Panels {
     /// `[M/32][K][32]`.
-    quants: Vec<i8>,
+    quants: Aligned<i8>,
     /// bf16, `[M/32][K/32][32]`.
-    scales: Vec<u16>,
+    scales: Aligned<u16>,
     terms: usize,
 }
 
@@ -44,7 +45,7 @@ impl Panels {
     pub(crate) fn of<F: Real>(data: &[F], terms: usize) -> Self {
         let panels = data.len().div_ceil(terms * PANEL);
         let blocks = terms.div_ceil(BLOCK);
-        let (mut quants, mut scales) = (vec![0; panels * terms * PANEL], vec![0; panels * blocks * PANEL]);
+        let (mut quants, mut scales) = (Aligned::new(panels * terms * PANEL), Aligned::new(panels * blocks * PANEL));
         for (row, x) in data.chunks_exact(terms).enumerate() {
             let (panel, lane) = (row / PANEL, row % PANEL);
             for (block, x) in x.chunks(BLOCK).enumerate() {

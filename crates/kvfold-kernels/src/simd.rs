@@ -5,6 +5,7 @@
 //! multiply-adds; each of its outputs is one chain of additions over k in ascending order, so an output does not depend
 //! on how many rows are computed beside it (promise I3).
 
+use crate::aligned::CACHE_LINE;
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 use std::sync::OnceLock;
@@ -82,9 +83,6 @@ fn run_avx2<R>(f: impl FnOnce() -> R) -> R {
 fn run_avx512<R>(f: impl FnOnce() -> R) -> R {
     f()
 }
-
-/// Bytes of a cache line.
-pub(crate) const CACHE_LINE: usize = 64;
 
 /// Columns of a tile, and of a panel of packed weights: two AVX-512 registers.
 pub const PANEL: usize = 32;

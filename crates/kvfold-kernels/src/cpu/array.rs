@@ -4,6 +4,7 @@
 //! them. So a large buffer goes back to its backend's [`Recycler`] when the last array that uses it is dropped, and the
 //! next array of about that size takes it: batches of packed documents are never quite equally long.
 
+use crate::aligned::Aligned;
 use crate::ops::Precision;
 use crate::paged::Scratch;
 use crate::q8;
@@ -24,7 +25,7 @@ pub(crate) struct Recycler<T>(Mutex<Waiting<T>>);
 
 #[derive(Debug, Default)]
 struct Waiting<T> {
-    by_class: HashMap<usize, Vec<Vec<T>>>,
+    by_class: HashMap<usize, Vec<Aligned<T>>>,
     elements: usize,
 }
 
@@ -36,9 +37,9 @@ fn size_class(len: usize) -> usize {
 
 impl<T: Copy + Default> Recycler<T> {
     /// A buffer of `len` elements, of any content: callers overwrite all of it.
-    pub(crate) fn take(&self, len: usize) -> Vec<T> {
+    pub(crate) fn take(&self, len: usize) -> Aligned<T> {
         if len < SMALL {
-            return vec![T::default(); len];
+            return Aligned::new(len);
         }
         let class = size_class(len);
         let mut waiting = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -47,12 +48,12 @@ impl<T: Copy + Default> Recycler<T> {
             waiting.elements -= class;
         }
         drop(waiting);
-        let mut buffer = found.unwrap_or_else(|| Vec::with_capacity(class));
+        let mut buffer = found.unwrap_or_else(|| Aligned::with_capacity(class));
         buffer.resize(len, T::default());
         buffer
     }
 
-    pub(crate) fn give(&self, buffer: Vec<T>) {
+    pub(crate) fn give(&self, buffer: Aligned<T>) {
         // One that was not taken from here may have room for no more than its elements.
         let class = size_class(buffer.len());
         if buffer.len() >= SMALL && buffer.capacity() >= class {
@@ -92,13 +93,13 @@ pub(crate) struct Home<F> {
 #[derive(Debug, Default)]
 pub(super) struct Packings<F> {
     /// Strips of 16 rows, each `[C][16]`, in the backend's floats.
-    pub(super) floats: OnceLock<Vec<F>>,
+    pub(super) floats: OnceLock<Aligned<F>>,
     /// bf16, terms along the columns, as a left factor.
-    pub(super) rows: OnceLock<Vec<u32>>,
+    pub(super) rows: OnceLock<Aligned<u32>>,
     /// bf16, terms along the columns, as a right factor.
-    pub(super) panels_of_rows: OnceLock<Vec<u32>>,
+    pub(super) panels_of_rows: OnceLock<Aligned<u32>>,
     /// bf16, terms along the rows.
-    pub(super) panels_of_columns: OnceLock<Vec<u32>>,
+    pub(super) panels_of_columns: OnceLock<Aligned<u32>>,
     /// Integers of 8 bits and their scales.
     pub(super) quantised: OnceLock<q8::Panels>,
 }
@@ -106,7 +107,7 @@ pub(super) struct Packings<F> {
 #[derive(Debug)]
 struct Buffer<F: Real> {
     /// Empty when only a packing is held.
-    data: Vec<F>,
+    data: Aligned<F>,
     precision: Precision,
     packings: Packings<F>,
     home: Arc<Home<F>>,
@@ -137,12 +138,12 @@ pub struct Array<F: Real> {
 }
 
 impl<F: Real> Array<F> {
-    pub(crate) fn new(shape: &[usize], data: Vec<F>, home: &Arc<Home<F>>) -> Self {
+    pub(crate) fn new(shape: &[usize], data: Aligned<F>, home: &Arc<Home<F>>) -> Self {
         Self::with_precision(shape, data, Precision::F32, home)
     }
 
     /// An array whose products as a weight are of some precision.
-    pub(super) fn with_precision(shape: &[usize], data: Vec<F>, precision: Precision, home: &Arc<Home<F>>) -> Self {
+    pub(super) fn with_precision(shape: &[usize], data: Aligned<F>, precision: Precision, home: &Arc<Home<F>>) -> Self {
         assert_eq!(shape.iter().product::<usize>(), data.len(), "shape {shape:?} and {} elements", data.len());
         let buffer = Buffer { data, precision, packings: Packings::default(), home: Arc::clone(home) };
         Self { shape: shape.into(), buffer: Arc::new(buffer) }

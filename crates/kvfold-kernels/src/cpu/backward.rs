@@ -24,7 +24,7 @@ const SUMMED_ROWS: usize = 256;
 
 impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
     fn master(&self, shape: &[usize], data: &[f32], precision: Precision) -> Array<F> {
-        let data = data.iter().map(|&x| F::of(f64::from(x))).collect();
+        let data = self.of_host(data);
         Array::with_precision(shape, data, precision, &self.home)
     }
 
@@ -80,7 +80,7 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
             );
             dw
         });
-        (self.array(x.shape(), dx), self.array(w.shape(), sum_of(&parts, cols)))
+        (self.array_of(x.shape(), dx), self.array(w.shape(), sum_of(&parts, cols)))
     }
 
     fn rope_grad(&self, table: &Array<F>, spans: &Spans, d: &Array<F>) -> Array<F> {
@@ -121,7 +121,7 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
         let (rows, cols) = predicted.x.matrix();
         let mut grads = Gradients { x: self.buffer(rows * cols), w: None, w_too };
         let loss = self.loss(predicted, goal, Some(&mut grads));
-        LossGrad { loss, x: self.array(&[rows, cols], grads.x), w: grads.w }
+        LossGrad { loss, x: self.array_of(&[rows, cols], grads.x), w: grads.w }
     }
 
     fn borrowed_gate_grad(
@@ -195,7 +195,7 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
                 || gate::decide_soft_grad::<F, K>(l, Deciding { kv, sinks }, d, &mut grad[at.clone()]),
             );
         }
-        self.array(relaxed.shape(), grad)
+        self.array_of(relaxed.shape(), grad)
     }
 
     fn fold_rate_grad(&self, relaxed: &Array<F>, spans: &Spans, exempt: Exempt, d: &Array<F>) -> Array<F> {

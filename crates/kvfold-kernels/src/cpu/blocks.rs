@@ -1,6 +1,7 @@
 //! How a product's output is divided among threads.
 
 use super::Cpu;
+use crate::aligned::Aligned;
 use crate::kernel_set::KernelSet;
 use crate::real::Real;
 use crate::simd::PANEL;
@@ -62,7 +63,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         &self,
         sizes: Sizes,
         product: impl Fn(Range<usize>, Range<usize>, &dyn Fn(usize) -> *mut F) + Sync,
-    ) -> Vec<F> {
+    ) -> Aligned<F> {
         let Sizes { n, outputs, .. } = sizes;
         let mut y = self.buffer(n * outputs);
         let out = Output::of(&mut y);
@@ -79,7 +80,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         &self,
         sizes: Sizes,
         product: impl Fn(Range<usize>, usize, usize, *mut F) + Sync,
-    ) -> Vec<F> {
+    ) -> Aligned<F> {
         let Sizes { outputs, .. } = sizes;
         self.block_product(sizes, |rows, panels, at| {
             for panel in panels {

@@ -2,6 +2,7 @@
 
 use super::heads::{JobLayout, key_view, split_jobs, view};
 use super::{Array, Cpu};
+use crate::aligned::Aligned;
 use crate::attention::AttentionJob;
 use crate::gate::{self, Deciding};
 use crate::kernel_set::KernelSet;
@@ -28,7 +29,7 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
     type Tensor = Array<F>;
 
     fn tensor(&self, shape: &[usize], data: &[f32]) -> Array<F> {
-        self.array(shape, data.iter().map(|&x| F::of(f64::from(x))).collect())
+        self.array_of(shape, self.of_host(data))
     }
 
     fn weight(&self, shape: &[usize], data: &[f32], precision: Precision) -> Array<F> {
@@ -203,7 +204,7 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
         for (q, logit) in q.data().chunks_exact(cols).zip(logit.chunks_exact_mut(heads.kv)) {
             gate::query_row(q, heads, by, logit);
         }
-        self.array(&[rows, heads.kv], logit)
+        self.array_of(&[rows, heads.kv], logit)
     }
 
     fn head_gate(&self, r: &Array<F>, scale: f64, offset: f64) -> Gate<Array<F>> {
@@ -221,7 +222,7 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
             let at = start * kv..(start + len) * kv;
             gate::add_ahead(&mut sum[at.clone()], &ahead.data()[at], kv);
         }
-        self.array(logit.shape(), sum)
+        self.array_of(logit.shape(), sum)
     }
 
     fn share_columns(&self, x: &Array<F>) -> Array<F> {
@@ -322,7 +323,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         for (row, (logit, omega)) in logit.chunks_exact_mut(kv).zip(omega.chunks_exact_mut(kv)).enumerate() {
             fill(row, logit, omega);
         }
-        Gate { logit: self.array(&[rows, kv], logit), omega: self.array(&[rows, kv], omega) }
+        Gate { logit: self.array_of(&[rows, kv], logit), omega: self.array_of(&[rows, kv], omega) }
     }
 
     fn decide(
@@ -340,7 +341,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
                 || f(&l.data()[at.clone()], Deciding { kv, sinks }, &mut alpha[at.clone()], &mut close[at.clone()]),
             );
         }
-        Decided { alpha: self.array(&[rows, kv], alpha), close: self.array(&[rows, kv], close) }
+        Decided { alpha: self.array_of(&[rows, kv], alpha), close: self.array_of(&[rows, kv], close) }
     }
 
     /// Per head: pairs `[T, 2D]`, alphas, omegas.
@@ -410,7 +411,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         visible: &Visible<Array<F>>,
         spans: &Spans,
         heads: Heads,
-    ) -> (Vec<F>, Vec<F>) {
+    ) -> (Aligned<F>, Aligned<F>) {
         let (rows, group) = (spans.rows(), heads.group());
         let (mut out, mut lse) = (self.buffer(rows * heads.query * heads.dim), self.buffer(rows * heads.query));
         let jobs = Self::attention_jobs(q, visible, spans, heads);

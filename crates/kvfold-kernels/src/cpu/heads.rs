@@ -65,6 +65,6 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
                 }
             }
         });
-        self.array(&[spans.rows(), cols], rows)
+        self.array_of(&[spans.rows(), cols], rows)
     }
 }

@@ -1,6 +1,7 @@
 //! Losses of predictions, a few hundred rows at a time: logits of all rows never exist together.
 
 use super::{Array, Cpu};
+use crate::aligned::Aligned;
 use crate::kernel_set::KernelSet;
 use crate::loss;
 use crate::ops::{Goal, Grad, NO_TARGET, Ops, Predictions};
@@ -13,7 +14,7 @@ pub const LOSS_ROWS: usize = 512;
 /// Gradients of a mean loss.
 pub(super) struct Gradients<F: Real> {
     /// Of the predictions' `x`, overwritten.
-    pub(super) x: Vec<F>,
+    pub(super) x: Aligned<F>,
     /// Of their `w`.
     pub(super) w: Option<Array<F>>,
     /// Whether that one is wanted.
@@ -42,7 +43,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
                 let (_, cols) = of.x.matrix();
                 let mut x = self.buffer(count * cols);
                 x.copy_from_slice(&of.x.data()[first * cols..][..count * cols]);
-                let x = self.array(&[count, cols], x);
+                let x = self.array_of(&[count, cols], x);
                 (self.linear(&x, of.w), x)
             };
             let teacher = match goal {

@@ -46,7 +46,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
                 (0..all).for_each(|panel| tile(x.len() / k, x, panel, &mut y[panel * PANEL..]));
             });
         }
-        self.array(&[n, m], y)
+        self.array_of(&[n, m], y)
     }
 
     /// `d [N,M] . w [M,K]`.
@@ -70,7 +70,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
             };
             self.set.gemm(product, dx);
         });
-        self.array(&[n, k], dx)
+        self.array_of(&[n, k], dx)
     }
 
     /// `d [N,M]^T . x [N,K]`.
@@ -97,6 +97,6 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
                 self.set.gemm(product, dw);
             }
         });
-        self.array(&[m, k], dw)
+        self.array_of(&[m, k], dw)
     }
 }

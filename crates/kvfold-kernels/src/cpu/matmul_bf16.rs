@@ -8,6 +8,7 @@
 
 use super::blocks::{ROWS, Sizes};
 use super::{Array, Cpu, for_rows};
+use crate::aligned::Aligned;
 use crate::bf16::{self, GemmBf16, words};
 use crate::kernel_set::KernelSet;
 use crate::real::Real;
@@ -68,11 +69,11 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
             }
             false => self.widened_product(x.data(), panels, Sizes { n, outputs, terms, rows: ROWS }),
         };
-        self.array(&[n, outputs], y)
+        self.array_of(&[n, outputs], y)
     }
 
     /// Packed rows times panels.
-    fn word_product(&self, a: &[u32], b: &[u32], sizes: Sizes) -> Vec<F> {
+    fn word_product(&self, a: &[u32], b: &[u32], sizes: Sizes) -> Aligned<F> {
         let words = words(sizes.terms);
         self.panel_product(sizes, |rows, panel, n, to| {
             let product = GemmBf16 {
@@ -92,7 +93,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     }
 
     /// Rows `[n, terms]`, which each block rounds, times packed panels, which it widens.
-    fn widened_product(&self, a: &[F], b: &[u32], sizes: Sizes) -> Vec<F> {
+    fn widened_product(&self, a: &[F], b: &[u32], sizes: Sizes) -> Aligned<F> {
         let Sizes { outputs, terms, .. } = sizes;
         let panel_words = words(terms) * PANEL;
         // Packed pairs fill an odd end up.
@@ -139,7 +140,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
             true => self.word_product_of_columns(d, x, &mut dw),
             false => self.rounded_product_of_columns(d, x, &mut dw),
         }
-        self.array(&[m, k], dw)
+        self.array_of(&[m, k], dw)
     }
 
     /// `d^T . x` of packed columns: those of `x` are laid out once, those of `d` by the task that needs them.

@@ -18,7 +18,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
             // SAFETY: these rows and columns are this call's alone.
             unsafe { self.set.gemm_q8(product, to) };
         });
-        self.array(&[n, outputs], y)
+        self.array_of(&[n, outputs], y)
     }
 
     /// A weight in 8 bits, made at first use.

@@ -16,6 +16,7 @@ mod matmul_q8;
 pub use array::Array;
 pub use loss::LOSS_ROWS;
 
+use crate::aligned::Aligned;
 use crate::kernel_set::{Fast, KernelSet, Scalar};
 use crate::real::Real;
 use crate::simd::Level;
@@ -71,18 +72,32 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
 
     /// An array from numbers of this backend's own precision.
     pub fn array(&self, shape: &[usize], data: Vec<F>) -> Array<F> {
-        Array::new(shape, data, &self.home)
+        let mut buffer = self.buffer(data.len());
+        buffer.copy_from_slice(&data);
+        self.array_of(shape, buffer)
+    }
+
+    /// An array of a buffer.
+    fn array_of(&self, shape: &[usize], buffer: Aligned<F>) -> Array<F> {
+        Array::new(shape, buffer, &self.home)
     }
 
     /// A buffer of any content, to be overwritten.
-    fn buffer(&self, len: usize) -> Vec<F> {
+    fn buffer(&self, len: usize) -> Aligned<F> {
         self.home.floats.take(len)
+    }
+
+    /// Numbers of the host in this backend's own precision.
+    fn of_host(&self, data: &[f32]) -> Aligned<F> {
+        let mut buffer = self.buffer(data.len());
+        buffer.iter_mut().zip(data).for_each(|(to, &x)| *to = F::of(f64::from(x)));
+        buffer
     }
 
     fn zeros(&self, shape: &[usize]) -> Array<F> {
         let mut data = self.buffer(shape.iter().product());
         data.fill(F::zero());
-        self.array(shape, data)
+        self.array_of(shape, data)
     }
 
     /// An array whose rows `fill(first row, rows)` writes, in parallel where it pays.
@@ -95,7 +110,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
                 || fill(first, block),
             )
         });
-        self.array(&shape, data)
+        self.array_of(&shape, data)
     }
 
     /// An array of the elementwise function of some arrays' elements.
@@ -114,7 +129,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
                 },
             );
         });
-        self.array(xs[0].shape(), data)
+        self.array_of(xs[0].shape(), data)
     }
 }
 

@@ -1,7 +1,7 @@
 //! Memory cut into blocks of one size, and the handles that own or share them.
 
+use crate::aligned::CACHE_LINE;
 use crate::real::Real;
-use crate::simd::CACHE_LINE;
 use std::cell::UnsafeCell;
 use std::ops::Deref;
 use std::sync::Arc;

@@ -12,6 +12,7 @@ use super::page_kernel::{PageKernel, Vectors};
 use super::take::{Moving, take};
 use super::words::OpenSlots;
 use super::{HeadInput, HeadTable, PAGE_SLOTS};
+use crate::aligned::Aligned;
 use crate::kernel_set::{Fast, KernelSet};
 use crate::real::{self, Real};
 use crate::simd::Level;
@@ -22,29 +23,31 @@ use std::ops::Range;
 pub(crate) struct Scratch<F> {
     pub(super) moving: Moving<F>,
     /// Queries times 1/sqrt(D), `[rows][D]`.
-    pub(super) q: Vec<F>,
+    pub(super) q: Aligned<F>,
     /// Scores, then weights, `[rows][slots, ring]`.
-    pub(super) scores: Vec<F>,
+    pub(super) scores: Aligned<F>,
     /// What makes a row's weights probabilities, `[rows]`.
     pub(super) shares: Vec<F>,
     /// Half a page, widened.
-    pub(super) page: Vec<F>,
+    pub(super) page: Aligned<F>,
     /// Queries and weights as words.
-    pub(super) words: Vec<u32>,
-    pub(super) weights: Vec<u32>,
+    pub(super) words: Aligned<u32>,
+    pub(super) weights: Aligned<u32>,
     /// Scores that find their places among the others.
-    pub(super) apart: Vec<F>,
+    pub(super) apart: Aligned<F>,
     /// The open slot as a page.
     pub(super) open: OpenSlots<F>,
 }
 
 /// Queries of tokens, `[tokens * group][D]`, times 1/sqrt(D).
 #[inline(always)]
-pub(super) fn scale_queries<F: Real>(input: &HeadInput<'_, F>, tokens: Range<usize>, q: &mut Vec<F>) {
+pub(super) fn scale_queries<F: Real>(input: &HeadInput<'_, F>, tokens: Range<usize>, q: &mut Aligned<F>) {
     let row = input.heads.group() * input.heads.dim;
     let scale = F::one() / F::of(input.heads.dim as f64).sqrt();
-    q.clear();
-    tokens.for_each(|t| q.extend(input.q.row(t, 0, row).iter().map(|&q| q * scale)));
+    q.resize(tokens.len() * row, F::zero());
+    for (t, to) in tokens.zip(q.chunks_exact_mut(row)) {
+        to.iter_mut().zip(input.q.row(t, 0, row)).for_each(|(to, &q)| *to = q * scale);
+    }
 }
 
 /// Turns rows of scores into exponentials; a row's share makes its own probabilities.

@@ -15,6 +15,7 @@
 //! is 127. A scale is rounded up to bf16 before it is used, so that halving its bytes costs the numbers nothing.
 
 use super::PAGE_SLOTS;
+use crate::aligned::Aligned;
 use crate::bf16;
 use crate::ops::Precision;
 use crate::real::Real;
@@ -348,7 +349,7 @@ impl<'a, F: Real> Page<'a, F> {
 
     /// Half a page as floats without scales: keys `[D][16]`, or values `[16][D]`.
     #[inline(always)]
-    pub(super) fn floats<'b>(&self, half: Half, dim: usize, buffer: &'b mut Vec<F>) -> &'b [F]
+    pub(super) fn floats<'b>(&self, half: Half, dim: usize, buffer: &'b mut Aligned<F>) -> &'b [F]
     where
         'a: 'b,
     {
@@ -362,8 +363,8 @@ impl<'a, F: Real> Page<'a, F> {
                 }
             }
             Numbers::Int8 { numbers, .. } => {
-                buffer.clear();
-                buffer.extend(half.of(numbers).iter().map(|&x| F::of(f64::from(x))));
+                buffer.resize(PAGE_SLOTS * dim, F::zero());
+                buffer.iter_mut().zip(half.of(numbers)).for_each(|(to, &x)| *to = F::of(f64::from(x)));
             }
         }
         buffer

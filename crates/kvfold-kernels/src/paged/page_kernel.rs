@@ -349,6 +349,7 @@ impl<T: Copy + Default> Weighted<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::aligned::Aligned;
     use crate::kernel_set::{Fast, KernelSet};
     use crate::paged::page::Half;
     use crate::paged::{CacheDType, PageLayout};
@@ -427,7 +428,7 @@ mod tests {
         fn by_tile(&self, level: Level) -> [Vec<f32>; 2] {
             let (dim, rows, page) = (self.layout.dim, self.rows, self.layout.view(&self.page));
             let (mut scores, mut out, mut weights) = (vec![0.0; rows * STRIDE], self.out.clone(), self.weights.clone());
-            let (mut keys, mut values) = (Vec::new(), Vec::new());
+            let (mut keys, mut values) = (Aligned::default(), Aligned::default());
             let product = Gemm {
                 m: rows,
                 n: PAGE_SLOTS,

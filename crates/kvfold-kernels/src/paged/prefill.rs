@@ -11,6 +11,7 @@ use super::page::{Half, Page};
 use super::take::take;
 use super::words::{self, OpenSlots, Turns, in_words};
 use super::{HeadInput, HeadTable, PAGE_SLOTS};
+use crate::aligned::Aligned;
 use crate::kernel_set::KernelSet;
 use crate::real::Real;
 use crate::simd::{Gemm, STRIP};
@@ -31,7 +32,7 @@ fn widened<'b, 'a: 'b, F: Real, K: KernelSet<F>>(
     set: K,
     page: &Page<'a, F>,
     (half, dim): (Half, usize),
-    buffer: &'b mut Vec<F>,
+    buffer: &'b mut Aligned<F>,
 ) -> &'b [F] {
     set.run(
         #[inline(always)]

@@ -12,6 +12,7 @@ use super::page::{Page, place_pairs};
 use super::prefill::Prepared;
 use super::take::take;
 use super::{CacheDType, HeadInput, HeadTable, PAGE_SLOTS};
+use crate::aligned::Aligned;
 use crate::bf16;
 use crate::kernel_set::KernelSet;
 use crate::real::Real;
@@ -133,7 +134,7 @@ struct Seen<'a, F> {
 #[derive(Debug)]
 pub(super) struct Turns<F> {
     /// Copies of pages, one after the other.
-    pages: Vec<F>,
+    pages: Aligned<F>,
     page_len: usize,
     /// Which of them are a turn's, page by page; first the turn before the chunk's first token.
     turns: Vec<Vec<usize>>,
@@ -147,7 +148,8 @@ impl<F: Real> Turns<F> {
         let delay = input.rule.delay().max(1);
         let seats = table.exact(input.rule);
         let page_len = input.rule.ring_page(input.heads.dim, input.dtype).floats::<F>();
-        let mut turns = Self { pages: Vec::new(), page_len, turns: vec![Vec::new()], first: table.tokens / delay };
+        let mut turns =
+            Self { pages: Aligned::default(), page_len, turns: vec![Vec::new()], first: table.tokens / delay };
         (0..seats.div_ceil(PAGE_SLOTS)).for_each(|page| turns.keep(input, table, 0, page));
         turns
     }
@@ -186,7 +188,7 @@ impl<F: Real> Turns<F> {
 /// Open slots of a chunk's tokens, as pages.
 #[derive(Debug, Default)]
 pub(super) struct OpenSlots<F> {
-    words: Vec<u32>,
+    words: Aligned<u32>,
     /// Log masses; absent while there is no slot.
     masses: Vec<Option<F>>,
 }
@@ -203,7 +205,8 @@ impl<F: Real> OpenSlots<F> {
         let lane = self.masses.len() % PAGE_SLOTS;
         let page = input.heads.dim * PAGE_SLOTS;
         if lane == 0 {
-            self.words.resize(self.words.len() + page, 0);
+            let words = self.words.len() + page;
+            self.words.resize(words, 0);
         }
         self.masses.push((table.slots > 0).then(|| {
             let (k, v, mass) = input.open_slot(&table.state);

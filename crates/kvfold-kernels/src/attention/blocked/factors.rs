@@ -5,6 +5,7 @@
 //! machines whose tiles multiply bf16 an order of magnitude faster than anything multiplies floats.
 
 use super::KEYS;
+use crate::aligned::Aligned;
 use crate::bf16::{self, GemmBf16, words};
 use crate::kernel_set::KernelSet;
 use crate::real::Real;
@@ -34,13 +35,13 @@ pub(super) trait Factors<F: Real, K: KernelSet<F>> {
     fn new(set: K) -> Self;
 
     /// As a left factor whose terms are channels.
-    fn left(&self, x: Vec<F>, size: (usize, usize)) -> Vec<Self::Number>;
+    fn left(&self, x: Aligned<F>, size: (usize, usize)) -> Aligned<Self::Number>;
 
     /// As a right factor whose terms are channels.
-    fn by_token(&self, x: &[F], size: (usize, usize)) -> Vec<Self::Number>;
+    fn by_token(&self, x: &[F], size: (usize, usize)) -> Aligned<Self::Number>;
 
     /// As a right factor whose terms are tokens.
-    fn by_channel(&self, x: &[F], size: (usize, usize)) -> Vec<Self::Number>;
+    fn by_channel(&self, x: &[F], size: (usize, usize)) -> Aligned<Self::Number>;
 
     /// `s = left . by_token^T` of a block.
     fn scores(&self, size: (usize, usize), block: Block, left: &[Self::Number], by_token: &[Self::Number], s: &mut [F]);
@@ -78,13 +79,13 @@ impl<F: Real, K: KernelSet<F>> Factors<F, K> for Floats<K> {
         Self(set)
     }
 
-    fn left(&self, x: Vec<F>, _: (usize, usize)) -> Vec<F> {
+    fn left(&self, x: Aligned<F>, _: (usize, usize)) -> Aligned<F> {
         x
     }
 
     /// Strips of 16 tokens, `[T/16][D][16]`.
-    fn by_token(&self, x: &[F], (len, dim): (usize, usize)) -> Vec<F> {
-        let mut strips = vec![F::zero(); len.div_ceil(STRIP) * dim * STRIP];
+    fn by_token(&self, x: &[F], (len, dim): (usize, usize)) -> Aligned<F> {
+        let mut strips = Aligned::new(len.div_ceil(STRIP) * dim * STRIP);
         for (strip, rows) in strips.chunks_exact_mut(dim * STRIP).zip(x.chunks(dim * STRIP)) {
             for (t, row) in rows.chunks_exact(dim).enumerate() {
                 row.iter().enumerate().for_each(|(d, &x)| strip[d * STRIP + t] = x);
@@ -94,8 +95,8 @@ impl<F: Real, K: KernelSet<F>> Factors<F, K> for Floats<K> {
     }
 
     /// Strips of 16 channels, `[D/16][T][16]`.
-    fn by_channel(&self, x: &[F], (len, dim): (usize, usize)) -> Vec<F> {
-        let mut strips = vec![F::zero(); dim.div_ceil(STRIP) * len * STRIP];
+    fn by_channel(&self, x: &[F], (len, dim): (usize, usize)) -> Aligned<F> {
+        let mut strips = Aligned::new(dim.div_ceil(STRIP) * len * STRIP);
         for (n, strip) in strips.chunks_exact_mut(len * STRIP).enumerate() {
             let width = STRIP.min(dim - n * STRIP);
             for (to, row) in strip.chunks_exact_mut(STRIP).zip(x.chunks_exact(dim)) {
@@ -138,7 +139,7 @@ impl<F: Real, K: KernelSet<F>> Factors<F, K> for Floats<K> {
 pub(super) struct Words<K> {
     set: K,
     /// A block of scores as a left factor.
-    left: Vec<u32>,
+    left: Aligned<u32>,
 }
 
 impl<K> Words<K> {
@@ -178,11 +179,11 @@ impl<F: Real, K: KernelSet<F>> Factors<F, K> for Words<K> {
     const ALIGN: usize = PANEL;
 
     fn new(set: K) -> Self {
-        Self { set, left: vec![0; KEYS * KEYS / 2] }
+        Self { set, left: Aligned::new(KEYS * KEYS / 2) }
     }
 
-    fn left(&self, x: Vec<F>, (len, dim): (usize, usize)) -> Vec<u32> {
-        let mut packed = vec![0; len * words(dim)];
+    fn left(&self, x: Aligned<F>, (len, dim): (usize, usize)) -> Aligned<u32> {
+        let mut packed = Aligned::new(len * words(dim));
         self.set.run(
             #[inline(always)]
             || bf16::rows(&x, dim, &mut packed),
@@ -190,9 +191,9 @@ impl<F: Real, K: KernelSet<F>> Factors<F, K> for Words<K> {
         packed
     }
 
-    fn by_token(&self, x: &[F], (len, dim): (usize, usize)) -> Vec<u32> {
+    fn by_token(&self, x: &[F], (len, dim): (usize, usize)) -> Aligned<u32> {
         let panel = words(dim) * PANEL;
-        let mut packed = vec![0; len.div_ceil(PANEL) * panel];
+        let mut packed = Aligned::new(len.div_ceil(PANEL) * panel);
         self.set.run(
             #[inline(always)]
             || {
@@ -204,8 +205,8 @@ impl<F: Real, K: KernelSet<F>> Factors<F, K> for Words<K> {
         packed
     }
 
-    fn by_channel(&self, x: &[F], (len, dim): (usize, usize)) -> Vec<u32> {
-        let mut packed = vec![0; dim.div_ceil(PANEL) * words(len) * PANEL];
+    fn by_channel(&self, x: &[F], (len, dim): (usize, usize)) -> Aligned<u32> {
+        let mut packed = Aligned::new(dim.div_ceil(PANEL) * words(len) * PANEL);
         self.set.run(
             #[inline(always)]
             || {

@@ -6,6 +6,7 @@
 mod factors;
 
 use super::{AttentionJob, AttentionJobGrad, KeyGrad, KeyView, View};
+use crate::aligned::Aligned;
 use crate::kernel_set::KernelSet;
 use crate::ops::{Late, LateReads, Precision};
 use crate::real::{self, Real};
@@ -23,8 +24,8 @@ fn gather<F: Real, K: KernelSet<F>>(
     col: usize,
     (len, dim): (usize, usize),
     factor: F,
-) -> Vec<F> {
-    let mut rows = vec![F::zero(); len * dim];
+) -> Aligned<F> {
+    let mut rows = Aligned::new(len * dim);
     set.run(
         #[inline(always)]
         || {
@@ -38,10 +39,10 @@ fn gather<F: Real, K: KernelSet<F>>(
 
 /// One set of keys, laid out for its products.
 struct Packed<F, N> {
-    k_by_token: Vec<N>,
-    v_by_token: Vec<N>,
-    k_by_channel: Vec<N>,
-    v_by_channel: Vec<N>,
+    k_by_token: Aligned<N>,
+    v_by_token: Aligned<N>,
+    k_by_channel: Aligned<N>,
+    v_by_channel: Aligned<N>,
     mass: Option<Vec<F>>,
     /// For pooled states: spared for the last state a query sees.
     close: Option<Vec<F>>,
@@ -72,9 +73,9 @@ impl<'a, F: Real, N: Copy> Walk<'a, F, N> {
         let pack = |keys: &KeyView<'_, F>, close: Option<&View<'_, F>>| {
             let column = |view: &View<'_, F>| (0..job.len).map(|t| view.at(t)).collect();
             let (k, v) = (gather(set, &keys.k, 0, size, F::one()), gather(set, &keys.v, 0, size, F::one()));
-            let when = |passes: &[Pass], packed: &dyn Fn() -> Vec<N>| match passes.contains(&pass) {
+            let when = |passes: &[Pass], packed: &dyn Fn() -> Aligned<N>| match passes.contains(&pass) {
                 true => packed(),
-                false => Vec::new(),
+                false => Aligned::default(),
             };
             Packed {
                 k_by_token: products.by_token(&k, size),
@@ -143,7 +144,7 @@ fn gather_group<F: Real, K: KernelSet<F>>(
     job: &AttentionJob<'_, F>,
     view: &View<'_, F>,
     factor: F,
-) -> Vec<Vec<F>> {
+) -> Vec<Aligned<F>> {
     (0..job.group).map(|g| gather(set, view, g * job.dim, (job.len, job.dim), factor)).collect()
 }
 
@@ -193,7 +194,7 @@ fn forward_with<F: Real, K: KernelSet<F>, P: Factors<F, K>>(
     let walk = Walk::new((set, &products), job, Pass::Forward);
     let q = gather_group(set, job, &job.q, job.scale());
     let q: Vec<_> = q.into_iter().map(|q| products.left(q, size)).collect();
-    let mut s = vec![F::zero(); P::QUERIES * KEYS];
+    let mut s = Aligned::new(P::QUERIES * KEYS);
     let mut running = vec![([F::zero(); QUERIES], [F::zero(); QUERIES]); job.group];
     out.fill(F::zero());
     for i0 in (0..len).step_by(P::QUERIES) {
@@ -248,7 +249,7 @@ fn reads_with<F: Real, K: KernelSet<F>, P: Factors<F, K>>(
     let walk = Walk::new((set, &products), job, Pass::Scores);
     let q = gather_group(set, job, &job.q, job.scale());
     let q: Vec<_> = q.into_iter().map(|q| products.left(q, size)).collect();
-    let mut s = vec![F::zero(); P::QUERIES * KEYS];
+    let mut s = Aligned::new(P::QUERIES * KEYS);
     // Roots of the shares of a block's keys, after that of the key before them.
     let mut roots = [F::zero(); KEYS + 1];
     let mut before = vec![[F::zero(); QUERIES]; job.group];
@@ -300,7 +301,7 @@ fn backward_with<F: Real, K: KernelSet<F>, P: Factors<F, K>>(
     let walk = Walk::new((set, &products), job, Pass::Backward);
     let (q, d) = (gather_group(set, job, &job.q, job.scale()), gather_group(set, job, &grad.d, F::one()));
     // What the normalisation takes from every gradient of a query's scores, `[group][T]`.
-    let mut deltas = vec![F::zero(); job.group * len];
+    let mut deltas = Aligned::new(job.group * len);
     set.run(
         #[inline(always)]
         || {
@@ -308,11 +309,11 @@ fn backward_with<F: Real, K: KernelSet<F>, P: Factors<F, K>>(
             deltas.iter_mut().zip(rows).for_each(|(delta, (d, out))| *delta = real::dot(d, out));
         },
     );
-    let by_channel = |heads: &[Vec<F>]| -> Vec<_> { heads.iter().map(|x| products.by_channel(x, size)).collect() };
+    let by_channel = |heads: &[Aligned<F>]| -> Vec<_> { heads.iter().map(|x| products.by_channel(x, size)).collect() };
     let (q_by_channel, d_by_channel) = (by_channel(&q), by_channel(&d));
-    let left = |heads: Vec<Vec<F>>| -> Vec<_> { heads.into_iter().map(|x| products.left(x, size)).collect() };
+    let left = |heads: Vec<Aligned<F>>| -> Vec<_> { heads.into_iter().map(|x| products.left(x, size)).collect() };
     let (q, d) = (left(q), left(d));
-    let (mut p, mut ds) = (vec![F::zero(); P::QUERIES * KEYS], vec![F::zero(); P::QUERIES * KEYS]);
+    let (mut p, mut ds) = (Aligned::new(P::QUERIES * KEYS), Aligned::new(P::QUERIES * KEYS));
     for i0 in (0..len).step_by(P::QUERIES) {
         let rows = P::QUERIES.min(len - i0);
         for (packed, block) in walk.blocks(i0, rows, P::ALIGN) {
