@@ -21,6 +21,9 @@ pub trait KernelSet<F: Real>: Copy + std::fmt::Debug + Send + Sync + 'static {
     /// The exponential that elementwise kernels use.
     fn exp(x: F) -> F;
 
+    /// The exponential of a number that is about 0 or below, whose value counts beside 1.
+    fn exp_share(x: F) -> F;
+
     /// A matrix product on one thread.
     fn gemm(self, g: Gemm<'_, F>, c: &mut [F]) {
         g.check_output(c.len());
@@ -95,6 +98,11 @@ impl<F: Real> KernelSet<F> for Scalar {
         x.exp()
     }
 
+    #[inline(always)]
+    fn exp_share(x: F) -> F {
+        x.exp()
+    }
+
     unsafe fn gemm_at(self, g: Gemm<'_, F>, c: *mut F) {
         // SAFETY: the caller's.
         unsafe { simd::gemm_scalar(g, c) }
@@ -152,6 +160,11 @@ impl KernelSet<f32> for Fast {
     #[inline(always)]
     fn exp(x: f32) -> f32 {
         simd::exp_fast(x)
+    }
+
+    #[inline(always)]
+    fn exp_share(x: f32) -> f32 {
+        simd::exp_share(x)
     }
 
     unsafe fn gemm_at(self, g: Gemm<'_, f32>, c: *mut f32) {

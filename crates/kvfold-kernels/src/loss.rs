@@ -11,7 +11,7 @@ fn normaliser<F: Real, K: KernelSet<F>>(logits: &[F]) -> (F, F) {
     let total = real::sum_of(
         logits,
         #[inline(always)]
-        |x| K::exp(x - top),
+        |x| K::exp_share(x - top),
     );
     (top, total)
 }
@@ -23,7 +23,7 @@ pub(crate) fn cross_entropy<F: Real, K: KernelSet<F>>(logits: &mut [F], target: 
     let loss = top + total.ln() - logits[target];
     if let Some(factor) = factor {
         let share = factor / total;
-        logits.iter_mut().for_each(|x| *x = K::exp(*x - top) * share);
+        logits.iter_mut().for_each(|x| *x = K::exp_share(*x - top) * share);
         logits[target] -= factor;
     }
     loss
@@ -47,7 +47,7 @@ pub(crate) fn kl<F: Real, K: KernelSet<F>>(
                 teacher,
                 student,
                 #[inline(always)]
-                |t, s| K::exp(t - t_top) * (t - s - shift),
+                |t, s| K::exp_share(t - t_top) * (t - s - shift),
             );
             sum / t_total
         }
@@ -56,7 +56,7 @@ pub(crate) fn kl<F: Real, K: KernelSet<F>>(
                 student,
                 teacher,
                 #[inline(always)]
-                |s, t| K::exp(s - s_top) * (s - t + shift),
+                |s, t| K::exp_share(s - s_top) * (s - t + shift),
             );
             sum / s_total
         }
@@ -66,10 +66,10 @@ pub(crate) fn kl<F: Real, K: KernelSet<F>>(
         let pairs = student.iter_mut().zip(teacher);
         match direction {
             KlDirection::Forward => {
-                pairs.for_each(|(s, &t)| *s = K::exp(*s - s_top) * s_share - K::exp(t - t_top) * t_share);
+                pairs.for_each(|(s, &t)| *s = K::exp_share(*s - s_top) * s_share - K::exp_share(t - t_top) * t_share);
             }
             KlDirection::Reverse => {
-                pairs.for_each(|(s, &t)| *s = K::exp(*s - s_top) * s_share * (*s - t + shift - loss));
+                pairs.for_each(|(s, &t)| *s = K::exp_share(*s - s_top) * s_share * (*s - t + shift - loss));
             }
         }
     }

@@ -53,6 +53,24 @@ pub fn sum_of<F: Real>(xs: &[F], f: impl Fn(F) -> F) -> F {
     fold_lanes(lanes)
 }
 
+/// Puts a function of every element in its place; the sum of them, in the order of [`sum_of`].
+#[inline(always)]
+pub fn map_and_sum<F: Real>(xs: &mut [F], f: impl Fn(F) -> F) -> F {
+    let mut lanes = [F::zero(); LANES];
+    let (whole, rest) = xs.as_chunks_mut::<LANES>();
+    for x in whole {
+        for l in 0..LANES {
+            x[l] = f(x[l]);
+            lanes[l] += x[l];
+        }
+    }
+    for (lane, x) in lanes.iter_mut().zip(rest) {
+        *x = f(*x);
+        *lane += *x;
+    }
+    fold_lanes(lanes)
+}
+
 /// Sum of a function of every pair of elements, in the order of [`sum_of`].
 #[inline(always)]
 pub fn sum_of_pairs<F: Real>(xs: &[F], ys: &[F], f: impl Fn(F, F) -> F) -> F {

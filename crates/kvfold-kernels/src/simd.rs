@@ -548,6 +548,26 @@ pub fn exp_fast(x: f32) -> f32 {
     if x < -87.3 { 0.0 } else { y }
 }
 
+/// `exp` of a number that is at most 88, such as the distance to the largest of a softmax, to 2e-7 of 1 below 0, for a third less work than
+/// [`exp_fast`]. 0 below -88; branch-free, so loops over it vectorise.
+#[inline(always)]
+pub fn exp_share(x: f32) -> f32 {
+    const SHIFT: f32 = 12_582_912.0;
+    const LOWEST: f32 = -127.0; // the power whose exponent's bits are those of 0
+    let power = x * std::f32::consts::LOG2_E;
+    // Not `max`, which would pass over a NaN.
+    let power = if power < LOWEST { LOWEST } else { power };
+    let shifted = power + SHIFT;
+    let f = power - (shifted - SHIFT);
+    let p = 1.326_472_7e-3;
+    let p = p * f + 9.671_513e-3;
+    let p = p * f + 5.550_733_6e-2;
+    let p = p * f + 2.402_224_2e-1;
+    let p = p * f + 6.931_47e-1;
+    let p = p * f + 1.0;
+    f32::from_bits(p.to_bits().wrapping_add(shifted.to_bits() << 23))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -608,5 +628,19 @@ mod tests {
         }
         assert_eq!(exp_fast(0.0), 1.0);
         assert_eq!(exp_fast(f32::NEG_INFINITY), 0.0);
+    }
+
+    #[test]
+    fn shares_are_close_wherever_they_count() {
+        let mut x = -100.0f32;
+        while x < 1.0 {
+            let (got, want) = (exp_share(x), x.exp());
+            let tolerance = 2e-7 * want * (1.0 + x.abs()) + 2e-38;
+            assert!((got - want).abs() <= tolerance, "exp({x}): {got} {want}");
+            x += 0.00137;
+        }
+        assert_eq!(exp_share(0.0), 1.0);
+        assert_eq!(exp_share(f32::NEG_INFINITY).to_bits(), 0);
+        assert!(exp_share(f32::NAN).is_nan());
     }
 }

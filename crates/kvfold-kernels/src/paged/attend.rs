@@ -56,8 +56,12 @@ pub(super) fn exponentials<F: Real, K: KernelSet<F>>(scores: &mut [F], stride: u
     shares.clear();
     for row in scores.chunks_exact_mut(stride) {
         let top = real::max(row);
-        row.iter_mut().for_each(|s| *s = K::exp(*s - top));
-        shares.push(F::one() / real::total(row));
+        let total = real::map_and_sum(
+            row,
+            #[inline(always)]
+            |s| K::exp_share(s - top),
+        );
+        shares.push(F::one() / total);
     }
 }
 

@@ -215,9 +215,13 @@ fn forward_with<F: Real, K: KernelSet<F>, P: Factors<F, K>>(
                                 s.fill(F::zero());
                                 continue;
                             }
-                            let keep = K::exp(top[r] - new);
-                            s.iter_mut().for_each(|s| *s = K::exp(*s - new));
-                            total[r] = total[r] * keep + real::total(s);
+                            let keep = K::exp_share(top[r] - new);
+                            let sum = real::map_and_sum(
+                                s,
+                                #[inline(always)]
+                                |s| K::exp_share(s - new),
+                            );
+                            total[r] = total[r] * keep + sum;
                             acc[r * dim..][..dim].iter_mut().for_each(|o| *o *= keep);
                             top[r] = new;
                         }
@@ -271,7 +275,7 @@ fn reads_with<F: Real, K: KernelSet<F>, P: Factors<F, K>>(
                             let late = (i + 1).saturating_sub(later).clamp(block.j0, block.j0 + block.width) - block.j0;
                             roots[0] = before[r];
                             for (root, &s) in roots[1..][..late].iter_mut().zip(s) {
-                                *root = K::exp((s - lse) * half);
+                                *root = K::exp_share((s - lse) * half);
                             }
                             before[r] = roots[late];
                             let sums = own[..late].iter_mut().zip(&mut apart[..late]).zip(&mut lost[..late]);
@@ -330,7 +334,7 @@ fn backward_with<F: Real, K: KernelSet<F>, P: Factors<F, K>>(
                         for r in 0..rows {
                             let (p, ds) = (&mut p[r * KEYS..][..width], &mut ds[r * KEYS..][..width]);
                             for (p, ds) in p.iter_mut().zip(ds) {
-                                *p = K::exp(*p - lse[r]);
+                                *p = K::exp_share(*p - lse[r]);
                                 *ds = *p * (*ds - delta[r]);
                             }
                         }
