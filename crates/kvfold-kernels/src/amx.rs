@@ -84,9 +84,8 @@ pub(crate) unsafe fn gemm(g: GemmBf16<'_>, c: *mut f32) {
             for (row, rows, blocks) in parts(g.m, 2 * TILE) {
                 // SAFETY: the machine has tiles, and these sizes fit them.
                 let tiles = unsafe { Tiles::new(rows, cols, words) };
-                for (col, row) in
-                    (0..panels).flat_map(|p| (0..blocks).map(move |b| (col + p * PANEL, row + b * 2 * TILE)))
-                {
+                for (panel, block) in (0..panels).flat_map(|p| (0..blocks).map(move |b| (p, b))) {
+                    let (col, row) = (col + panel * PANEL, row + block * 2 * TILE);
                     let b = g.b[col / PANEL * g.b_panel + first * PANEL..].as_ptr();
                     let block = Block {
                         steps,
@@ -422,6 +421,7 @@ pub(crate) unsafe fn products(steps: usize) -> usize {
 mod tests {
     use super::{key_pages, value_pages};
     use crate::bf16::{self, GemmBf16, widen, words};
+    use crate::pack::{Packing, pack};
     use crate::paged::{KeyPages, PAGE_SLOTS, PAGE_WORDS, ValuePages};
     use crate::simd::{Level, PANEL};
     use crate::team::Team;
@@ -463,7 +463,7 @@ mod tests {
     fn words_of(seed: u64, len: usize) -> Vec<u32> {
         let x: Vec<f32> = (0..2 * len).map(|i| noise(seed, i)).collect();
         let mut packed = vec![0; len];
-        bf16::rows(&x, 2 * len, &mut packed);
+        pack(Level::Portable, Packing::Rows { x: &x, cols: 2 * len }, &mut packed);
         packed
     }
 
@@ -519,9 +519,9 @@ mod tests {
             let x: Vec<f32> = (0..m * k).map(|i| noise(seed, i)).collect();
             let y: Vec<f32> = (0..PANELS * PANEL * k).map(|i| noise(seed ^ 1, i)).collect();
             let (mut a, mut b) = (vec![0; m * words(k)], vec![0; PANELS * words(k) * PANEL]);
-            bf16::rows(&x, k, &mut a);
+            pack(Level::Portable, Packing::Rows { x: &x, cols: k }, &mut a);
             let panels = b.chunks_exact_mut(words(k) * PANEL).zip(y.chunks(PANEL * k));
-            panels.for_each(|(panel, rows)| bf16::panels_of_rows(rows, k, panel));
+            panels.for_each(|(panel, x)| pack(Level::Portable, Packing::PanelOfRows { x, cols: k }, panel));
             Self { words: words(k), a, b }
         }
 

@@ -1,17 +1,7 @@
 //! Products of bf16 operands with f32 sums.
 //!
 //! Operands are rounded to bf16 (to nearest, ties to even) and packed so that two neighbouring terms of a sum share a
-//! 32-bit word, the lower term in the lower half. All products of a layer, forward and backward, read four packings of
-//! a row-major matrix `[R, C]`:
-//!
-//! | packing | words | reads as |
-//! |---|---|---|
-//! | `rows` | `[R][C/2]` | left factor, terms along the columns |
-//! | `panels_of_rows` | `[R/32][C/2][32]` | right factor, outputs are the rows, terms along the columns |
-//! | `columns` | `[C][R/2]` | left factor, outputs are the columns, terms along the rows |
-//! | `panels_of_columns` | `[C/32][R/2][32]` | right factor, outputs are the columns, terms along the rows |
-//!
-//! Odd ends are filled up with zeros. Each output is one chain of additions over the terms in ascending order, whatever
+//! 32-bit word, the lower term in the lower half (`pack.rs`). Each output is one chain of additions over the terms in ascending order, whatever
 //! is computed beside it (promise I3). With `vdpbf16ps` a step of the chain takes two terms at once, with `tdpbf16ps`
 //! 32 (see `amx.rs`); without, one by one, so instruction sets differ in rounding as they do in f32.
 
@@ -85,148 +75,6 @@ pub(crate) fn add_pair<F: Real>(sum: F, a: u32, b: u32) -> F {
 /// Words of a row of `terms` terms.
 pub(crate) fn words(terms: usize) -> usize {
     terms.div_ceil(2)
-}
-
-/// Packs rows `[.., C]` as `[..][C/2]`.
-#[inline(always)]
-pub(crate) fn rows<F: Real>(x: &[F], cols: usize, out: &mut [u32]) {
-    // Terms that are adjacent, 32 at a time, so that the compiler computes in vectors.
-    const TERMS: usize = 2 * SQUARE;
-    for (x, out) in x.chunks_exact(cols).zip(out.chunks_exact_mut(words(cols))) {
-        let (whole, rest) = x.as_chunks::<TERMS>();
-        let (to, to_rest) = out.split_at_mut(whole.len() * SQUARE);
-        for (to, x) in to.as_chunks_mut::<SQUARE>().0.iter_mut().zip(whole) {
-            let mut halves = [0; TERMS];
-            halves.iter_mut().zip(x).for_each(|(half, &x)| *half = round(x.f64() as f32) as u16);
-            // SAFETY: 32 halves are 16 words of any content.
-            *to = unsafe { std::mem::transmute::<[u16; TERMS], [u32; SQUARE]>(halves) };
-            if cfg!(target_endian = "big") {
-                // The lower term belongs in the lower half.
-                to.iter_mut().for_each(|word| *word = word.rotate_left(16));
-            }
-        }
-        let (pairs, last) = rest.as_chunks::<2>();
-        to_rest.iter_mut().zip(pairs).for_each(|(word, &[lower, upper])| *word = pair(lower, upper));
-        if let &[last] = last {
-            to_rest[pairs.len()] = pair(last, F::zero());
-        }
-    }
-}
-
-/// Packs up to 32 rows `[.., C]` as one panel `[C/2][32]`.
-#[inline(always)]
-pub(crate) fn panels_of_rows<F: Real>(x: &[F], cols: usize, panel: &mut [u32]) {
-    panel.fill(0);
-    for (row, x) in x.chunks_exact(cols).enumerate() {
-        for (term, pair_of) in x.chunks(2).enumerate() {
-            panel[term * PANEL + row] = pair(pair_of[0], pair_of.get(1).copied().unwrap_or(F::zero()));
-        }
-    }
-}
-
-/// Packs up to 32 columns from `first` of `x [R, C]` as one panel `[R/2][32]`.
-#[inline(always)]
-pub(crate) fn panels_of_columns<F: Real>(x: &[F], cols: usize, first: usize, panel: &mut [u32]) {
-    let width = PANEL.min(cols - first);
-    for (two, words) in x.chunks(2 * cols).zip(panel.chunks_exact_mut(PANEL)) {
-        let (lower, upper) = two.split_at(cols);
-        let lower = &lower[first..][..width];
-        match upper.get(first..first + width) {
-            Some(upper) => {
-                words.iter_mut().zip(lower.iter().zip(upper)).for_each(|(word, (&l, &u))| *word = pair(l, u));
-            }
-            None => words.iter_mut().zip(lower).for_each(|(word, &l)| *word = pair(l, F::zero())),
-        }
-        words[width..].fill(0);
-    }
-}
-
-/// Words of 16 columns: 16 pairs of rows one below the other, or, transposed, of one column.
-pub type Square = [[u32; SQUARE]; SQUARE];
-
-/// Rows and columns of a [`Square`].
-const SQUARE: usize = 16;
-
-/// Exchanges rows and columns: the definition.
-pub(crate) fn transpose_scalar(square: &Square) -> Square {
-    std::array::from_fn(|i| std::array::from_fn(|j| square[j][i]))
-}
-
-/// Packs columns from `first` on of `x [R, C]` as rows `[..][R/2]`, as many as there is room for.
-#[inline(always)]
-pub(crate) fn columns<F: Real>(
-    x: &[F],
-    cols: usize,
-    first: usize,
-    out: &mut [u32],
-    transpose: impl Fn(&Square) -> Square,
-) {
-    let row_words = words(x.len() / cols);
-    for (strip, out) in out.chunks_mut(SQUARE * row_words).enumerate() {
-        let (first, width) = (first + strip * SQUARE, out.len() / row_words);
-        for (at, rows) in (0..row_words).step_by(SQUARE).zip(x.chunks(2 * SQUARE * cols)) {
-            let mut square = [[0; SQUARE]; SQUARE];
-            for (words, two) in square.iter_mut().zip(rows.chunks(2 * cols)) {
-                let columns = |row: usize| -> [F; SQUARE] {
-                    let row = two.get(row * cols + first..).unwrap_or_default();
-                    // Of a length that the compiler knows, so that it computes in vectors.
-                    match row.first_chunk().filter(|_| width == SQUARE) {
-                        Some(row) => *row,
-                        None => std::array::from_fn(|i| if i < width.min(row.len()) { row[i] } else { F::zero() }),
-                    }
-                };
-                let (lower, upper) = (columns(0), columns(1));
-                *words = std::array::from_fn(|i| pair(lower[i], upper[i]));
-            }
-            let count = SQUARE.min(row_words - at);
-            for (column, words) in out.chunks_exact_mut(row_words).zip(transpose(&square)) {
-                column[at..at + count].copy_from_slice(&words[..count]);
-            }
-        }
-    }
-}
-
-/// [`transpose_scalar`] with the vectors of an instruction set.
-pub(crate) fn transpose(level: Level, square: &Square) -> Square {
-    match level {
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx512 | Level::Avx512Bf16 | Level::AmxBf16 => {
-            assert!(level <= Level::detect(), "{level:?} is not available on this machine");
-            type Registers = [__m512i; SQUARE];
-            // SAFETY: the machine has AVX-512, as asserted, and registers are 16 words of any content.
-            unsafe {
-                let lines = std::mem::transmute::<Square, Registers>(*square);
-                std::mem::transmute::<Registers, Square>(transpose_avx512(lines))
-            }
-        }
-        _ => transpose_scalar(square),
-    }
-}
-
-/// Pairs of lines first, then of pairs, then the quarters of registers.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-fn transpose_avx512(lines: [__m512i; SQUARE]) -> [__m512i; SQUARE] {
-    const EVEN: i32 = 0b10_00_10_00;
-    const ODD: i32 = 0b11_01_11_01;
-    let pairs: [__m512i; SQUARE] = std::array::from_fn(|i| {
-        let (x, y) = (lines[i & !1], lines[i | 1]);
-        if i & 1 == 0 { _mm512_unpacklo_epi32(x, y) } else { _mm512_unpackhi_epi32(x, y) }
-    });
-    // Line 4 i + j holds column j of each quarter, of lines 4 i to 4 i + 3.
-    let fours: [__m512i; SQUARE] = std::array::from_fn(|i| {
-        let (x, y) = (pairs[i & !3 | i >> 1 & 1], pairs[i & !3 | 2 | i >> 1 & 1]);
-        if i & 1 == 0 { _mm512_unpacklo_epi64(x, y) } else { _mm512_unpackhi_epi64(x, y) }
-    });
-    // The even quarters of two lines, or the odd ones.
-    let halves: [__m512i; SQUARE] = std::array::from_fn(|i| {
-        let (x, y) = (fours[i & !4], fours[i | 4]);
-        if i & 4 == 0 { _mm512_shuffle_i32x4::<EVEN>(x, y) } else { _mm512_shuffle_i32x4::<ODD>(x, y) }
-    });
-    std::array::from_fn(|i| {
-        let (x, y) = (halves[i & !8], halves[i | 8]);
-        if i & 8 == 0 { _mm512_shuffle_i32x4::<EVEN>(x, y) } else { _mm512_shuffle_i32x4::<ODD>(x, y) }
-    })
 }
 
 /// `c [m,n] (+)= a . b` on packed operands.
@@ -578,6 +426,7 @@ unsafe impl Dot for Avx512Bf16 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pack::{Packing, pack};
     use proptest::prelude::*;
 
     fn noise(seed: u64, i: usize) -> f32 {
@@ -590,11 +439,11 @@ mod tests {
         fn tiles_match_the_definition(m in 1usize..70, n in 1usize..100, k in 1usize..70, pad in 0usize..3, accumulate: bool, seed: u64) {
             let mut a = vec![0; m * words(k)];
             let x: Vec<f32> = (0..m * k).map(|i| noise(seed, i)).collect();
-            rows(&x, k, &mut a);
+            pack(Level::Portable, Packing::Rows { x: &x, cols: k }, &mut a);
             let y: Vec<f32> = (0..n * k).map(|i| noise(seed ^ 1, i)).collect();
             let b_panel = words(k) * PANEL;
             let mut b = vec![7; n.div_ceil(PANEL) * b_panel];
-            b.chunks_mut(b_panel).zip(y.chunks(PANEL * k)).for_each(|(panel, rows)| panels_of_rows(rows, k, panel));
+            b.chunks_mut(b_panel).zip(y.chunks(PANEL * k)).for_each(|(panel, x)| pack(Level::Portable, Packing::PanelOfRows { x, cols: k }, panel));
             let start: Vec<f32> = (0..m * (n + pad)).map(|i| noise(seed ^ 2, i)).collect();
             let g = GemmBf16 { m, n, words: words(k), a: &a, a_row: words(k), b: &b, b_panel: words(k) * PANEL, c_row: n + pad, accumulate };
             let mut expected: Vec<f64> = start.iter().map(|&x| f64::from(x)).collect();
@@ -615,8 +464,8 @@ mod tests {
             let x: Vec<f32> = (0..m * k).map(|i| noise(seed, i)).collect();
             let y: Vec<f32> = (0..PANEL * k).map(|i| noise(seed ^ 1, i)).collect();
             let (mut a, mut b) = (vec![0; m * words(k)], vec![0; words(k) * PANEL]);
-            rows(&x, k, &mut a);
-            panels_of_rows(&y, k, &mut b);
+            pack(Level::Portable, Packing::Rows { x: &x, cols: k }, &mut a);
+            pack(Level::Portable, Packing::PanelOfRows { x: &y, cols: k }, &mut b);
             for level in Level::available() {
                 let all = GemmBf16 { m, n: PANEL, words: words(k), a: &a, a_row: words(k), b: &b, b_panel: words(k) * PANEL, c_row: PANEL, accumulate: false };
                 let mut together = vec![0.0; m * PANEL];
@@ -629,31 +478,6 @@ mod tests {
                     prop_assert_eq!(&alone[..], &together[r * PANEL..][..PANEL]);
                 }
             }
-        }
-
-        /// Columns are the rows of the transposed matrix, on every instruction set, from any column on.
-        #[test]
-        fn columns_are_the_rows_of_the_transposed(r in 1usize..80, c in 1usize..60, at in 0.0..1.0, seed: u64) {
-            let first = (at * c as f64) as usize;
-            let x: Vec<f32> = (0..r * c).map(|i| noise(seed, i)).collect();
-            let transposed: Vec<f32> = (0..c * r).map(|i| x[i % r * c + i / r]).collect();
-            let mut wanted = vec![0; (c - first) * words(r)];
-            rows(&transposed[first * r..], r, &mut wanted);
-            for level in Level::available() {
-                let mut found = vec![7; wanted.len()];
-                columns(&x, c, first, &mut found, |square| transpose(level, square));
-                prop_assert_eq!(&found, &wanted, "{:?}", level);
-            }
-        }
-
-        #[test]
-        fn both_panels_hold_the_same_words(r in 1usize..33, c in 1usize..33, seed: u64) {
-            let x: Vec<f32> = (0..r * c).map(|i| noise(seed, i)).collect();
-            let transposed: Vec<f32> = (0..c * r).map(|i| x[i % r * c + i / r]).collect();
-            let (mut of_rows, mut of_columns) = (vec![1; words(c) * PANEL], vec![2; words(c) * PANEL]);
-            panels_of_rows(&x, c, &mut of_rows);
-            panels_of_columns(&transposed, r, 0, &mut of_columns);
-            prop_assert_eq!(of_rows, of_columns);
         }
     }
 

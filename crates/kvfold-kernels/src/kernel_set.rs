@@ -6,8 +6,9 @@
 #[cfg(target_arch = "x86_64")]
 use crate::amx;
 use crate::attention::{self, AttentionJob, AttentionJobGrad};
-use crate::bf16::{self, GemmBf16, Square};
+use crate::bf16::{self, GemmBf16};
 use crate::ops::{Late, LateReads};
+use crate::pack::{self, Packing};
 use crate::paged::{self, DecodeJob, KeyPages, ValuePages};
 use crate::q8::{self, GemmQ8};
 use crate::real::Real;
@@ -45,8 +46,8 @@ pub trait KernelSet<F: Real>: Copy + std::fmt::Debug + Send + Sync + 'static {
     /// is asked for in that precision.
     fn tiles(self) -> bool;
 
-    /// Exchanges the rows and columns of packed words.
-    fn transpose(self, square: &Square) -> Square;
+    /// Packs numbers to words of two bf16 terms.
+    fn pack(self, packing: Packing<'_, F>, words: &mut [u32]);
 
     /// A matrix product of packed bf16 operands on one thread.
     ///
@@ -116,8 +117,8 @@ impl<F: Real> KernelSet<F> for Scalar {
         true
     }
 
-    fn transpose(self, square: &Square) -> Square {
-        bf16::transpose_scalar(square)
+    fn pack(self, packing: Packing<'_, F>, words: &mut [u32]) {
+        pack::pack_scalar(packing, words);
     }
 
     unsafe fn gemm_bf16(self, g: GemmBf16<'_>, c: *mut F) {
@@ -180,8 +181,8 @@ impl KernelSet<f32> for Fast {
         self.0 >= Level::AmxBf16
     }
 
-    fn transpose(self, square: &Square) -> Square {
-        bf16::transpose(self.0, square)
+    fn pack(self, packing: Packing<'_, f32>, words: &mut [u32]) {
+        pack::pack(self.0, packing, words);
     }
 
     unsafe fn gemm_bf16(self, g: GemmBf16<'_>, c: *mut f32) {

@@ -7,7 +7,7 @@
 //! | file | op |
 //! |---|---|
 //! | `simd.rs` | instruction sets, the matrix product's register tile, a vectorisable exponential |
-//! | `bf16.rs` | packing to bf16, and the tile of its products |
+//! | `bf16.rs`, `pack.rs` | the tile of bf16 products, and packing for it |
 //! | `amx.rs` | the same products on the tile registers of AMX |
 //! | `q8.rs` | 8-bit weights, and the tile of their products |
 //! | `norm.rs`, `rope.rs`, `loss.rs` | RMS norm, rotary embedding, cross-entropy and KL |
@@ -32,6 +32,7 @@ pub mod machine;
 pub mod noise;
 mod norm;
 pub mod ops;
+mod pack;
 pub mod paged;
 mod pool;
 mod q8;

@@ -92,60 +92,95 @@ pub(crate) struct PoolJobGrad<'a, F> {
 /// The adjoint of [`forward`] for output gradients `d_mean [T,E]` and `d_mass [T]`.
 #[inline(always)]
 pub(crate) fn backward<F: Real>(job: &PoolJob<'_, F>, (d_mean, d_mass): (&[F], &[F]), to: &mut PoolJobGrad<'_, F>) {
-    let len = job.alpha.len();
+    let (width, len) = (job.width(), job.alpha.len());
     match job.window {
-        None => sweep(job, 0, len, |i| Some((&d_mean[i * job.width()..][..job.width()], d_mass[i])), to),
-        Some(_) => {
+        None => sweep(job, (d_mean, d_mass), to),
+        Some(window) => {
+            let mut terms = Vec::with_capacity(window);
             for i in 0..len {
-                let seed = (&d_mean[i * job.width()..][..job.width()], d_mass[i]);
-                sweep(job, job.first(i), i + 1, |t| (t == i).then_some(seed), to);
+                windowed_grad(job, i, (&d_mean[i * width..][..width], d_mass[i]), &mut terms, to);
             }
         }
     }
 }
 
-/// Backward recursion over tokens `first..end` with output gradients from `seed` (spec 2.4):
+/// A token in the windowed sum of a newer one.
+#[derive(Clone, Copy, Debug)]
+struct Term<F> {
+    /// Its coefficient C.
+    c: F,
+    /// Output gradient times its x.
+    dot: F,
+}
+
+/// What the mean and the mass at i give to the window's tokens (spec 2.4): with weights `w_t = C_t omega_t` that sum to Z,
+///
+/// ```text
+/// wbar_t = (dx~ . x_t - dx~ . x~) / Z + dz      xbar_t += dx~ w_t / Z
+/// omegabar_t += C_t wbar_t      Cbar_t = omega_t wbar_t + alpha_t Cbar_{t-1}      alphabar_t += C_t Cbar_{t-1}
+/// ```
+#[inline(always)]
+fn windowed_grad<F: Real>(
+    job: &PoolJob<'_, F>,
+    i: usize,
+    (d_mean, d_mass): (&[F], F),
+    terms: &mut Vec<Term<F>>,
+    to: &mut PoolJobGrad<'_, F>,
+) {
+    let (width, first) = (job.width(), job.first(i));
+    terms.clear();
+    let (mut c, mut z, mut sum) = (F::one(), F::zero(), F::zero());
+    for t in (first..=i).rev() {
+        let dot = real::dot(d_mean, &job.x[t * width..][..width]);
+        z += c * job.omega[t];
+        sum += c * job.omega[t] * dot;
+        terms.push(Term { c, dot });
+        c *= job.alpha[t];
+    }
+    let share = F::one() / z;
+    let mean = sum * share;
+    // Of the coefficient of the token before.
+    let mut c_bar = F::zero();
+    for (t, &Term { c, dot }) in (first..=i).zip(terms.iter().rev()) {
+        to.alpha[t] += c * c_bar;
+        let w_bar = (dot - mean) * share + d_mass;
+        to.omega[t] += c * w_bar;
+        c_bar = job.omega[t] * w_bar + job.alpha[t] * c_bar;
+        accumulate(&mut to.x[t * width..][..width], F::one(), c * job.omega[t] * share, d_mean);
+    }
+}
+
+/// Backward recursion without a window (spec 2.4):
 ///
 /// ```text
 /// Xbar_i = dx~_i / Z_i + alpha_{i+1} Xbar_{i+1}      Zbar_i = dz_i - (dx~_i . x~_i) / Z_i + alpha_{i+1} Zbar_{i+1}
 /// ```
 #[inline(always)]
-fn sweep<'s, F: Real>(
-    job: &PoolJob<'_, F>,
-    first: usize,
-    end: usize,
-    seed: impl Fn(usize) -> Option<(&'s [F], F)>,
-    to: &mut PoolJobGrad<'_, F>,
-) {
-    let (width, len) = (job.width(), end - first);
+fn sweep<F: Real>(job: &PoolJob<'_, F>, (d_mean, d_mass): (&[F], &[F]), to: &mut PoolJobGrad<'_, F>) {
+    let (width, len) = (job.width(), job.alpha.len());
     let x = |t: usize| &job.x[t * width..][..width];
-    // Sums of the recursion that starts at `first`: all that the window holds.
     let (mut sums, mut z) = (vec![F::zero(); len * width], vec![F::zero(); len]);
-    for n in 0..len {
-        let t = first + n;
-        if n == 0 {
+    for t in 0..len {
+        if t == 0 {
             accumulate(&mut sums[..width], F::zero(), job.omega[t], x(t));
             z[0] = job.omega[t];
         } else {
-            let (past, now) = sums.split_at_mut(n * width);
-            now[..width].copy_from_slice(&past[(n - 1) * width..]);
+            let (past, now) = sums.split_at_mut(t * width);
+            now[..width].copy_from_slice(&past[(t - 1) * width..]);
             accumulate(&mut now[..width], job.alpha[t], job.omega[t], x(t));
-            z[n] = job.alpha[t] * z[n - 1] + job.omega[t];
+            z[t] = job.alpha[t] * z[t - 1] + job.omega[t];
         }
     }
     let (mut xbar, mut zbar) = (vec![F::zero(); width], F::zero());
-    for n in (0..len).rev() {
-        let t = first + n;
-        if let Some((d_mean, d_mass)) = seed(t) {
-            let share = F::one() / z[n];
-            let dot = real::dot(d_mean, &sums[n * width..][..width]);
-            xbar.iter_mut().zip(d_mean).for_each(|(xbar, &d)| *xbar += d * share);
-            zbar += d_mass - dot * share * share;
-        }
+    for t in (0..len).rev() {
+        let (d_mean, share) = (&d_mean[t * width..][..width], F::one() / z[t]);
+        let dot = real::dot(d_mean, &sums[t * width..][..width]);
+        xbar.iter_mut().zip(d_mean).for_each(|(xbar, &d)| *xbar += d * share);
+        zbar += d_mass[t] - dot * share * share;
         accumulate(&mut to.x[t * width..][..width], F::one(), job.omega[t], &xbar);
         to.omega[t] += real::dot(&xbar, x(t)) + zbar;
-        if n > 0 {
-            to.alpha[t] += real::dot(&xbar, &sums[(n - 1) * width..][..width]) + zbar * z[n - 1];
+        if t > 0 {
+            to.alpha[t] += real::dot(&xbar, &sums[(t - 1) * width..][..width]) + zbar * z[t - 1];
         }
         xbar.iter_mut().for_each(|xbar| *xbar *= job.alpha[t]);
         zbar *= job.alpha[t];

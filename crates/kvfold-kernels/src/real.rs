@@ -118,18 +118,20 @@ pub fn total<F: Real>(xs: &[F]) -> F {
 /// Largest element; minus infinity when there is none.
 #[inline(always)]
 pub fn max<F: Real>(xs: &[F]) -> F {
-    let mut lanes = [F::neg_infinity(); LANES];
-    let xc = xs.chunks_exact(LANES);
-    let xr = xc.remainder();
-    for x in xc {
-        for l in 0..LANES {
-            lanes[l] = if x[l] > lanes[l] { x[l] } else { lanes[l] };
+    // Several registers' worth, since one would wait for itself.
+    const WIDE: usize = 4 * LANES;
+    let larger = |a: F, b: F| if b > a { b } else { a };
+    let mut lanes = [F::neg_infinity(); WIDE];
+    let (whole, rest) = xs.as_chunks::<WIDE>();
+    for x in whole {
+        for l in 0..WIDE {
+            lanes[l] = larger(lanes[l], x[l]);
         }
     }
-    for (l, &x) in xr.iter().enumerate() {
-        lanes[l] = if x > lanes[l] { x } else { lanes[l] };
+    for (lane, &x) in lanes.iter_mut().zip(rest) {
+        *lane = larger(*lane, x);
     }
-    lanes.into_iter().fold(F::neg_infinity(), |a, b| if b > a { b } else { a })
+    lanes.into_iter().fold(F::neg_infinity(), larger)
 }
 
 #[inline(always)]

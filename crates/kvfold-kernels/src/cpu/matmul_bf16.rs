@@ -11,6 +11,7 @@ use super::{Array, Cpu, for_rows};
 use crate::aligned::Aligned;
 use crate::bf16::{self, GemmBf16, words};
 use crate::kernel_set::KernelSet;
+use crate::pack::Packing;
 use crate::real::Real;
 use crate::simd::{BLOCK_ROWS, Gemm, PANEL, STRIP};
 use crate::team;
@@ -20,6 +21,9 @@ const MANY: usize = 64;
 /// Words of a left factor that stay in the second-level cache while panels pass by: each is read from far away as often as
 /// there are blocks of rows, which tiles wait for sooner than other products.
 const LEFT: usize = 192 * 1024;
+/// Words of a sum that are added before the next panel's are, so that so much of a left factor is read from near for each: a
+/// multiple of every instruction set's step.
+const NEAR_WORDS: usize = 1024;
 /// Words that a weight gradient sums before it moves on, so that its inputs stay in cache.
 const WORDS: usize = 256;
 /// Rows of a weight gradient that a task computes at most, from words.
@@ -64,7 +68,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         let (n, terms) = x.matrix();
         let y = match self.set.pairs() || n < MANY {
             true => {
-                let rows = (LEFT / words(terms)).clamp(ROWS, 4 * ROWS);
+                let rows = (LEFT / words(terms).min(NEAR_WORDS)).clamp(ROWS, 4 * ROWS);
                 self.word_product(self.packed_rows(x), panels, Sizes { n, outputs, terms, rows })
             }
             false => self.widened_product(x.data(), panels, Sizes { n, outputs, terms, rows: ROWS }),
@@ -74,21 +78,24 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
 
     /// Packed rows times panels.
     fn word_product(&self, a: &[u32], b: &[u32], sizes: Sizes) -> Aligned<F> {
-        let words = words(sizes.terms);
-        self.panel_product(sizes, |rows, panel, n, to| {
-            let product = GemmBf16 {
-                m: rows.len(),
-                n,
-                words,
-                a: &a[rows.start * words..],
-                a_row: words,
-                b: &b[panel * words * PANEL..][..words * PANEL],
-                b_panel: words * PANEL,
-                c_row: sizes.outputs,
-                accumulate: false,
-            };
-            // SAFETY: these rows and columns are this call's alone.
-            unsafe { self.set.gemm_bf16(product, to) };
+        let (words, outputs) = (words(sizes.terms), sizes.outputs);
+        self.block_product(sizes, |rows, panels, at| {
+            // Where a sum is longer than what stays near, all panels add a part of it before the next.
+            for first in (0..words).step_by(NEAR_WORDS) {
+                let product = GemmBf16 {
+                    m: rows.len(),
+                    n: (panels.len() * PANEL).min(outputs - panels.start * PANEL),
+                    words: NEAR_WORDS.min(words - first),
+                    a: &a[rows.start * words + first..],
+                    a_row: words,
+                    b: &b[(panels.start * words + first) * PANEL..],
+                    b_panel: words * PANEL,
+                    c_row: outputs,
+                    accumulate: first > 0,
+                };
+                // SAFETY: these rows and columns are this block's alone.
+                unsafe { self.set.gemm_bf16(product, at(panels.start)) };
+            }
         })
     }
 
@@ -151,10 +158,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         let rows = m.div_ceil(2 * team::threads()).next_multiple_of(PANEL).min(TALL);
         team::each(dw.chunks_mut(rows * k).enumerate(), |(task, dw)| {
             let mut left = self.home.words.take(dw.len() / k * words);
-            self.set.run(
-                #[inline(always)]
-                || bf16::columns(d.data(), m, task * rows, &mut left, |square| self.set.transpose(square)),
-            );
+            self.set.pack(Packing::Columns { x: d.data(), cols: m, first: task * rows }, &mut left);
             for first in (0..words).step_by(WORDS) {
                 let product = GemmBf16 {
                     m: dw.len() / k,
@@ -222,33 +226,27 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         self.home.floats.give(strips);
     }
 
-    /// [`bf16::rows`] of an array, made at first use.
+    /// [`Packing::Rows`] of an array, made at first use.
     fn packed_rows<'a>(&self, x: &'a Array<F>) -> &'a [u32] {
         let (rows, cols) = x.matrix();
         x.packings().rows.get_or_init(|| {
             let mut packed = self.home.words.take(rows * words(cols));
             for_rows(&mut packed, words(cols), |first, block| {
                 let x = &x.data()[first * cols..][..block.len() / words(cols) * cols];
-                self.set.run(
-                    #[inline(always)]
-                    || bf16::rows(x, cols, block),
-                );
+                self.set.pack(Packing::Rows { x, cols }, block);
             });
             packed
         })
     }
 
-    /// [`bf16::panels_of_rows`] of an array, made at first use.
+    /// [`Packing::PanelOfRows`]s of an array, made at first use.
     pub(super) fn packed_panels_of_rows<'a>(&self, x: &'a Array<F>) -> &'a [u32] {
         let (rows, cols) = x.matrix();
         x.packings().panels_of_rows.get_or_init(|| {
             let mut packed = self.home.words.take(rows.div_ceil(PANEL) * words(cols) * PANEL);
             let panels = packed.chunks_exact_mut(words(cols) * PANEL);
             team::each(panels.zip(x.data().chunks(PANEL * cols)), |(panel, x)| {
-                self.set.run(
-                    #[inline(always)]
-                    || bf16::panels_of_rows(x, cols, panel),
-                );
+                self.set.pack(Packing::PanelOfRows { x, cols }, panel);
             });
             packed
         })
@@ -265,16 +263,13 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         }
     }
 
-    /// [`bf16::panels_of_columns`] of an array, made at first use.
+    /// [`Packing::PanelOfColumns`]s of an array, made at first use.
     fn packed_panels_of_columns<'a>(&self, x: &'a Array<F>) -> &'a [u32] {
         let (rows, cols) = x.matrix();
         x.packings().panels_of_columns.get_or_init(|| {
             let mut packed = self.home.words.take(cols.div_ceil(PANEL) * words(rows) * PANEL);
             team::each(packed.chunks_exact_mut(words(rows) * PANEL).enumerate(), |(panel, words)| {
-                self.set.run(
-                    #[inline(always)]
-                    || bf16::panels_of_columns(x.data(), cols, panel * PANEL, words),
-                );
+                self.set.pack(Packing::PanelOfColumns { x: x.data(), cols, first: panel * PANEL }, words);
             });
             packed
         })

@@ -15,6 +15,7 @@ use super::{CacheDType, HeadInput, HeadTable, PAGE_SLOTS};
 use crate::aligned::Aligned;
 use crate::bf16;
 use crate::kernel_set::KernelSet;
+use crate::pack::Packing;
 use crate::real::Real;
 use std::ops::Range;
 
@@ -389,9 +390,9 @@ impl<F: Real> Seen<'_, F> {
             #[inline(always)]
             || {
                 exponentials::<F, K>(&mut scratch.scores, stride, &mut scratch.shares);
-                self.weights((ring, stride), scratch);
             },
         );
+        self.weights(set, (ring, stride), scratch);
         let values: Vec<&[u32]> = self.all().map(|(_, _, page)| page.values()).collect();
         out.fill(F::zero());
         set.value_pages(ValuePages { weights: &scratch.weights, values: &values, dim }, out);
@@ -409,10 +410,7 @@ impl<F: Real> Seen<'_, F> {
     ) {
         let rows = q.len() / dim;
         words.resize(q.len() / 2, 0);
-        set.run(
-            #[inline(always)]
-            || bf16::rows(q, dim, words),
-        );
+        set.pack(Packing::Rows { x: q, cols: dim }, words);
         scores.resize(rows * stride, F::zero());
         let of_part = |part: usize, scores: &mut [F], row: usize| {
             let keys: Vec<&[u32]> = self.pages[part].iter().map(Page::keys).collect();
@@ -452,8 +450,12 @@ impl<F: Real> Seen<'_, F> {
     }
 
     /// Exponentials as words `[rows][pages][8]`, 0 where a query sees nothing.
-    #[inline(always)]
-    fn weights(&self, (ring, stride): (usize, usize), Scratch { scores, weights, .. }: &mut Scratch<F>) {
+    fn weights<K: KernelSet<F>>(
+        &self,
+        set: K,
+        (ring, stride): (usize, usize),
+        Scratch { scores, weights, .. }: &mut Scratch<F>,
+    ) {
         let counts = [SLOTS, OPEN, NEWER, OLDER].map(|part| self.pages[part].len());
         let row_words = counts.iter().sum::<usize>() * PAGE_WORDS;
         let rows = scores.len() / stride;
@@ -467,28 +469,27 @@ impl<F: Real> Seen<'_, F> {
             let (to_slots, rest) = weights.split_at_mut(slots);
             let (to_open, rest) = rest.split_at_mut(opened);
             let (to_newer, to_older) = rest.split_at_mut(newer);
-            pack(&scores[..2 * slots], 0..closed, to_slots);
+            pack(set, &scores[..2 * slots], 0..closed, to_slots);
             to_open.fill(0);
             if open.is_some() {
                 let lane = self.open_lane + t;
                 to_open[lane / 2] = bf16::round(scores[closed].f64() as f32) << (16 * (lane % 2));
             }
-            pack(&scores[ring..][..2 * newer], 0..seat + 1, to_newer);
+            pack(set, &scores[ring..][..2 * newer], 0..seat + 1, to_newer);
             let first = self.older_page * PAGE_SLOTS;
             if older > 0 {
-                pack(&scores[ring + first..][..2 * older], seat + 1 - first..self.delay - first, to_older);
+                pack(set, &scores[ring + first..][..2 * older], seat + 1 - first..self.delay - first, to_older);
             }
         }
     }
 }
 
 /// Packs weights, a multiple of 16, of which those outside of a range are left out.
-#[inline(always)]
-fn pack<F: Real>(weights: &[F], seen: Range<usize>, words: &mut [u32]) {
+fn pack<F: Real, K: KernelSet<F>>(set: K, weights: &[F], seen: Range<usize>, words: &mut [u32]) {
     if weights.is_empty() {
         return;
     }
-    bf16::rows(weights, weights.len(), words);
+    set.pack(Packing::Rows { x: weights, cols: weights.len() }, words);
     for unseen in [0..seen.start, seen.end..weights.len()] {
         let mut blank = |lane: usize| words[lane / 2] &= !(0xffff << (16 * (lane % 2)));
         let (start, end) = (unseen.start, unseen.end.max(unseen.start));

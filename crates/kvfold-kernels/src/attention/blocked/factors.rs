@@ -8,6 +8,7 @@ use super::KEYS;
 use crate::aligned::Aligned;
 use crate::bf16::{self, GemmBf16, words};
 use crate::kernel_set::KernelSet;
+use crate::pack::Packing;
 use crate::real::Real;
 use crate::simd::{Gemm, PANEL, STRIP};
 use std::ops::Range;
@@ -184,37 +185,24 @@ impl<F: Real, K: KernelSet<F>> Factors<F, K> for Words<K> {
 
     fn left(&self, x: Aligned<F>, (len, dim): (usize, usize)) -> Aligned<u32> {
         let mut packed = Aligned::new(len * words(dim));
-        self.set.run(
-            #[inline(always)]
-            || bf16::rows(&x, dim, &mut packed),
-        );
+        self.set.pack(Packing::Rows { x: &x, cols: dim }, &mut packed);
         packed
     }
 
     fn by_token(&self, x: &[F], (len, dim): (usize, usize)) -> Aligned<u32> {
         let panel = words(dim) * PANEL;
         let mut packed = Aligned::new(len.div_ceil(PANEL) * panel);
-        self.set.run(
-            #[inline(always)]
-            || {
-                for (panel, rows) in packed.chunks_exact_mut(panel).zip(x.chunks(PANEL * dim)) {
-                    bf16::panels_of_rows(rows, dim, panel);
-                }
-            },
-        );
+        for (panel, x) in packed.chunks_exact_mut(panel).zip(x.chunks(PANEL * dim)) {
+            self.set.pack(Packing::PanelOfRows { x, cols: dim }, panel);
+        }
         packed
     }
 
     fn by_channel(&self, x: &[F], (len, dim): (usize, usize)) -> Aligned<u32> {
         let mut packed = Aligned::new(dim.div_ceil(PANEL) * words(len) * PANEL);
-        self.set.run(
-            #[inline(always)]
-            || {
-                for (n, panel) in packed.chunks_exact_mut(words(len) * PANEL).enumerate() {
-                    bf16::panels_of_columns(x, dim, n * PANEL, panel);
-                }
-            },
-        );
+        for (n, panel) in packed.chunks_exact_mut(words(len) * PANEL).enumerate() {
+            self.set.pack(Packing::PanelOfColumns { x, cols: dim, first: n * PANEL }, panel);
+        }
         packed
     }
 
@@ -238,25 +226,17 @@ impl<F: Real, K: KernelSet<F>> Factors<F, K> for Words<K> {
 
     fn over_keys(&mut self, size: (usize, usize), block: Block, s: &[F], by_channel: &[u32], out: &mut [F]) {
         let Block { rows, j0, width, .. } = block;
-        let (set, left) = (self.set, &mut self.left[..rows * words(width)]);
-        set.run(
-            #[inline(always)]
-            || {
-                for (s, left) in s.chunks(KEYS).zip(left.chunks_exact_mut(words(width))) {
-                    bf16::rows(&s[..width], width, left);
-                }
-            },
-        );
+        let left = &mut self.left[..rows * words(width)];
+        for (s, left) in s.chunks(KEYS).zip(left.chunks_exact_mut(words(width))) {
+            self.set.pack(Packing::Rows { x: &s[..width], cols: width }, left);
+        }
         self.over_tokens(size, rows, j0..j0 + width, by_channel, out);
     }
 
     fn over_queries(&mut self, size: (usize, usize), block: Block, s: &[F], by_channel: &[u32], out: &mut [F]) {
         let Block { i0, rows, width, .. } = block;
-        let (set, left) = (self.set, &mut self.left[..width * words(rows)]);
-        set.run(
-            #[inline(always)]
-            || bf16::columns(&s[..rows * KEYS], KEYS, 0, left, |square| set.transpose(square)),
-        );
+        let left = &mut self.left[..width * words(rows)];
+        self.set.pack(Packing::Columns { x: &s[..rows * KEYS], cols: KEYS, first: 0 }, left);
         self.over_tokens(size, width, i0..i0 + rows, by_channel, out);
     }
 }
