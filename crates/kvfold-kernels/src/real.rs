@@ -131,7 +131,14 @@ pub fn max<F: Real>(xs: &[F]) -> F {
     for (lane, &x) in lanes.iter_mut().zip(rest) {
         *lane = larger(*lane, x);
     }
-    lanes.into_iter().fold(F::neg_infinity(), larger)
+    let mut width = WIDE / 2;
+    while width > 0 {
+        for l in 0..width {
+            lanes[l] = larger(lanes[l], lanes[l + width]);
+        }
+        width /= 2;
+    }
+    lanes[0]
 }
 
 #[inline(always)]
