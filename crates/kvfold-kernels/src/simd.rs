@@ -559,11 +559,11 @@ pub fn exp_share(x: f32) -> f32 {
     let power = if power < LOWEST { LOWEST } else { power };
     let shifted = power + SHIFT;
     let f = power - (shifted - SHIFT);
-    let p = 1.326_472_7e-3;
-    let p = p * f + 9.671_513e-3;
-    let p = p * f + 5.550_733_6e-2;
-    let p = p * f + 2.402_224_2e-1;
-    let p = p * f + 6.931_47e-1;
+    let p = 1.330_060_4e-3;
+    let p = p * f + 9.669_691e-3;
+    let p = p * f + 5.550_558_5e-2;
+    let p = p * f + 2.402_228_3e-1;
+    let p = p * f + std::f32::consts::LN_2;
     let p = p * f + 1.0;
     f32::from_bits(p.to_bits().wrapping_add(shifted.to_bits() << 23))
 }
