@@ -115,9 +115,9 @@ fn what_does_not_fit_is_named() {
         refused(&mut engine, field)
     };
     assert!(matches!(with("no saved session", file.tensors.clone(), None), SessionError::NotASession { .. }));
-    let newer = header.replace("\"version\":1", "\"version\":2");
-    assert!(matches!(with("`version` is 2", file.tensors.clone(), Some(newer)), SessionError::Version { .. }));
-    let unknown = header.replace("\"version\":1", "\"version\":1,\"more\":1");
+    let older = header.replace("\"version\":2", "\"version\":1");
+    assert!(matches!(with("`version` is 1", file.tensors.clone(), Some(older)), SessionError::Version { .. }));
+    let unknown = header.replace("\"version\":2", "\"version\":2,\"more\":1");
     assert!(matches!(with("more", file.tensors.clone(), Some(unknown)), SessionError::Field { .. }));
     assert!(matches!(with("kvfold", file.tensors.clone(), Some("{}".into())), SessionError::Field { .. }));
     let mut changed = file.tensors.clone();
