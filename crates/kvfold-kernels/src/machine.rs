@@ -5,7 +5,9 @@
 //! threads of the pool that kernels run on, in many short rounds of which the fastest counts: what else runs on the machine
 //! only ever slows a round down, and of rounds this short some are left alone on a machine that is seldom idle for long.
 
+use crate::kernel_set::Fast;
 use crate::ops::Precision;
+use crate::paged::{CacheDType, in_words};
 use crate::simd::{Level, Vector};
 use crate::team;
 #[cfg(target_arch = "x86_64")]
@@ -38,6 +40,14 @@ pub fn path(level: Level, work: Work) -> &'static str {
         (Work::Product(Precision::Bf16), Level::AmxBf16) => "amx tdpbf16ps",
         (Work::Elementwise, Level::Avx2) => "avx2",
         (Work::Elementwise, Level::Avx512 | Level::Avx512Bf16 | Level::AmxBf16) => "avx512",
+    }
+}
+
+/// What attention over a cache of a type is multiplied in.
+pub fn cached_attention(level: Level, dtype: CacheDType) -> Precision {
+    match in_words(Fast(level), dtype) {
+        true => Precision::Bf16,
+        false => Precision::F32,
     }
 }
 

@@ -2,8 +2,10 @@
 
 use super::{Bench, Cost, DECODED, Tensor};
 use kvfold_cache::{CacheShape, PagePool, SequenceCache};
-use kvfold_kernels::ops::{CachedAttention, Heads, Precision, Spans};
+use kvfold_kernels::machine;
+use kvfold_kernels::ops::{CachedAttention, Heads, Spans};
 use kvfold_kernels::paged::{CacheDType, Rule};
+use kvfold_kernels::simd::Level;
 use kvfold_kernels::{CacheOps, FastCpu, Ops};
 
 /// Tokens that a sequence takes in one pass, as the engine has it.
@@ -117,7 +119,8 @@ impl Bench<'_> {
             pairs += chunk as f64 * (before + heads.query + layer.pairs(&caches)) as f64 / 2.0;
         }
         let moved = chunk * chunks * heads.dim * 2 * (heads.query + heads.kv);
-        let cost = Cost::of_products(Precision::F32, 4.0 * pairs * heads.dim as f64, moved);
+        let precision = machine::cached_attention(Level::detect(), cache.1);
+        let cost = Cost::of_products(precision, 4.0 * pairs * heads.dim as f64, moved);
         let shape =
             format!("{} tokens by {chunk}, {}/{} heads of {}", chunk * chunks, heads.query, heads.kv, heads.dim);
         drop(caches);
@@ -135,7 +138,7 @@ impl Bench<'_> {
         (0..chunks).for_each(|_| fill.step(&self.ops, &mut caches));
         let mut layer = Layer { pool: fill.pool, ..Layer::new(self, cache, heads, DECODED) };
         let flops = 4.0 * (layer.pairs(&caches) * heads.dim) as f64;
-        let mut cost = Cost::of_products(Precision::F32, flops, 0);
+        let mut cost = Cost::of_products(machine::cached_attention(Level::detect(), cache.1), flops, 0);
         cost.bytes = layer.bytes(&self.ops, &caches);
         let depth = chunk * chunks;
         let shape = format!("{DECODED} at {depth}, {}/{} heads of {}", heads.query, heads.kv, heads.dim);

@@ -40,7 +40,7 @@ impl<'a, F: Real> Head<'a, F> {
         let Self { input, table, out } = self;
         if input.len == 1 {
             let job = DecodeJob { input: &input, table, scratch, out };
-            match paged::in_words(set, &input) {
+            match paged::in_words(set, input.dtype) {
                 true => paged::decode_words(set, job),
                 false => set.decode(job),
             }

@@ -123,7 +123,7 @@ pub(crate) fn prepare<F: Real, K: KernelSet<F>>(
         take(input, table, t, &mut scratch.moving);
         slots.push(table.slots);
     };
-    let kept = match in_words(set, input) {
+    let kept = match in_words(set, input.dtype) {
         true => {
             let mut open = OpenSlots::default();
             let mut turns = (input.rule.delay() > 0).then(|| Turns::new(input, table));

@@ -90,9 +90,9 @@ impl ValuePages<'_> {
     }
 }
 
-/// Whether a head is attended to in words.
-pub(crate) fn in_words<F: Real, K: KernelSet<F>>(set: K, input: &HeadInput<'_, F>) -> bool {
-    input.dtype == CacheDType::Bf16 && set.tiles()
+/// Whether a cache of a type is attended to in words.
+pub(crate) fn in_words<F: Real, K: KernelSet<F>>(set: K, dtype: CacheDType) -> bool {
+    dtype == CacheDType::Bf16 && set.tiles()
 }
 
 /// What a query sees.
