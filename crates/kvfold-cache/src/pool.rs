@@ -39,7 +39,8 @@ impl<A> Made<A> {
         if free.is_empty() {
             let blocks = ops.grow(&mut self.arena, wanted);
             self.blocks += blocks.len();
-            free.extend(blocks);
+            // The last of them is taken next: a head's pages lie in the order of time, as they are read.
+            free.extend(blocks.into_iter().rev());
         }
         free.pop().expect("an arena grows when it is asked to")
     }

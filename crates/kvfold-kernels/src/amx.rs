@@ -12,7 +12,7 @@
 
 use crate::bf16::GemmBf16;
 use crate::paged::{KeyPages, PAGE_SLOTS, PAGE_WORDS, ValuePages};
-use crate::simd::{Level, PANEL};
+use crate::simd::{Level, PANEL, prefetch};
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
 
@@ -114,6 +114,7 @@ pub(crate) fn key_pages(product: KeyPages<'_>, scores: &mut [f32], row: usize) {
             // SAFETY: the machine has tiles, and these sizes fit them.
             let tiles = unsafe { Tiles::new(rows, PANEL, part) };
             for (n, two) in keys.chunks(2).enumerate() {
+                ask_for_next(keys, n, 2);
                 let at = |page: usize| two[page.min(two.len() - 1)][first * PAGE_SLOTS..].as_ptr();
                 for query in (0..blocks).map(|b| query + b * 2 * TILE) {
                     let block = Block {
@@ -135,6 +136,14 @@ pub(crate) fn key_pages(product: KeyPages<'_>, scores: &mut [f32], row: usize) {
 
 /// Pages whose values stay in the first-level cache while rows of weights pass by.
 const NEAR: usize = 32;
+/// Pages whose values are on their way from memory while as many are multiplied by few rows of weights.
+const FAR: usize = 4;
+
+/// Asks for the pages after the `n`th `unit` of them: a page is too short for the machine to see by itself where reading
+/// goes next.
+fn ask_for_next(pages: &[&[u32]], n: usize, unit: usize) {
+    pages.iter().skip((n + 1) * unit).take(unit).for_each(|page| prefetch(page));
+}
 
 /// Adds weighted values, a step of each sum per page, on a machine that has tiles.
 pub(crate) fn value_pages(product: ValuePages<'_>, out: &mut [f32]) {
@@ -147,13 +156,17 @@ pub(crate) fn value_pages(product: ValuePages<'_>, out: &mut [f32]) {
         for (query, rows, blocks) in parts(weights.len() / a_row, 2 * TILE) {
             // SAFETY: the machine has tiles, and these sizes fit them.
             let tiles = unsafe { Tiles::new(rows, cols, PAGE_WORDS) };
-            for (n, near) in values.chunks(NEAR).enumerate() {
+            let unit = if blocks == 1 { FAR } else { NEAR };
+            for (n, near) in values.chunks(unit).enumerate() {
+                if blocks == 1 {
+                    ask_for_next(values, n, unit);
+                }
                 for col in (0..panels).map(|p| col + p * PANEL) {
                     list.iter_mut().zip(near).for_each(|(to, page)| *to = page[col..].as_ptr());
                     for query in (0..blocks).map(|b| query + b * 2 * TILE) {
                         let block = Block {
                             steps: near.len(),
-                            a: weights[query * a_row + n * NEAR * PAGE_WORDS..].as_ptr(),
+                            a: weights[query * a_row + n * unit * PAGE_WORDS..].as_ptr(),
                             a_row: a_row * BYTES,
                             right: Right::Listed { tiles: &list, row: dim },
                             c: c.wrapping_add(query * dim + col),

@@ -5,6 +5,7 @@
 //! threads of the pool that kernels run on, in many short rounds of which the fastest counts: what else runs on the machine
 //! only ever slows a round down, and of rounds this short some are left alone on a machine that is seldom idle for long.
 
+use crate::aligned::Aligned;
 use crate::kernel_set::Fast;
 use crate::ops::Precision;
 use crate::paged::{CacheDType, in_words};
@@ -165,7 +166,8 @@ fn products_amx() -> usize {
 pub fn read_bandwidth() -> f64 {
     /// Several times any cache.
     const BYTES: usize = 1 << 28;
-    let data = vec![1u64; BYTES / 8];
+    let mut data = Aligned::<u64>::new(BYTES / 8);
+    data.fill(1);
     let part = data.len().div_ceil(team::threads());
     let level = Level::detect();
     fastest(LONG_ROUNDS, || {

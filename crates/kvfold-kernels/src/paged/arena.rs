@@ -1,14 +1,15 @@
 //! Memory cut into blocks of one size, and the handles that own or share them.
 
-use crate::aligned::CACHE_LINE;
+use crate::aligned::{Aligned, HUGE_PAGE};
 use crate::real::Real;
-use std::cell::UnsafeCell;
 use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Blocks that are allocated together.
-const SLAB_BLOCKS: usize = 64;
+/// Blocks that are allocated together, a power of two: as many as fill a huge page, within limits.
+fn slab_blocks(block_bytes: usize) -> usize {
+    (HUGE_PAGE / block_bytes.max(1)).clamp(64, 1024).next_power_of_two()
+}
 
 /// The right to read and write one block of one arena. It cannot be copied, so whoever can write a block is alone with it.
 #[derive(Debug, PartialEq, Eq)]
@@ -89,24 +90,22 @@ pub struct Arena<F> {
     id: u64,
     block_len: usize,
     slabs: Vec<Slab<F>>,
-    blocks: usize,
+    /// Blocks of a slab.
+    slab_blocks: usize,
 }
 
-/// Memory of some blocks and where in it the first begins.
+/// Memory of some blocks.
 #[derive(Debug)]
 struct Slab<F> {
-    cells: Box<[UnsafeCell<F>]>,
-    first: usize,
+    /// Where its elements are. Nothing reaches them through `_memory` while the slab lives.
+    first: *mut F,
+    _memory: Aligned<F>,
 }
 
 impl<F: Real> Slab<F> {
     fn new(len: usize) -> Self {
-        // A slab begins at a cache line: a vector of a page then never lies across two.
-        let spare = CACHE_LINE / size_of::<F>();
-        let cells: Box<[_]> = (0..len + spare).map(|_| UnsafeCell::new(F::zero())).collect();
-        // `align_offset` may decline; then blocks begin anywhere, which is slower and no worse.
-        let first = cells.as_ptr().align_offset(CACHE_LINE).min(spare);
-        Self { cells, first }
+        let mut memory = Aligned::new(len);
+        Self { first: memory.as_mut_ptr(), _memory: memory }
     }
 }
 
@@ -115,23 +114,23 @@ impl<F: Real> Slab<F> {
 // them, whose count says that the others are gone, reads and all. So two threads never touch a block that one of them
 // writes.
 unsafe impl<F: Send + Sync> Sync for Arena<F> {}
+// SAFETY: a slab owns the memory that it points to.
+unsafe impl<F: Send> Send for Arena<F> {}
 
 impl<F: Real> Arena<F> {
     /// An arena without blocks.
     pub fn new(block_len: usize) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0);
-        Self { id: NEXT.fetch_add(1, Ordering::Relaxed), block_len, slabs: Vec::new(), blocks: 0 }
+        let slab_blocks = slab_blocks(block_len * size_of::<F>());
+        Self { id: NEXT.fetch_add(1, Ordering::Relaxed), block_len, slabs: Vec::new(), slab_blocks }
     }
 
     /// Makes at least `wanted` more blocks, filled with zeros, and returns their handles.
     pub fn grow(&mut self, wanted: usize) -> Vec<Block> {
-        let slabs = wanted.div_ceil(SLAB_BLOCKS);
-        for _ in 0..slabs {
-            self.slabs.push(Slab::new(SLAB_BLOCKS * self.block_len));
-        }
-        let first = self.blocks;
-        self.blocks += slabs * SLAB_BLOCKS;
-        (first..self.blocks).map(|index| Block { arena: self.id, index }).collect()
+        let first = self.blocks();
+        let slab = self.slab_blocks * self.block_len;
+        self.slabs.extend((0..wanted.div_ceil(self.slab_blocks)).map(|_| Slab::new(slab)));
+        (first..self.blocks()).map(|index| Block { arena: self.id, index }).collect()
     }
 
     /// Elements of a block.
@@ -146,45 +145,49 @@ impl<F: Real> Arena<F> {
 
     /// Blocks made so far.
     pub fn blocks(&self) -> usize {
-        self.blocks
+        self.slabs.len() * self.slab_blocks
     }
 
-    fn cells(&self, block: &Block) -> &[UnsafeCell<F>] {
+    /// Where a block begins.
+    #[inline(always)]
+    fn at(&self, block: &Block) -> *mut F {
         assert_eq!(block.arena, self.id, "a block of another arena");
-        let slab = &self.slabs[block.index / SLAB_BLOCKS];
-        &slab.cells[slab.first + block.index % SLAB_BLOCKS * self.block_len..][..self.block_len]
+        // A power of two: a shift and a mask.
+        let shift = self.slab_blocks.trailing_zeros();
+        let slab = &self.slabs[block.index >> shift];
+        slab.first.wrapping_add((block.index & (self.slab_blocks - 1)) * self.block_len)
     }
 
     /// A block's elements.
     #[inline]
     pub fn slice<'a>(&'a self, block: &'a Block) -> &'a [F] {
-        let cells = self.cells(block);
-        // SAFETY: while the result lives, the shared borrow of this handle rules out an exclusive one of it, and
-        // `SharedBlock` one of another; UnsafeCell<F> has the layout of F.
-        unsafe { std::slice::from_raw_parts(cells.as_ptr().cast(), cells.len()) }
+        // SAFETY: a slab has room for all of its blocks, and handles are made for those alone. While the result lives, the
+        // shared borrow of this handle rules out an exclusive one of it, and `SharedBlock` one of another.
+        unsafe { std::slice::from_raw_parts(self.at(block), self.block_len) }
     }
 
     /// A block's elements for writing.
     #[inline]
     #[allow(clippy::mut_from_ref)] // exclusive through the handle
     pub fn slice_mut<'a>(&'a self, block: &'a mut Block) -> &'a mut [F] {
-        let cells = self.cells(block);
-        // SAFETY: an exclusive borrow is given of the only handle alone, so it rules out every other access while the
-        // result lives; writing through a shared reference is what UnsafeCell allows.
-        unsafe { std::slice::from_raw_parts_mut(UnsafeCell::raw_get(cells.as_ptr()), cells.len()) }
+        // SAFETY: as in `slice`; an exclusive borrow is given of the only handle alone, so it rules out every other access
+        // while the result lives.
+        unsafe { std::slice::from_raw_parts_mut(self.at(block), self.block_len) }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::aligned::CACHE_LINE;
 
     #[test]
     fn blocks_are_disjoint_and_zeroed() {
         let mut arena = Arena::<f32>::new(3);
         let mut blocks = arena.grow(1);
-        blocks.extend(arena.grow(SLAB_BLOCKS + 1));
-        assert_eq!((blocks.len(), arena.blocks()), (3 * SLAB_BLOCKS, 3 * SLAB_BLOCKS));
+        let slab = blocks.len();
+        blocks.extend(arena.grow(slab + 1));
+        assert_eq!((blocks.len(), arena.blocks()), (3 * slab, 3 * slab));
         for (i, block) in blocks.iter_mut().enumerate() {
             assert_eq!(arena.slice(block), [0.0; 3]);
             arena.slice_mut(block).fill(i as f32);
@@ -197,7 +200,7 @@ mod tests {
     #[test]
     fn pages_begin_at_cache_lines() {
         let mut arena = Arena::<f32>::new(48);
-        for block in arena.grow(SLAB_BLOCKS + 1) {
+        for block in arena.grow(2) {
             assert_eq!(arena.slice(&block).as_ptr() as usize % CACHE_LINE, 0);
         }
     }
