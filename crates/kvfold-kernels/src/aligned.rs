@@ -1,8 +1,8 @@
 //! Vectors of numbers that begin where the machine likes to read.
 //!
 //! What lies across two cache lines costs twice to load, and a tile of AMX is 16 lines: products of operands that begin
-//! anywhere run at half their speed. Where numbers are many, finding out where each page of 4 KiB is costs as much again as
-//! reading it: those begin at a huge page, and the system is asked for such.
+//! anywhere run at half their speed. Where numbers are many, finding out where each page of 4 KiB is takes time, too (a tenth
+//! of decoding from a long compressed cache): those begin at a huge page, and the system is asked for such.
 
 use aligned_vec::{AVec, RuntimeAlign};
 use std::ops::{Deref, DerefMut};
@@ -61,14 +61,14 @@ impl<T> DerefMut for Aligned<T> {
 
 /// Asks the system to back memory with huge pages when it is first touched. Where it does not, memory is what it was.
 #[cfg(target_os = "linux")]
-fn ask_for_huge_pages(memory: *mut u8, bytes: usize) {
+pub(crate) fn ask_for_huge_pages(memory: *mut u8, bytes: usize) {
     use rustix::mm::{Advice, madvise};
     // SAFETY: the advice changes neither content nor validity of the pages, whoever else has a part of the last one.
     let _ = unsafe { madvise(memory.cast(), bytes, Advice::LinuxHugepage) };
 }
 
 #[cfg(not(target_os = "linux"))]
-fn ask_for_huge_pages(_: *mut u8, _: usize) {}
+pub(crate) fn ask_for_huge_pages(_: *mut u8, _: usize) {}
 
 #[cfg(test)]
 mod tests {

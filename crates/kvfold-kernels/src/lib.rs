@@ -39,6 +39,7 @@ mod q8;
 pub mod real;
 mod rope;
 pub mod simd;
+mod stored;
 pub mod team;
 
 pub use cpu::{Array, Cpu, FastCpu, Reference};

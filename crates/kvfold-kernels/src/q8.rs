@@ -4,10 +4,10 @@
 //! Activations and sums stay floats. A weight is `scale * integer`, rounded to f32, and an output one chain of additions
 //! over the terms in ascending order, whatever is computed beside it (promise I3).
 
-use crate::aligned::Aligned;
 use crate::bf16::widen;
 use crate::real::Real;
 use crate::simd::{Level, PANEL, Vector};
+use crate::stored::{Store, Stored};
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
@@ -18,9 +18,9 @@ pub(crate) const BLOCK: usize = 32;
 #[derive(Debug)]
 pub(crate) struct Panels {
     /// `[M/32][K][32]`.
-    quants: Aligned<i8>,
+    quants: Stored<i8>,
     /// bf16, `[M/32][K/32][32]`.
-    scales: Aligned<u16>,
+    scales: Stored<u16>,
     terms: usize,
 }
 
@@ -42,10 +42,10 @@ fn weight(quant: i8, scale: u16) -> f32 {
 
 impl Panels {
     /// Quantises a row-major weight of `terms` columns. Numbers must be finite: loaders check that.
-    pub(crate) fn of<F: Real>(data: &[F], terms: usize) -> Self {
+    pub(crate) fn of<F: Real>(data: &[F], terms: usize, memory: &Store) -> Self {
         let panels = data.len().div_ceil(terms * PANEL);
         let blocks = terms.div_ceil(BLOCK);
-        let (mut quants, mut scales) = (Aligned::new(panels * terms * PANEL), Aligned::new(panels * blocks * PANEL));
+        let (mut quants, mut scales) = (memory.room(panels * terms * PANEL), memory.room(panels * blocks * PANEL));
         for (row, x) in data.chunks_exact(terms).enumerate() {
             let (panel, lane) = (row / PANEL, row % PANEL);
             for (block, x) in x.chunks(BLOCK).enumerate() {
@@ -58,7 +58,7 @@ impl Panels {
                 }
             }
         }
-        Self { quants, scales, terms }
+        Self { quants: quants.stored(), scales: scales.stored(), terms }
     }
 
     /// Bytes held.
@@ -309,7 +309,7 @@ mod tests {
         #[test]
         fn quantised_weights_are_close(rows in 1usize..40, terms in 1usize..80, seed: u64) {
             let data: Vec<f32> = (0..rows * terms).map(|i| noise(seed, i) * noise(seed, i / BLOCK + 99_999)).collect();
-            let panels = Panels::of(&data, terms);
+            let panels = Panels::of(&data, terms, &Store::default());
             let mut row = vec![0.0f32; terms];
             for (r, data) in data.chunks_exact(terms).enumerate() {
                 panels.row(r, &mut row);
@@ -327,7 +327,7 @@ mod tests {
         fn tiles_match_the_definition(m in 1usize..20, n in 1usize..33, k in 1usize..100, seed: u64) {
             let data: Vec<f32> = (0..n * k).map(|i| noise(seed, i)).collect();
             let a: Vec<f32> = (0..m * k).map(|i| noise(seed, i + 7000)).collect();
-            let panels = Panels::of(&data, k);
+            let panels = Panels::of(&data, k, &Store::default());
             let g = GemmQ8 { m, n, a: &a, k, b: panels.panel(0), c_row: n };
             let mut expected = vec![0.0f32; m * n];
             // SAFETY: the output is as large as the product.

@@ -10,7 +10,9 @@ use crate::paged::Scratch;
 use crate::q8;
 use crate::real::Real;
 use crate::simd::{PANEL, STRIP};
+use crate::stored::{Store, Stored};
 use std::collections::HashMap;
+use std::ops::Deref;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// Buffers below this many elements come from the system allocator, which keeps them by itself.
@@ -86,7 +88,28 @@ impl<F: Real> ScratchPool<F> {
 pub(crate) struct Home<F> {
     pub(crate) floats: Recycler<F>,
     pub(crate) words: Recycler<u32>,
+    pub(crate) weights: Store,
     pub(super) scratch: ScratchPool<F>,
+}
+
+/// Words of two bf16 terms.
+#[derive(Debug)]
+pub(super) enum Words {
+    /// Of an array that may change.
+    Lent(Aligned<u32>),
+    /// Of a weight that is only read.
+    Stored(Stored<u32>),
+}
+
+impl Deref for Words {
+    type Target = [u32];
+
+    fn deref(&self) -> &[u32] {
+        match self {
+            Words::Lent(words) => words,
+            Words::Stored(words) => words,
+        }
+    }
 }
 
 /// Packings of an array, each made at its first use (see `bf16.rs`).
@@ -97,7 +120,7 @@ pub(super) struct Packings<F> {
     /// bf16, terms along the columns, as a left factor.
     pub(super) rows: OnceLock<Aligned<u32>>,
     /// bf16, terms along the columns, as a right factor.
-    pub(super) panels_of_rows: OnceLock<Aligned<u32>>,
+    pub(super) panels_of_rows: OnceLock<Words>,
     /// bf16, terms along the rows.
     pub(super) panels_of_columns: OnceLock<Aligned<u32>>,
     /// Integers of 8 bits and their scales.
@@ -125,7 +148,11 @@ impl<F: Real> Buffer<F> {
     fn forget_packings(&mut self) {
         let Packings { floats, rows, panels_of_rows, panels_of_columns, .. } = std::mem::take(&mut self.packings);
         floats.into_inner().into_iter().for_each(|floats| self.home.floats.give(floats));
-        let words = [rows, panels_of_rows, panels_of_columns].into_iter().filter_map(OnceLock::into_inner);
+        let lent = panels_of_rows.into_inner().and_then(|words| match words {
+            Words::Lent(words) => Some(words),
+            Words::Stored(_) => None,
+        });
+        let words = [rows, panels_of_columns].into_iter().filter_map(OnceLock::into_inner).chain(lent);
         words.for_each(|words| self.home.words.give(words));
     }
 }
@@ -149,10 +176,11 @@ impl<F: Real> Array<F> {
         Self { shape: shape.into(), buffer: Arc::new(buffer) }
     }
 
-    /// Lets the numbers go; what was packed stays. For the only user of an array.
+    /// Gives the numbers' memory back to the system, since nothing as large is needed again; what was packed stays. For
+    /// the only user of an array.
     pub(super) fn keep_packed(mut self) -> Self {
         let buffer = Arc::get_mut(&mut self.buffer).expect("the only user");
-        buffer.home.floats.give(std::mem::take(&mut buffer.data));
+        buffer.data = Aligned::default();
         self
     }
 

@@ -37,7 +37,7 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
         match precision {
             Precision::F32 => whole,
             Precision::Bf16 => {
-                self.packed_panels_of_rows(&whole);
+                self.store_panels_of_rows(&whole);
                 whole.keep_packed()
             }
             Precision::Q8 => {

@@ -6,6 +6,7 @@
 //! half the bytes. Many rows are multiplied as floats instead: each block rounds its activations and widens its panels of
 //! weights once. The sums are the same, term by term.
 
+use super::array::Words;
 use super::blocks::{ROWS, Sizes};
 use super::{Array, Cpu, for_rows};
 use crate::aligned::Aligned;
@@ -241,15 +242,30 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
 
     /// [`Packing::PanelOfRows`]s of an array, made at first use.
     pub(super) fn packed_panels_of_rows<'a>(&self, x: &'a Array<F>) -> &'a [u32] {
-        let (rows, cols) = x.matrix();
         x.packings().panels_of_rows.get_or_init(|| {
+            let (rows, cols) = x.matrix();
             let mut packed = self.home.words.take(rows.div_ceil(PANEL) * words(cols) * PANEL);
-            let panels = packed.chunks_exact_mut(words(cols) * PANEL);
-            team::each(panels.zip(x.data().chunks(PANEL * cols)), |(panel, x)| {
-                self.set.pack(Packing::PanelOfRows { x, cols }, panel);
-            });
-            packed
+            self.pack_panels_of_rows(x, &mut packed);
+            Words::Lent(packed)
         })
+    }
+
+    /// The same of a weight that is only read, to stay.
+    pub(super) fn store_panels_of_rows(&self, w: &Array<F>) {
+        w.packings().panels_of_rows.get_or_init(|| {
+            let (rows, cols) = w.matrix();
+            let mut packed = self.home.weights.room(rows.div_ceil(PANEL) * words(cols) * PANEL);
+            self.pack_panels_of_rows(w, &mut packed);
+            Words::Stored(packed.stored())
+        });
+    }
+
+    fn pack_panels_of_rows(&self, x: &Array<F>, packed: &mut [u32]) {
+        let (_, cols) = x.matrix();
+        let panels = packed.chunks_exact_mut(words(cols) * PANEL);
+        team::each(panels.zip(x.data().chunks(PANEL * cols)), |(panel, x)| {
+            self.set.pack(Packing::PanelOfRows { x, cols }, panel);
+        });
     }
 
     /// A row of a weight of which only the packing is held.

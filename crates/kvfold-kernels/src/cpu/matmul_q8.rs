@@ -23,6 +23,6 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
 
     /// A weight in 8 bits, made at first use.
     pub(super) fn quantised<'a>(&self, w: &'a Array<F>) -> &'a Panels {
-        w.packings().quantised.get_or_init(|| Panels::of(w.data(), w.matrix().1))
+        w.packings().quantised.get_or_init(|| Panels::of(w.data(), w.matrix().1, &self.home.weights))
     }
 }
