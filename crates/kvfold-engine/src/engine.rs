@@ -118,11 +118,15 @@ pub struct Engine<O: CacheOps> {
     pub(crate) prefixes: PrefixCache,
     /// What the model is told from others by, once somebody asked.
     pub(crate) identity: OnceLock<String>,
-    chunk: usize,
+    /// Tokens that a sequence takes in one pass at most, where the caller said so.
+    chunk: Option<usize>,
 }
 
-/// Tokens that a sequence takes in one pass at most: bounds the pages that a prompt holds before it is known what folds.
+/// Tokens that a sequence takes in one pass where there are many others, or where the logits of all are wanted. Bounds the
+/// pages of a layer that a prompt holds before it is known what folds.
 const CHUNK: usize = 128;
+/// Tokens of a pass that few long sequences share: reading the weights costs little beside multiplying by them.
+const ROWS: usize = 1024;
 
 impl<O: CacheOps> Engine<O> {
     /// An engine for a checkpoint, folding or evicting if the model was taught to.
@@ -142,12 +146,12 @@ impl<O: CacheOps> Engine<O> {
         let shape = CacheShape { layers, heads, rule: policy.rule(), dtype: CacheDType::F32 };
         let pool = PagePool::new(&model.ops, shape, usize::MAX);
         let (prefixes, identity) = (PrefixCache::default(), OnceLock::new());
-        Self { model, policy, pool, prefixes, identity, chunk: CHUNK }
+        Self { model, policy, pool, prefixes, identity, chunk: None }
     }
 
     /// The same engine with another limit on the tokens that a sequence takes in one pass.
     pub fn with_chunk(self, chunk: usize) -> Self {
-        Self { chunk: chunk.max(1), ..self }
+        Self { chunk: Some(chunk.max(1)), ..self }
     }
 
     /// The same engine with an empty pool of at most `pages` pages.
@@ -280,12 +284,13 @@ impl<O: CacheOps> Engine<O> {
         self.admit(batch.iter().map(|part| (&*part.sequence, part.tokens.len())))?;
         let vocab = self.model.shape.vocab;
         let longest = batch.iter().map(|part| part.tokens.len()).max().unwrap_or(0);
-        for start in (0..longest).step_by(self.chunk) {
+        let chunk = self.chunk_of(batch);
+        for start in (0..longest).step_by(chunk) {
             // Rows of this pass that are wanted, and whose they are: part, first of its tokens, how many.
             let (mut rows, mut whose) = (Vec::new(), Vec::new());
             let (mut step, mut taken) = (Vec::new(), 0);
             for (n, part) in batch.iter_mut().enumerate().filter(|(_, part)| start < part.tokens.len()) {
-                let end = part.tokens.len().min(start + self.chunk);
+                let end = part.tokens.len().min(start + chunk);
                 let wanted = match part.rows {
                     Rows::All => end - start,
                     Rows::Last if end == part.tokens.len() => 1,
@@ -315,6 +320,17 @@ impl<O: CacheOps> Engine<O> {
             }
         }
         Ok(())
+    }
+
+    /// Tokens that each sequence of a batch takes in one pass at most.
+    fn chunk_of(&self, batch: &[Part<'_>]) -> usize {
+        self.chunk.unwrap_or_else(|| {
+            let long = batch.iter().filter(|part| part.tokens.len() > CHUNK);
+            match batch.iter().any(|part| part.rows == Rows::All) {
+                true => CHUNK,
+                false => (ROWS / long.count().max(1)).max(CHUNK),
+            }
+        })
     }
 
     /// Says whether the model and the pool can take a batch, sequences and numbers of new tokens, to its end, even if nothing

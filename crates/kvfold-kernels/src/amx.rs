@@ -114,7 +114,9 @@ pub(crate) fn key_pages(product: KeyPages<'_>, scores: &mut [f32], row: usize) {
             // SAFETY: the machine has tiles, and these sizes fit them.
             let tiles = unsafe { Tiles::new(rows, PANEL, part) };
             for (n, two) in keys.chunks(2).enumerate() {
-                ask_for_next(keys, n, 2);
+                if blocks == 1 {
+                    ask_for_next(keys, n, 2);
+                }
                 let at = |page: usize| two[page.min(two.len() - 1)][first * PAGE_SLOTS..].as_ptr();
                 for query in (0..blocks).map(|b| query + b * 2 * TILE) {
                     let block = Block {

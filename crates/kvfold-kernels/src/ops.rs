@@ -371,6 +371,11 @@ pub const NO_TARGET: u32 = u32::MAX;
 /// Smallest importance, bf16's epsilon as in the reference: keeps masses away from 0.
 pub const MIN_IMPORTANCE: f64 = 0.0078125;
 
+/// [`Ops::feed_forward`] by its definition.
+pub(crate) fn feed_forward<O: Ops + ?Sized>(ops: &O, x: &O::Tensor, [gate, up, down]: [&O::Tensor; 3]) -> O::Tensor {
+    ops.linear(&ops.swiglu(&ops.linear(x, gate), &ops.linear(x, up)), down)
+}
+
 /// The forward half of a backend.
 pub trait Ops: std::fmt::Debug {
     /// An array of this backend; cheap to clone.
@@ -397,6 +402,16 @@ pub trait Ops: std::fmt::Debug {
     /// `x [N,K] . w [M,K]^T -> [N,M]`, in the precision of `w`. Each output is one sum over K in ascending order, whatever
     /// N is.
     fn linear(&self, x: &Self::Tensor, w: &Self::Tensor) -> Self::Tensor;
+
+    /// [`Ops::linear`] of the same rows by each of several weights.
+    fn linears(&self, x: &Self::Tensor, weights: &[&Self::Tensor]) -> Vec<Self::Tensor> {
+        weights.iter().map(|w| self.linear(x, w)).collect()
+    }
+
+    /// A feed-forward layer, `swiglu(x . gate^T, x . up^T) . down^T`, with weights `[F,C]`, `[F,C]` and `[C,F]`: `[N,C]`.
+    fn feed_forward(&self, x: &Self::Tensor, weights: [&Self::Tensor; 3]) -> Self::Tensor {
+        feed_forward(self, x, weights)
+    }
 
     /// Rows `ids` of `table [V,C]` -> `[N,C]`.
     fn embed(&self, ids: &[u32], table: &Self::Tensor) -> Self::Tensor;

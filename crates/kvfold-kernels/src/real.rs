@@ -162,6 +162,12 @@ pub fn sigmoid<F: Real>(exp: impl Fn(F) -> F, x: F) -> F {
     if x >= F::zero() { p } else { e * p }
 }
 
+/// `gate * sigmoid(gate) * up`. `exp` is the kernel set's own.
+#[inline(always)]
+pub(crate) fn swiglu<F: Real>(exp: impl Fn(F) -> F, gate: F, up: F) -> F {
+    gate * sigmoid(exp, gate) * up
+}
+
 /// `log(1 + exp(x))`, without overflow for any input.
 #[inline(always)]
 pub fn softplus<F: Real>(x: F) -> F {

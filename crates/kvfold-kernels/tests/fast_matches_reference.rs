@@ -449,6 +449,40 @@ fn products_are_their_definition_across_the_borders_of_tasks() {
     }
 }
 
+/// Products that share a round of work, and a feed-forward layer whose inner activations nobody sees, are bit for bit what
+/// their parts are one by one: for every precision, also where weights differ in it, and wherever tasks meet.
+#[test]
+fn fused_products_are_their_parts() {
+    use Precision::{Bf16, F32, Q8};
+    let numbers =
+        |seed: u64, len: usize| (0..len as u64).map(|i| unit(hash(&[seed, i])) as f32 - 0.5).collect::<Vec<_>>();
+    let bits = |x: Vec<f32>| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+    let sizes = [[1, 7, 33], [2, 64, 192], [5, 40, 1], [63, 33, 65], [64, 33, 65], [600, 70, 129], [1100, 5, 40]];
+    let precisions = [[F32; 3], [Bf16; 3], [Q8; 3], [Bf16, F32, Q8], [Q8, Bf16, Bf16]];
+    for level in Level::available() {
+        let ops = FastCpu::at_level(level);
+        for ([rows, dim, inner], kinds) in sizes.into_iter().flat_map(|size| precisions.map(|kinds| (size, kinds))) {
+            let weight =
+                |n: usize, shape: [usize; 2]| ops.weight(&shape, &numbers(n as u64, shape[0] * shape[1]), kinds[n]);
+            let (gate, up, down) = (weight(0, [inner, dim]), weight(1, [inner, dim]), weight(2, [dim, inner]));
+            let x = ops.tensor(&[rows, dim], &numbers(4, rows * dim));
+            let narrow = ops.weight(&[3, dim], &numbers(5, 3 * dim), kinds[1]);
+            let weights = [&gate, &narrow, &up];
+            let together = ops.linears(&x, &weights);
+            assert_eq!(together.len(), weights.len());
+            for (w, got) in weights.iter().zip(&together) {
+                assert_eq!(ops.shape(got), ops.shape(&ops.linear(&x, w)));
+                let same = bits(ops.to_host(got)) == bits(ops.to_host(&ops.linear(&x, w)));
+                assert!(same, "{level:?} {kinds:?}: {rows} rows of {dim} by {:?}", ops.shape(w));
+            }
+            let inner_rows = ops.swiglu(&together[0], &together[2]);
+            let want = bits(ops.to_host(&ops.linear(&inner_rows, &down)));
+            let got = bits(ops.to_host(&ops.feed_forward(&x, [&gate, &up, &down])));
+            assert!(got == want, "{level:?} {kinds:?}: feed-forward of {rows} rows, {dim} by {inner}");
+        }
+    }
+}
+
 fn bits(outcome: &Outcome) -> Vec<u32> {
     outcome.data.iter().map(|x| x.to_bits()).collect()
 }

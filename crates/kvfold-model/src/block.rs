@@ -49,19 +49,26 @@ impl<O: Ops> Pass<'_, O> {
     pub fn block(&self, layer: usize, w: &Block<O::Tensor>, x: &O::Tensor, attend: &mut impl Attend<O>) -> O::Tensor {
         let Self { ops, shape, .. } = *self;
         let y = ops.rms_norm(x, &w.input_norm, shape.norm_eps); // [N, C]
-        let projected = Projected {
-            q: self.query(self.head_norm(self.linear(&y, &w.q, &w.q_bias), &w.q_norm)), // [N, H*D]
-            k: self.head_norm(self.linear(&y, &w.k, &w.k_bias), &w.k_norm),             // [N, G*D]
-            v: self.linear(&y, &w.v, &w.v_bias),                                        // [N, G*D]
-            decide: w.decide.as_ref().map(|decide| self.linear(&y, decide, &w.decide_bias)), // [N, 2G]
-            ahead: w.decide_ahead.as_ref().map(|ahead| ops.linear(&y, ahead)),          // [N, G]
-            precision: ops.precision(&w.q),
-        };
-        let y = attend.attend(layer, self, projected); // [N, H*D]
-        let x = ops.add(x, &self.linear(&y, &w.o, &w.o_bias), 1.0); // [N, C]
+        let y = attend.attend(layer, self, self.projected(w, &y)); // [N, H*D]
+        let x = ops.add(x, &self.biased(ops.linear(&y, &w.o), &w.o_bias), 1.0); // [N, C]
         let y = ops.rms_norm(&x, &w.post_norm, shape.norm_eps); // [N, C]
-        let y = ops.swiglu(&ops.linear(&y, &w.gate), &ops.linear(&y, &w.up)); // [N, F]
-        ops.add(&x, &ops.linear(&y, &w.down), 1.0) // [N, C]
+        ops.add(&x, &ops.feed_forward(&y, [&w.gate, &w.up, &w.down]), 1.0) // [N, C]
+    }
+
+    /// The projections of normed rows `[N, C]`.
+    fn projected(&self, w: &Block<O::Tensor>, y: &O::Tensor) -> Projected<O::Tensor> {
+        let heads = [&w.decide, &w.decide_ahead].map(Option::as_ref);
+        let weights: Vec<_> = [&w.q, &w.k, &w.v].into_iter().chain(heads.into_iter().flatten()).collect();
+        let mut products = self.ops.linears(y, &weights).into_iter();
+        let mut next = || products.next().expect("as many products as weights");
+        Projected {
+            q: self.query(self.head_norm(self.biased(next(), &w.q_bias), &w.q_norm)), // [N, H*D]
+            k: self.head_norm(self.biased(next(), &w.k_bias), &w.k_norm),             // [N, G*D]
+            v: self.biased(next(), &w.v_bias),                                        // [N, G*D]
+            decide: w.decide.as_ref().map(|_| self.biased(next(), &w.decide_bias)),   // [N, 2G]
+            ahead: w.decide_ahead.as_ref().map(|_| next()),                           // [N, G]
+            precision: self.ops.precision(&w.q),
+        }
     }
 
     /// What the logits are made from, `[N, C]`: the residual stream after the last block, normed.
@@ -69,9 +76,8 @@ impl<O: Ops> Pass<'_, O> {
         self.ops.rms_norm(x, &weights.norm, self.shape.norm_eps)
     }
 
-    /// A projection `[N, out]` of `y [N, in]`, with a bias where the family has one.
-    fn linear(&self, y: &O::Tensor, w: &O::Tensor, bias: &Option<O::Tensor>) -> O::Tensor {
-        let x = self.ops.linear(y, w);
+    /// A projection with a bias where the family has one.
+    fn biased(&self, x: O::Tensor, bias: &Option<O::Tensor>) -> O::Tensor {
         bias.iter().fold(x, |x, bias| self.ops.add_row(&x, bias))
     }
 

@@ -12,7 +12,7 @@ use crate::real::Real;
 use crate::simd::{PANEL, STRIP};
 use crate::stored::{Store, Stored};
 use std::collections::HashMap;
-use std::ops::Deref;
+use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// Buffers below this many elements come from the system allocator, which keeps them by itself.
@@ -55,6 +55,11 @@ impl<T: Copy + Default> Recycler<T> {
         buffer
     }
 
+    /// The same for a while: it comes back when it is dropped.
+    pub(crate) fn lend(&self, len: usize) -> Lent<'_, T> {
+        Lent { buffer: self.take(len), to: self }
+    }
+
     pub(crate) fn give(&self, buffer: Aligned<T>) {
         // One that was not taken from here may have room for no more than its elements.
         let class = size_class(buffer.len());
@@ -65,6 +70,42 @@ impl<T: Copy + Default> Recycler<T> {
                 waiting.by_class.entry(class).or_default().push(buffer);
             }
         }
+    }
+}
+
+/// A buffer that goes back to its recycler when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Lent<'a, T: Copy + Default> {
+    buffer: Aligned<T>,
+    to: &'a Recycler<T>,
+}
+
+impl<T: Copy + Default> Lent<'_, T> {
+    /// The buffer, to keep.
+    pub(crate) fn kept(mut self) -> Aligned<T> {
+        std::mem::take(&mut self.buffer)
+    }
+}
+
+impl<T: Copy + Default> Drop for Lent<'_, T> {
+    fn drop(&mut self) {
+        self.to.give(std::mem::take(&mut self.buffer));
+    }
+}
+
+impl<T: Copy + Default> Deref for Lent<'_, T> {
+    type Target = [T];
+
+    #[inline(always)]
+    fn deref(&self) -> &[T] {
+        &self.buffer
+    }
+}
+
+impl<T: Copy + Default> DerefMut for Lent<'_, T> {
+    #[inline(always)]
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut self.buffer
     }
 }
 
@@ -92,22 +133,22 @@ pub(crate) struct Home<F> {
     pub(super) scratch: ScratchPool<F>,
 }
 
-/// Words of two bf16 terms.
+/// Words of two bf16 terms, in panels.
 #[derive(Debug)]
-pub(super) enum Words {
+pub(super) enum PackedPanels {
     /// Of an array that may change.
     Lent(Aligned<u32>),
     /// Of a weight that is only read.
     Stored(Stored<u32>),
 }
 
-impl Deref for Words {
+impl Deref for PackedPanels {
     type Target = [u32];
 
     fn deref(&self) -> &[u32] {
         match self {
-            Words::Lent(words) => words,
-            Words::Stored(words) => words,
+            PackedPanels::Lent(words) => words,
+            PackedPanels::Stored(words) => words,
         }
     }
 }
@@ -120,7 +161,7 @@ pub(super) struct Packings<F> {
     /// bf16, terms along the columns, as a left factor.
     pub(super) rows: OnceLock<Aligned<u32>>,
     /// bf16, terms along the columns, as a right factor.
-    pub(super) panels_of_rows: OnceLock<Words>,
+    pub(super) panels_of_rows: OnceLock<PackedPanels>,
     /// bf16, terms along the rows.
     pub(super) panels_of_columns: OnceLock<Aligned<u32>>,
     /// Integers of 8 bits and their scales.
@@ -149,8 +190,8 @@ impl<F: Real> Buffer<F> {
         let Packings { floats, rows, panels_of_rows, panels_of_columns, .. } = std::mem::take(&mut self.packings);
         floats.into_inner().into_iter().for_each(|floats| self.home.floats.give(floats));
         let lent = panels_of_rows.into_inner().and_then(|words| match words {
-            Words::Lent(words) => Some(words),
-            Words::Stored(_) => None,
+            PackedPanels::Lent(words) => Some(words),
+            PackedPanels::Stored(_) => None,
         });
         let words = [rows, panels_of_columns].into_iter().filter_map(OnceLock::into_inner).chain(lent);
         words.for_each(|words| self.home.words.give(words));

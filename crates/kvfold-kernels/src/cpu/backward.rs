@@ -25,7 +25,7 @@ const SUMMED_ROWS: usize = 256;
 impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
     fn master(&self, shape: &[usize], data: &[f32], precision: Precision) -> Array<F> {
         let data = self.of_host(data);
-        Array::with_precision(shape, data, precision, &self.home)
+        Array::with_precision(shape, data.kept(), precision, &self.home)
     }
 
     fn linear_grad_x(&self, w: &Array<F>, d: &Array<F>) -> Array<F> {

@@ -1,9 +1,9 @@
-//! How a product's output is divided among threads.
+//! How products are divided among threads: one, several of the same rows in one round of work, or two that gate each other.
 
 use super::Cpu;
-use crate::aligned::Aligned;
+use super::array::Lent;
 use crate::kernel_set::KernelSet;
-use crate::real::Real;
+use crate::real::{self, Real};
 use crate::simd::PANEL;
 use crate::team;
 use std::ops::Range;
@@ -23,26 +23,42 @@ pub(super) struct Sizes {
     pub(super) rows: usize,
 }
 
+impl Sizes {
+    fn panels(&self) -> usize {
+        self.outputs.div_ceil(PANEL)
+    }
+}
+
+/// A product whose right factor lies in panels of 32 columns.
+pub(super) trait Product<F>: Sync {
+    fn sizes(&self) -> Sizes;
+
+    /// Computes some rows of some panels' columns; the output's rows are `row` apart.
+    ///
+    /// # Safety
+    /// The rows and columns must be valid from `to` on, and nobody else may use them.
+    unsafe fn block(&self, rows: Range<usize>, panels: Range<usize>, to: *mut F, row: usize);
+}
+
 /// An output whose blocks threads write side by side.
-struct Output<F>(*mut F);
+pub(super) struct Output<T>(*mut T);
 
 // SAFETY: `blocks` hands every thread columns and rows of its own.
-unsafe impl<F: Send> Sync for Output<F> {}
+unsafe impl<T: Send> Sync for Output<T> {}
 
-impl<F> Output<F> {
-    fn of(data: &mut [F]) -> Self {
+impl<T> Output<T> {
+    pub(super) fn of(data: &mut [T]) -> Self {
         Self(data.as_mut_ptr())
     }
 
     /// Where an element is.
-    fn at(&self, index: usize) -> *mut F {
+    pub(super) fn at(&self, index: usize) -> *mut T {
         self.0.wrapping_add(index)
     }
 }
 
-/// Calls `f` with blocks of rows and panels that cover an output, in parallel where it pays.
-fn blocks(Sizes { n, outputs, terms, rows }: Sizes, f: impl Fn(Range<usize>, Range<usize>) + Sync) {
-    let panels = outputs.div_ceil(PANEL);
+/// Calls `f` with blocks of rows and of `panels` that cover an output, in parallel where it pays.
+fn blocks(Sizes { n, terms, rows, .. }: Sizes, panels: usize, f: impl Fn(Range<usize>, Range<usize>) + Sync) {
     // As few blocks as hold all rows, of equal height but for what fills register tiles.
     let rows = n.div_ceil(n.div_ceil(rows).max(1)).next_multiple_of(PANEL);
     // Blocks of few rows take more panels; few blocks of rows are divided by panels.
@@ -57,35 +73,62 @@ fn blocks(Sizes { n, outputs, terms, rows }: Sizes, f: impl Fn(Range<usize>, Ran
 }
 
 impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
-    /// An output of which `product` writes a block of rows and of panels of columns at a time: the rows, the panels, and where
-    /// each panel's columns begin.
-    pub(super) fn block_product(
-        &self,
-        sizes: Sizes,
-        product: impl Fn(Range<usize>, Range<usize>, &dyn Fn(usize) -> *mut F) + Sync,
-    ) -> Aligned<F> {
-        let Sizes { n, outputs, .. } = sizes;
-        let mut y = self.buffer(n * outputs);
-        let out = Output::of(&mut y);
-        blocks(sizes, |rows, panels| {
-            let first = rows.start * outputs;
-            product(rows, panels, &|panel| out.at(first + panel * PANEL));
-        });
-        y
+    /// A product's output.
+    pub(super) fn product(&self, product: impl Product<F>) -> Lent<'_, F> {
+        self.products(&[product]).pop().expect("one output of one product")
     }
 
-    /// An output of which `product` writes a block of rows and a panel of columns at a time: the rows, the panel, the
-    /// columns that it has, and where they begin.
-    pub(super) fn panel_product(
-        &self,
-        sizes: Sizes,
-        product: impl Fn(Range<usize>, usize, usize, *mut F) + Sync,
-    ) -> Aligned<F> {
-        let Sizes { outputs, .. } = sizes;
-        self.block_product(sizes, |rows, panels, at| {
-            for panel in panels {
-                product(rows.clone(), panel, PANEL.min(outputs - panel * PANEL), at(panel));
+    /// The outputs of products of the same rows.
+    pub(super) fn products<P: Product<F>>(&self, products: &[P]) -> Vec<Lent<'_, F>> {
+        let Some(first) = products.first().map(P::sizes) else {
+            return Vec::new();
+        };
+        let (mut outputs, mut parts, mut panels) = (Vec::new(), Vec::new(), 0);
+        for product in products {
+            let sizes = product.sizes();
+            assert_eq!((sizes.n, sizes.terms), (first.n, first.terms), "products of the same rows");
+            let mut output = self.buffer(sizes.n * sizes.outputs);
+            parts.push((product, Output::of(&mut output), panels));
+            outputs.push(output);
+            panels += sizes.panels();
+        }
+        blocks(first, panels, |rows, panels| {
+            for (product, to, before) in &parts {
+                let sizes = product.sizes();
+                let ours = |panel: usize| panel.clamp(*before, before + sizes.panels()) - before;
+                let panels = ours(panels.start)..ours(panels.end);
+                if !panels.is_empty() {
+                    let to = to.at(rows.start * sizes.outputs + panels.start * PANEL);
+                    // SAFETY: these rows and columns are this block's alone.
+                    unsafe { product.block(rows.clone(), panels, to, sizes.outputs) };
+                }
             }
-        })
+        });
+        outputs
+    }
+
+    /// `gate * sigmoid(gate) * up` of two products of the same rows: `place` is given rows, a panel, and what is in their
+    /// columns, `[rows][32]`.
+    pub(super) fn gated<P: Product<F>>(&self, [gate, up]: [P; 2], place: impl Fn(Range<usize>, usize, &[F]) + Sync) {
+        let sizes = gate.sizes();
+        blocks(sizes, sizes.panels(), |rows, panels| {
+            let [mut gated, mut other] = [(); 2].map(|()| self.buffer(rows.len() * PANEL));
+            for panel in panels {
+                // Columns beyond the last one are not computed.
+                let width = PANEL.min(sizes.outputs - panel * PANEL);
+                for (product, to) in [(&gate, &mut gated), (&up, &mut other)] {
+                    if width < PANEL {
+                        to.fill(F::zero());
+                    }
+                    // SAFETY: the buffers are this task's and have room for a panel.
+                    unsafe { product.block(rows.clone(), panel..panel + 1, to.as_mut_ptr(), PANEL) };
+                }
+                self.set.run(
+                    #[inline(always)]
+                    || gated.iter_mut().zip(&other[..]).for_each(|(g, &u)| *g = real::swiglu(K::exp, *g, u)),
+                );
+                place(rows.clone(), panel, &gated);
+            }
+        });
     }
 }

@@ -1,13 +1,13 @@
 //! [`Ops`] on the CPU.
 
+use super::array::Lent;
 use super::heads::{JobLayout, key_view, split_jobs, view};
 use super::{Array, Cpu};
-use crate::aligned::Aligned;
 use crate::attention::AttentionJob;
 use crate::gate::{self, Deciding};
 use crate::kernel_set::KernelSet;
 use crate::ops::{
-    Borrowed, Channel, Decided, Exempt, Gate, Goal, Grad, Heads, Hinge, Ops, PoolInput, PoolOutput, PoolShape,
+    self, Borrowed, Channel, Decided, Exempt, Gate, Goal, Grad, Heads, Hinge, Ops, PoolInput, PoolOutput, PoolShape,
     Precision, Predictions, Span, Spans, Visible,
 };
 use crate::pool::{self, PoolJob};
@@ -73,11 +73,29 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
     }
 
     fn linear(&self, x: &Array<F>, w: &Array<F>) -> Array<F> {
-        match w.precision() {
-            Precision::F32 => self.float_product(x, w),
-            Precision::Bf16 => self.bf16_product(x, w),
-            Precision::Q8 => self.q8_product(x, w),
-        }
+        self.linears(x, &[w]).pop().expect("one output of one weight")
+    }
+
+    fn linears(&self, x: &Array<F>, weights: &[&Array<F>]) -> Vec<Array<F>> {
+        let of = |precision| weights.iter().copied().filter(move |w| w.precision() == precision).collect::<Vec<_>>();
+        let mut bf16 = self.bf16_products(x, &of(Precision::Bf16)).into_iter();
+        let mut q8 = self.q8_products(x, &of(Precision::Q8)).into_iter();
+        let next = |w: &&Array<F>| match w.precision() {
+            Precision::F32 => Some(self.float_product(x, w)),
+            Precision::Bf16 => bf16.next(),
+            Precision::Q8 => q8.next(),
+        };
+        weights.iter().map(next).map(|y| y.expect("as many outputs as weights")).collect()
+    }
+
+    fn feed_forward(&self, x: &Array<F>, weights: [&Array<F>; 3]) -> Array<F> {
+        let all = |precision| weights.iter().all(|w| w.precision() == precision);
+        let fused = match weights[0].precision() {
+            Precision::Bf16 if all(Precision::Bf16) => self.bf16_feed_forward(x, weights),
+            Precision::Q8 if all(Precision::Q8) => Some(self.q8_feed_forward(x, weights)),
+            _ => None,
+        };
+        fused.unwrap_or_else(|| ops::feed_forward(self, x, weights))
     }
 
     fn embed(&self, ids: &[u32], table: &Array<F>) -> Array<F> {
@@ -147,7 +165,7 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
         self.map(
             [gate, up],
             #[inline(always)]
-            |[g, u]| g * real::sigmoid(K::exp, g) * u,
+            |[g, u]| real::swiglu(K::exp, g, u),
         )
     }
 
@@ -411,7 +429,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         visible: &Visible<Array<F>>,
         spans: &Spans,
         heads: Heads,
-    ) -> (Aligned<F>, Aligned<F>) {
+    ) -> (Lent<'_, F>, Lent<'_, F>) {
         let (rows, group) = (spans.rows(), heads.group());
         let (mut out, mut lse) = (self.buffer(rows * heads.query * heads.dim), self.buffer(rows * heads.query));
         let jobs = Self::attention_jobs(q, visible, spans, heads);

@@ -1,7 +1,7 @@
 //! Losses of predictions, a few hundred rows at a time: logits of all rows never exist together.
 
+use super::array::Lent;
 use super::{Array, Cpu};
-use crate::aligned::Aligned;
 use crate::kernel_set::KernelSet;
 use crate::loss;
 use crate::ops::{Goal, Grad, NO_TARGET, Ops, Predictions};
@@ -12,9 +12,9 @@ use crate::team;
 pub const LOSS_ROWS: usize = 512;
 
 /// Gradients of a mean loss.
-pub(super) struct Gradients<F: Real> {
+pub(super) struct Gradients<'a, F: Real> {
     /// Of the predictions' `x`, overwritten.
-    pub(super) x: Aligned<F>,
+    pub(super) x: Lent<'a, F>,
     /// Of their `w`.
     pub(super) w: Option<Array<F>>,
     /// Whether that one is wanted.
@@ -27,7 +27,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         &self,
         predicted: Predictions<'_, Array<F>>,
         goal: Goal<'_, Array<F>>,
-        mut grads: Option<&mut Gradients<F>>,
+        mut grads: Option<&mut Gradients<'_, F>>,
     ) -> Array<F> {
         let (rows, cols) = predicted.x.matrix();
         let (vocab, _) = predicted.w.matrix();

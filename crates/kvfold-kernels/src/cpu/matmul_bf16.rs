@@ -6,16 +6,16 @@
 //! half the bytes. Many rows are multiplied as floats instead: each block rounds its activations and widens its panels of
 //! weights once. The sums are the same, term by term.
 
-use super::array::Words;
-use super::blocks::{ROWS, Sizes};
+use super::array::{Lent, PackedPanels};
+use super::blocks::{Output, Product, ROWS, Sizes};
 use super::{Array, Cpu, for_rows};
-use crate::aligned::Aligned;
 use crate::bf16::{self, GemmBf16, words};
 use crate::kernel_set::KernelSet;
 use crate::pack::Packing;
 use crate::real::Real;
 use crate::simd::{BLOCK_ROWS, Gemm, PANEL, STRIP};
 use crate::team;
+use std::ops::Range;
 
 /// Rows from which widening a panel once is cheaper than widening it in registers for every four rows.
 const MANY: usize = 64;
@@ -49,94 +49,170 @@ fn round_columns<F: Real, const W: usize>(x: &[F], cols: usize, first: usize, to
     }
 }
 
+/// Packed rows times packed panels.
+struct Words<'a, K> {
+    set: K,
+    a: &'a [u32],
+    b: &'a [u32],
+    sizes: Sizes,
+}
+
+impl<F: Real, K: KernelSet<F>> Product<F> for Words<'_, K> {
+    fn sizes(&self) -> Sizes {
+        self.sizes
+    }
+
+    unsafe fn block(&self, rows: Range<usize>, panels: Range<usize>, to: *mut F, row: usize) {
+        let (words, outputs) = (words(self.sizes.terms), self.sizes.outputs);
+        // Where a sum is longer than what stays near, all panels add a part of it before the next.
+        for first in (0..words).step_by(NEAR_WORDS) {
+            let product = GemmBf16 {
+                m: rows.len(),
+                n: (panels.len() * PANEL).min(outputs - panels.start * PANEL),
+                words: NEAR_WORDS.min(words - first),
+                a: &self.a[rows.start * words + first..],
+                a_row: words,
+                b: &self.b[(panels.start * words + first) * PANEL..],
+                b_panel: words * PANEL,
+                c_row: row,
+                accumulate: first > 0,
+            };
+            // SAFETY: the caller's.
+            unsafe { self.set.gemm_bf16(product, to) };
+        }
+    }
+}
+
+/// Rows, which each block rounds, times packed panels, which it widens.
+struct Widened<'a, F: Real, K> {
+    cpu: &'a Cpu<F, K>,
+    a: &'a [F],
+    b: &'a [u32],
+    sizes: Sizes,
+}
+
+impl<F: Real, K: KernelSet<F>> Product<F> for Widened<'_, F, K> {
+    fn sizes(&self) -> Sizes {
+        self.sizes
+    }
+
+    unsafe fn block(&self, rows: Range<usize>, panels: Range<usize>, to: *mut F, row: usize) {
+        let Self { cpu, sizes: Sizes { outputs, terms, .. }, .. } = *self;
+        let panel_words = words(terms) * PANEL;
+        // Packed pairs fill an odd end up.
+        let strip = terms.next_multiple_of(2) * STRIP;
+        let (mut left, mut wide) = (cpu.buffer(rows.len() * terms), cpu.buffer(PANEL / STRIP * strip));
+        let a = &self.a[rows.start * terms..rows.end * terms];
+        cpu.set.run(
+            #[inline(always)]
+            || left.iter_mut().zip(a).for_each(|(left, &a)| *left = bf16::rounded(a)),
+        );
+        for (n, panel) in panels.enumerate() {
+            cpu.set.run(
+                #[inline(always)]
+                || bf16::widen_panel(&self.b[panel * panel_words..][..panel_words], &mut wide),
+            );
+            let product = Gemm {
+                m: rows.len(),
+                n: PANEL.min(outputs - panel * PANEL),
+                k: terms,
+                a: &left,
+                a_row: terms,
+                a_col: 1,
+                b: &wide,
+                b_row: STRIP,
+                b_strip: strip,
+                c_row: row,
+                accumulate: false,
+            };
+            // SAFETY: the caller's.
+            unsafe { cpu.set.gemm_at(product, to.wrapping_add(n * PANEL)) };
+        }
+    }
+}
+
 impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
-    /// `x [N,K] . w [M,K]^T`.
-    pub(super) fn bf16_product(&self, x: &Array<F>, w: &Array<F>) -> Array<F> {
-        let ((_, k), (m, wk)) = (x.matrix(), w.matrix());
-        assert_eq!(k, wk, "linear of {:?} by {:?}", x.shape(), w.shape());
-        self.row_product(x, self.packed_panels_of_rows(w), m)
+    /// `x [N,K] . w [M,K]^T` for each weight.
+    pub(super) fn bf16_products(&self, x: &Array<F>, weights: &[&Array<F>]) -> Vec<Array<F>> {
+        let (n, k) = x.matrix();
+        let factors = weights.iter().map(|w| {
+            let (m, wk) = w.matrix();
+            assert_eq!(k, wk, "linear of {:?} by {:?}", x.shape(), w.shape());
+            (self.packed_panels_of_rows(w), m)
+        });
+        let outputs = self.row_products(x, factors.collect()).into_iter().zip(weights);
+        outputs.map(|(y, w)| self.array_of(&[n, w.matrix().0], y)).collect()
     }
 
     /// `d [N,M] . w [M,K]`.
     pub(super) fn bf16_product_grad_x(&self, w: &Array<F>, d: &Array<F>) -> Array<F> {
-        let ((m, k), (_, dm)) = (w.matrix(), d.matrix());
+        let ((m, k), (n, dm)) = (w.matrix(), d.matrix());
         assert_eq!(m, dm, "gradient {:?} of a linear by {:?}", d.shape(), w.shape());
-        self.row_product(d, self.packed_panels_of_columns(w), k)
+        let y = self.row_products(d, vec![(self.packed_panels_of_columns(w), k)]).pop();
+        self.array_of(&[n, k], y.expect("one output of one product"))
     }
 
-    /// `x [N,terms]` times panels of `outputs` columns.
-    fn row_product(&self, x: &Array<F>, panels: &[u32], outputs: usize) -> Array<F> {
+    /// `x [N,terms]` times panels, each of so many columns.
+    fn row_products(&self, x: &Array<F>, factors: Vec<(&[u32], usize)>) -> Vec<Lent<'_, F>> {
         let (n, terms) = x.matrix();
-        let y = match self.set.pairs() || n < MANY {
+        if factors.is_empty() {
+            return Vec::new();
+        }
+        match self.multiplies_words(n) {
             true => {
-                let rows = (LEFT / words(terms).min(NEAR_WORDS)).clamp(ROWS, 4 * ROWS);
-                self.word_product(self.packed_rows(x), panels, Sizes { n, outputs, terms, rows })
+                let a = self.packed_rows(x);
+                let products = factors.into_iter().map(|(b, outputs)| self.words(a, b, [n, terms, outputs]));
+                self.products(&products.collect::<Vec<_>>())
             }
-            false => self.widened_product(x.data(), panels, Sizes { n, outputs, terms, rows: ROWS }),
-        };
-        self.array_of(&[n, outputs], y)
+            false => {
+                let products = factors.into_iter().map(|(b, outputs)| {
+                    let sizes = Sizes { n, outputs, terms, rows: ROWS };
+                    Widened { cpu: self, a: x.data(), b, sizes }
+                });
+                self.products(&products.collect::<Vec<_>>())
+            }
+        }
     }
 
-    /// Packed rows times panels.
-    fn word_product(&self, a: &[u32], b: &[u32], sizes: Sizes) -> Aligned<F> {
-        let (words, outputs) = (words(sizes.terms), sizes.outputs);
-        self.block_product(sizes, |rows, panels, at| {
-            // Where a sum is longer than what stays near, all panels add a part of it before the next.
-            for first in (0..words).step_by(NEAR_WORDS) {
-                let product = GemmBf16 {
-                    m: rows.len(),
-                    n: (panels.len() * PANEL).min(outputs - panels.start * PANEL),
-                    words: NEAR_WORDS.min(words - first),
-                    a: &a[rows.start * words + first..],
-                    a_row: words,
-                    b: &b[(panels.start * words + first) * PANEL..],
-                    b_panel: words * PANEL,
-                    c_row: outputs,
-                    accumulate: first > 0,
-                };
-                // SAFETY: these rows and columns are this block's alone.
-                unsafe { self.set.gemm_bf16(product, at(panels.start)) };
-            }
-        })
+    /// Whether so many rows are multiplied as words.
+    fn multiplies_words(&self, n: usize) -> bool {
+        self.set.pairs() || n < MANY
     }
 
-    /// Rows `[n, terms]`, which each block rounds, times packed panels, which it widens.
-    fn widened_product(&self, a: &[F], b: &[u32], sizes: Sizes) -> Aligned<F> {
-        let Sizes { outputs, terms, .. } = sizes;
-        let panel_words = words(terms) * PANEL;
-        // Packed pairs fill an odd end up.
-        let strip = terms.next_multiple_of(2) * STRIP;
-        self.block_product(sizes, |rows, panels, at| {
-            let (mut left, mut wide) = (self.buffer(rows.len() * terms), self.buffer(PANEL / STRIP * strip));
-            let a = &a[rows.start * terms..rows.end * terms];
-            self.set.run(
-                #[inline(always)]
-                || left.iter_mut().zip(a).for_each(|(left, &a)| *left = bf16::rounded(a)),
-            );
-            for panel in panels {
-                self.set.run(
-                    #[inline(always)]
-                    || bf16::widen_panel(&b[panel * panel_words..][..panel_words], &mut wide),
-                );
-                let product = Gemm {
-                    m: rows.len(),
-                    n: PANEL.min(outputs - panel * PANEL),
-                    k: terms,
-                    a: &left,
-                    a_row: terms,
-                    a_col: 1,
-                    b: &wide,
-                    b_row: STRIP,
-                    b_strip: strip,
-                    c_row: outputs,
-                    accumulate: false,
-                };
-                // SAFETY: these rows and columns are this block's alone.
-                unsafe { self.set.gemm_at(product, at(panel)) };
+    /// Packed rows `[n, terms]` times packed panels of `outputs` columns.
+    fn words<'a>(&self, a: &'a [u32], b: &'a [u32], [n, terms, outputs]: [usize; 3]) -> Words<'a, K> {
+        let rows = (LEFT / words(terms).min(NEAR_WORDS)).clamp(ROWS, 4 * ROWS);
+        Words { set: self.set, a, b, sizes: Sizes { n, outputs, terms, rows } }
+    }
+
+    /// [`Ops::feed_forward`](crate::ops::Ops::feed_forward) from words to words; nothing where rows are multiplied as
+    /// floats.
+    pub(super) fn bf16_feed_forward(&self, x: &Array<F>, [gate, up, down]: [&Array<F>; 3]) -> Option<Array<F>> {
+        let ((n, terms), (inner, _), (outputs, _)) = (x.matrix(), gate.matrix(), down.matrix());
+        if !self.multiplies_words(n) {
+            return None;
+        }
+        let (a, row) = (self.packed_rows(x), words(inner));
+        let both = [gate, up].map(|w| self.words(a, self.packed_panels_of_rows(w), [n, terms, inner]));
+        let mut hidden = self.home.words.lend(n * row);
+        let to = Output::of(&mut hidden);
+        self.gated(both, |rows, panel, gated| {
+            let mut lines = self.home.words.lend(rows.len() * PANEL / 2);
+            self.set.pack(Packing::Rows { x: gated, cols: PANEL }, &mut lines);
+            let first = panel * PANEL / 2;
+            for (n, line) in rows.zip(lines.as_chunks::<{ PANEL / 2 }>().0) {
+                let to = to.at(n * row + first);
+                // SAFETY: these words of the row are this panel's alone. Most panels are whole: a copy of a known length.
+                unsafe {
+                    match row - first >= line.len() {
+                        true => to.cast::<[u32; PANEL / 2]>().write(*line),
+                        false => to.copy_from_nonoverlapping(line.as_ptr(), row - first),
+                    }
+                }
             }
-            self.home.floats.give(left);
-            self.home.floats.give(wide);
-        })
+        });
+        let y = self.product(self.words(&hidden, self.packed_panels_of_rows(down), [n, inner, outputs]));
+        Some(self.array_of(&[n, outputs], y))
     }
 
     /// `d [N,M]^T . x [N,K]`.
@@ -158,7 +234,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         // Rows that share the reading of x, where there are enough of them for every thread.
         let rows = m.div_ceil(2 * team::threads()).next_multiple_of(PANEL).min(TALL);
         team::each(dw.chunks_mut(rows * k).enumerate(), |(task, dw)| {
-            let mut left = self.home.words.take(dw.len() / k * words);
+            let mut left = self.home.words.lend(dw.len() / k * words);
             self.set.pack(Packing::Columns { x: d.data(), cols: m, first: task * rows }, &mut left);
             for first in (0..words).step_by(WORDS) {
                 let product = GemmBf16 {
@@ -175,7 +251,6 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
                 // SAFETY: the rows are this task's alone.
                 unsafe { self.set.gemm_bf16(product, dw.as_mut_ptr()) };
             }
-            self.home.words.give(left);
         });
     }
 
@@ -222,9 +297,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
                     }
                 }
             }
-            self.home.floats.give(left);
         });
-        self.home.floats.give(strips);
     }
 
     /// [`Packing::Rows`] of an array, made at first use.
@@ -246,7 +319,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
             let (rows, cols) = x.matrix();
             let mut packed = self.home.words.take(rows.div_ceil(PANEL) * words(cols) * PANEL);
             self.pack_panels_of_rows(x, &mut packed);
-            Words::Lent(packed)
+            PackedPanels::Lent(packed)
         })
     }
 
@@ -256,7 +329,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
             let (rows, cols) = w.matrix();
             let mut packed = self.home.weights.room(rows.div_ceil(PANEL) * words(cols) * PANEL);
             self.pack_panels_of_rows(w, &mut packed);
-            Words::Stored(packed.stored())
+            PackedPanels::Stored(packed.stored())
         });
     }
 

@@ -1,23 +1,68 @@
 //! Products with 8-bit weights: what is served, never what is trained.
 
-use super::blocks::{ROWS, Sizes};
+use super::blocks::{Output, Product, ROWS, Sizes};
 use super::{Array, Cpu};
 use crate::kernel_set::KernelSet;
 use crate::q8::{GemmQ8, Panels};
 use crate::real::Real;
+use crate::simd::PANEL;
+use std::ops::Range;
+
+/// Rows of floats times panels of integers.
+struct Quantised<'a, F, K> {
+    set: K,
+    a: &'a [F],
+    b: &'a Panels,
+    sizes: Sizes,
+}
+
+impl<F: Real, K: KernelSet<F>> Product<F> for Quantised<'_, F, K> {
+    fn sizes(&self) -> Sizes {
+        self.sizes
+    }
+
+    unsafe fn block(&self, rows: Range<usize>, panels: Range<usize>, to: *mut F, row: usize) {
+        let Sizes { outputs, terms, .. } = self.sizes;
+        for (nth, panel) in panels.enumerate() {
+            let (a, n) = (&self.a[rows.start * terms..], PANEL.min(outputs - panel * PANEL));
+            let product = GemmQ8 { m: rows.len(), n, a, k: terms, b: self.b.panel(panel), c_row: row };
+            // SAFETY: the caller's.
+            unsafe { self.set.gemm_q8(product, to.wrapping_add(nth * PANEL)) };
+        }
+    }
+}
 
 impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
-    /// `x [N,K] . w [M,K]^T`.
-    pub(super) fn q8_product(&self, x: &Array<F>, w: &Array<F>) -> Array<F> {
-        let ((n, terms), (outputs, wk)) = (x.matrix(), w.matrix());
-        assert_eq!(terms, wk, "linear of {:?} by {:?}", x.shape(), w.shape());
-        let panels = self.quantised(w);
-        let y = self.panel_product(Sizes { n, outputs, terms, rows: ROWS }, |rows, panel, n, to| {
-            let (a, b) = (&x.data()[rows.start * terms..], panels.panel(panel));
-            let product = GemmQ8 { m: rows.len(), n, a, k: terms, b, c_row: outputs };
-            // SAFETY: these rows and columns are this call's alone.
-            unsafe { self.set.gemm_q8(product, to) };
+    /// `x [N,K] . w [M,K]^T` for each weight.
+    pub(super) fn q8_products(&self, x: &Array<F>, weights: &[&Array<F>]) -> Vec<Array<F>> {
+        let (n, terms) = x.matrix();
+        let products: Vec<_> = weights.iter().map(|w| self.by_quantised((x.data(), n, terms), w)).collect();
+        let outputs = self.products(&products).into_iter().zip(weights);
+        outputs.map(|(y, w)| self.array_of(&[n, w.matrix().0], y)).collect()
+    }
+
+    /// Rows `[n, terms]` times a weight.
+    fn by_quantised<'a>(&self, (a, n, terms): (&'a [F], usize, usize), w: &'a Array<F>) -> Quantised<'a, F, K> {
+        let (outputs, wk) = w.matrix();
+        assert_eq!(terms, wk, "linear of [{n}, {terms}] by {:?}", w.shape());
+        Quantised { set: self.set, a, b: self.quantised(w), sizes: Sizes { n, outputs, terms, rows: ROWS } }
+    }
+
+    /// [`Ops::feed_forward`](crate::ops::Ops::feed_forward).
+    pub(super) fn q8_feed_forward(&self, x: &Array<F>, [gate, up, down]: [&Array<F>; 3]) -> Array<F> {
+        let ((n, terms), (inner, _), (outputs, _)) = (x.matrix(), gate.matrix(), down.matrix());
+        let mut hidden = self.buffer(n * inner);
+        let to = Output::of(&mut hidden);
+        let both = [gate, up].map(|w| self.by_quantised((x.data(), n, terms), w));
+        self.gated(both, |rows, panel, gated| {
+            let first = panel * PANEL;
+            for (n, gated) in rows.zip(gated.chunks_exact(PANEL)) {
+                let gated = &gated[..PANEL.min(inner - first)];
+                // SAFETY: these columns of the row are this panel's alone.
+                unsafe { to.at(n * inner + first).copy_from_nonoverlapping(gated.as_ptr(), gated.len()) };
+            }
         });
+        let y = self.product(self.by_quantised((&hidden, n, inner), down));
         self.array_of(&[n, outputs], y)
     }
 

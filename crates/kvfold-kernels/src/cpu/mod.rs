@@ -16,12 +16,11 @@ mod matmul_q8;
 pub use array::Array;
 pub use loss::LOSS_ROWS;
 
-use crate::aligned::Aligned;
 use crate::kernel_set::{Fast, KernelSet, Scalar};
 use crate::real::Real;
 use crate::simd::Level;
 use crate::team;
-use array::Home;
+use array::{Home, Lent};
 use std::sync::Arc;
 
 /// The CPU backend with a kernel set.
@@ -78,17 +77,17 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     }
 
     /// An array of a buffer.
-    fn array_of(&self, shape: &[usize], buffer: Aligned<F>) -> Array<F> {
-        Array::new(shape, buffer, &self.home)
+    fn array_of(&self, shape: &[usize], buffer: Lent<'_, F>) -> Array<F> {
+        Array::new(shape, buffer.kept(), &self.home)
     }
 
     /// A buffer of any content, to be overwritten.
-    fn buffer(&self, len: usize) -> Aligned<F> {
-        self.home.floats.take(len)
+    fn buffer(&self, len: usize) -> Lent<'_, F> {
+        self.home.floats.lend(len)
     }
 
     /// Numbers of the host in this backend's own precision.
-    fn of_host(&self, data: &[f32]) -> Aligned<F> {
+    fn of_host(&self, data: &[f32]) -> Lent<'_, F> {
         let mut buffer = self.buffer(data.len());
         buffer.iter_mut().zip(data).for_each(|(to, &x)| *to = F::of(f64::from(x)));
         buffer
