@@ -372,8 +372,13 @@ pub const NO_TARGET: u32 = u32::MAX;
 pub const MIN_IMPORTANCE: f64 = 0.0078125;
 
 /// [`Ops::feed_forward`] by its definition.
-pub(crate) fn feed_forward<O: Ops + ?Sized>(ops: &O, x: &O::Tensor, [gate, up, down]: [&O::Tensor; 3]) -> O::Tensor {
-    ops.linear(&ops.swiglu(&ops.linear(x, gate), &ops.linear(x, up)), down)
+pub(crate) fn feed_forward<O: Ops + ?Sized>(
+    ops: &O,
+    base: &O::Tensor,
+    x: &O::Tensor,
+    [gate, up, down]: [&O::Tensor; 3],
+) -> O::Tensor {
+    ops.linear_onto(base, &ops.swiglu(&ops.linear(x, gate), &ops.linear(x, up)), down)
 }
 
 /// The forward half of a backend.
@@ -408,9 +413,15 @@ pub trait Ops: std::fmt::Debug {
         weights.iter().map(|w| self.linear(x, w)).collect()
     }
 
-    /// A feed-forward layer, `swiglu(x . gate^T, x . up^T) . down^T`, with weights `[F,C]`, `[F,C]` and `[C,F]`: `[N,C]`.
-    fn feed_forward(&self, x: &Self::Tensor, weights: [&Self::Tensor; 3]) -> Self::Tensor {
-        feed_forward(self, x, weights)
+    /// `base + x . w^T`, with a product of [`Ops::linear`].
+    fn linear_onto(&self, base: &Self::Tensor, x: &Self::Tensor, w: &Self::Tensor) -> Self::Tensor {
+        self.add(base, &self.linear(x, w), 1.0)
+    }
+
+    /// A feed-forward layer, `base + swiglu(x . gate^T, x . up^T) . down^T`, with weights `[F,C]`, `[F,C]` and `[C,F]`:
+    /// `[N,C]`.
+    fn feed_forward(&self, base: &Self::Tensor, x: &Self::Tensor, weights: [&Self::Tensor; 3]) -> Self::Tensor {
+        feed_forward(self, base, x, weights)
     }
 
     /// Rows `ids` of `table [V,C]` -> `[N,C]`.

@@ -33,7 +33,7 @@ impl Real for f64 {
 }
 
 /// Lanes of the sums below: one AVX-512 register of f32.
-const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;
 
 /// Sum of a function of every element, in a fixed order: 16 interleaved partial sums, then pairwise. The same for every
 /// instruction set.
@@ -142,7 +142,7 @@ pub fn max<F: Real>(xs: &[F]) -> F {
 }
 
 #[inline(always)]
-fn fold_lanes<F: Real>(mut lanes: [F; LANES]) -> F {
+pub(crate) fn fold_lanes<F: Real>(mut lanes: [F; LANES]) -> F {
     let mut width = LANES / 2;
     while width > 0 {
         for l in 0..width {

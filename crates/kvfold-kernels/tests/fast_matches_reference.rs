@@ -476,8 +476,10 @@ fn fused_products_are_their_parts() {
                 assert!(same, "{level:?} {kinds:?}: {rows} rows of {dim} by {:?}", ops.shape(w));
             }
             let inner_rows = ops.swiglu(&together[0], &together[2]);
-            let want = bits(ops.to_host(&ops.linear(&inner_rows, &down)));
-            let got = bits(ops.to_host(&ops.feed_forward(&x, [&gate, &up, &down])));
+            let want = bits(ops.to_host(&ops.add(&x, &ops.linear(&inner_rows, &down), 1.0)));
+            let got = bits(ops.to_host(&ops.linear_onto(&x, &inner_rows, &down)));
+            assert!(got == want, "{level:?} {kinds:?}: {rows} rows of {inner} by {dim}, onto");
+            let got = bits(ops.to_host(&ops.feed_forward(&x, &x, [&gate, &up, &down])));
             assert!(got == want, "{level:?} {kinds:?}: feed-forward of {rows} rows, {dim} by {inner}");
         }
     }

@@ -50,9 +50,12 @@ impl<O: Ops> Pass<'_, O> {
         let Self { ops, shape, .. } = *self;
         let y = ops.rms_norm(x, &w.input_norm, shape.norm_eps); // [N, C]
         let y = attend.attend(layer, self, self.projected(w, &y)); // [N, H*D]
-        let x = ops.add(x, &self.biased(ops.linear(&y, &w.o), &w.o_bias), 1.0); // [N, C]
+        let x = match &w.o_bias {
+            None => ops.linear_onto(x, &y, &w.o),
+            Some(bias) => ops.add(x, &ops.add_row(&ops.linear(&y, &w.o), bias), 1.0),
+        }; // [N, C]
         let y = ops.rms_norm(&x, &w.post_norm, shape.norm_eps); // [N, C]
-        ops.add(&x, &ops.feed_forward(&y, [&w.gate, &w.up, &w.down]), 1.0) // [N, C]
+        ops.feed_forward(&x, &y, [&w.gate, &w.up, &w.down]) // [N, C]
     }
 
     /// The projections of normed rows `[N, C]`.

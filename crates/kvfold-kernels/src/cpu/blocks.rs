@@ -1,7 +1,7 @@
 //! How products are divided among threads: one, several of the same rows in one round of work, or two that gate each other.
 
-use super::Cpu;
 use super::array::Lent;
+use super::{Array, Cpu};
 use crate::kernel_set::KernelSet;
 use crate::real::{self, Real};
 use crate::simd::PANEL;
@@ -40,6 +40,35 @@ pub(super) trait Product<F>: Sync {
     unsafe fn block(&self, rows: Range<usize>, panels: Range<usize>, to: *mut F, row: usize);
 }
 
+/// A product that is added to rows of as many columns.
+struct Onto<'a, F, K, P> {
+    set: K,
+    base: &'a [F],
+    product: P,
+}
+
+impl<F: Real, K: KernelSet<F>, P: Product<F>> Product<F> for Onto<'_, F, K, P> {
+    fn sizes(&self) -> Sizes {
+        self.product.sizes()
+    }
+
+    unsafe fn block(&self, rows: Range<usize>, panels: Range<usize>, to: *mut F, row: usize) {
+        let Sizes { outputs, .. } = self.sizes();
+        // SAFETY: the caller's.
+        unsafe { self.product.block(rows.clone(), panels.clone(), to, row) };
+        let columns = panels.start * PANEL..outputs.min(panels.end * PANEL);
+        for (n, base) in rows.clone().zip(self.base[rows.start * outputs..].chunks_exact(outputs)) {
+            let (base, to) = (&base[columns.clone()], to.wrapping_add((n - rows.start) * row));
+            // SAFETY: the caller's, and the product has written them.
+            let to = unsafe { std::slice::from_raw_parts_mut(to, base.len()) };
+            self.set.run(
+                #[inline(always)]
+                || to.iter_mut().zip(base).for_each(|(to, &base)| *to = base + *to),
+            );
+        }
+    }
+}
+
 /// An output whose blocks threads write side by side.
 pub(super) struct Output<T>(*mut T);
 
@@ -73,9 +102,12 @@ fn blocks(Sizes { n, terms, rows, .. }: Sizes, panels: usize, f: impl Fn(Range<u
 }
 
 impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
-    /// A product's output.
-    pub(super) fn product(&self, product: impl Product<F>) -> Lent<'_, F> {
-        self.products(&[product]).pop().expect("one output of one product")
+    /// The sum of an array and a product.
+    pub(super) fn onto(&self, base: &Array<F>, product: impl Product<F>) -> Array<F> {
+        let Sizes { n, outputs, .. } = product.sizes();
+        assert_eq!(base.matrix(), (n, outputs), "a sum of {:?} and a product", base.shape());
+        let sum = self.products(&[Onto { set: self.set, base: base.data(), product }]).pop();
+        self.array_of(base.shape(), sum.expect("one output of one product"))
     }
 
     /// The outputs of products of the same rows.

@@ -88,14 +88,22 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
         weights.iter().map(next).map(|y| y.expect("as many outputs as weights")).collect()
     }
 
-    fn feed_forward(&self, x: &Array<F>, weights: [&Array<F>; 3]) -> Array<F> {
+    fn linear_onto(&self, base: &Array<F>, x: &Array<F>, w: &Array<F>) -> Array<F> {
+        match w.precision() {
+            Precision::F32 => self.add(base, &self.float_product(x, w), 1.0),
+            Precision::Bf16 => self.bf16_linear_onto(base, x, w),
+            Precision::Q8 => self.q8_linear_onto(base, x, w),
+        }
+    }
+
+    fn feed_forward(&self, base: &Array<F>, x: &Array<F>, weights: [&Array<F>; 3]) -> Array<F> {
         let all = |precision| weights.iter().all(|w| w.precision() == precision);
         let fused = match weights[0].precision() {
-            Precision::Bf16 if all(Precision::Bf16) => self.bf16_feed_forward(x, weights),
-            Precision::Q8 if all(Precision::Q8) => Some(self.q8_feed_forward(x, weights)),
+            Precision::Bf16 if all(Precision::Bf16) => self.bf16_feed_forward(base, x, weights),
+            Precision::Q8 if all(Precision::Q8) => Some(self.q8_feed_forward(base, x, weights)),
             _ => None,
         };
-        fused.unwrap_or_else(|| ops::feed_forward(self, x, weights))
+        fused.unwrap_or_else(|| ops::feed_forward(self, base, x, weights))
     }
 
     fn embed(&self, ids: &[u32], table: &Array<F>) -> Array<F> {

@@ -152,6 +152,17 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         self.array_of(&[n, k], y.expect("one output of one product"))
     }
 
+    /// `base + x [N,K] . w [M,K]^T`.
+    pub(super) fn bf16_linear_onto(&self, base: &Array<F>, x: &Array<F>, w: &Array<F>) -> Array<F> {
+        let ((n, terms), (outputs, wk)) = (x.matrix(), w.matrix());
+        assert_eq!(terms, wk, "linear of {:?} by {:?}", x.shape(), w.shape());
+        let b = self.packed_panels_of_rows(w);
+        match self.multiplies_words(n) {
+            true => self.onto(base, self.words(self.packed_rows(x), b, [n, terms, outputs])),
+            false => self.onto(base, self.widened(x.data(), b, [n, terms, outputs])),
+        }
+    }
+
     /// `x [N,terms]` times panels, each of so many columns.
     fn row_products(&self, x: &Array<F>, factors: Vec<(&[u32], usize)>) -> Vec<Lent<'_, F>> {
         let (n, terms) = x.matrix();
@@ -165,10 +176,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
                 self.products(&products.collect::<Vec<_>>())
             }
             false => {
-                let products = factors.into_iter().map(|(b, outputs)| {
-                    let sizes = Sizes { n, outputs, terms, rows: ROWS };
-                    Widened { cpu: self, a: x.data(), b, sizes }
-                });
+                let products = factors.into_iter().map(|(b, outputs)| self.widened(x.data(), b, [n, terms, outputs]));
                 self.products(&products.collect::<Vec<_>>())
             }
         }
@@ -185,9 +193,19 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         Words { set: self.set, a, b, sizes: Sizes { n, outputs, terms, rows } }
     }
 
+    /// Rows `[n, terms]` times packed panels of `outputs` columns.
+    fn widened<'a>(&'a self, a: &'a [F], b: &'a [u32], [n, terms, outputs]: [usize; 3]) -> Widened<'a, F, K> {
+        Widened { cpu: self, a, b, sizes: Sizes { n, outputs, terms, rows: ROWS } }
+    }
+
     /// [`Ops::feed_forward`](crate::ops::Ops::feed_forward) from words to words; nothing where rows are multiplied as
     /// floats.
-    pub(super) fn bf16_feed_forward(&self, x: &Array<F>, [gate, up, down]: [&Array<F>; 3]) -> Option<Array<F>> {
+    pub(super) fn bf16_feed_forward(
+        &self,
+        base: &Array<F>,
+        x: &Array<F>,
+        [gate, up, down]: [&Array<F>; 3],
+    ) -> Option<Array<F>> {
         let ((n, terms), (inner, _), (outputs, _)) = (x.matrix(), gate.matrix(), down.matrix());
         if !self.multiplies_words(n) {
             return None;
@@ -211,8 +229,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
                 }
             }
         });
-        let y = self.product(self.words(&hidden, self.packed_panels_of_rows(down), [n, inner, outputs]));
-        Some(self.array_of(&[n, outputs], y))
+        Some(self.onto(base, self.words(&hidden, self.packed_panels_of_rows(down), [n, inner, outputs])))
     }
 
     /// `d [N,M]^T . x [N,K]`.

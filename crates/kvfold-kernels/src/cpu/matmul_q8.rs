@@ -41,6 +41,12 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         outputs.map(|(y, w)| self.array_of(&[n, w.matrix().0], y)).collect()
     }
 
+    /// `base + x [N,K] . w [M,K]^T`.
+    pub(super) fn q8_linear_onto(&self, base: &Array<F>, x: &Array<F>, w: &Array<F>) -> Array<F> {
+        let (n, terms) = x.matrix();
+        self.onto(base, self.by_quantised((x.data(), n, terms), w))
+    }
+
     /// Rows `[n, terms]` times a weight.
     fn by_quantised<'a>(&self, (a, n, terms): (&'a [F], usize, usize), w: &'a Array<F>) -> Quantised<'a, F, K> {
         let (outputs, wk) = w.matrix();
@@ -49,8 +55,8 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     }
 
     /// [`Ops::feed_forward`](crate::ops::Ops::feed_forward).
-    pub(super) fn q8_feed_forward(&self, x: &Array<F>, [gate, up, down]: [&Array<F>; 3]) -> Array<F> {
-        let ((n, terms), (inner, _), (outputs, _)) = (x.matrix(), gate.matrix(), down.matrix());
+    pub(super) fn q8_feed_forward(&self, base: &Array<F>, x: &Array<F>, [gate, up, down]: [&Array<F>; 3]) -> Array<F> {
+        let ((n, terms), (inner, _)) = (x.matrix(), gate.matrix());
         let mut hidden = self.buffer(n * inner);
         let to = Output::of(&mut hidden);
         let both = [gate, up].map(|w| self.by_quantised((x.data(), n, terms), w));
@@ -62,8 +68,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
                 unsafe { to.at(n * inner + first).copy_from_nonoverlapping(gated.as_ptr(), gated.len()) };
             }
         });
-        let y = self.product(self.by_quantised((&hidden, n, inner), down));
-        self.array_of(&[n, outputs], y)
+        self.onto(base, self.by_quantised((&hidden, n, inner), down))
     }
 
     /// A weight in 8 bits, made at first use.

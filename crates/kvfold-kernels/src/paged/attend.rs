@@ -33,6 +33,8 @@ pub(crate) struct Scratch<F> {
     /// Queries and weights as words.
     pub(super) words: Aligned<u32>,
     pub(super) weights: Aligned<u32>,
+    /// The weights of one row.
+    pub(super) row: Aligned<u32>,
     /// Scores that find their places among the others.
     pub(super) apart: Aligned<F>,
     /// The open slot as a page.

@@ -7,7 +7,7 @@
 //! at all, is added with weights of 0 where it sees nothing: a sum begins at +0, so this changes no bit (promise I3), as
 //! long as what is not seen is finite; what is not is left out of a copy ([`Seen::for_one`]).
 
-use super::attend::{DecodeJob, Scratch, add_masses, exponentials, scale_queries};
+use super::attend::{DecodeJob, Scratch, add_masses, scale_queries};
 use super::page::{Page, place_pairs};
 use super::prefill::Prepared;
 use super::take::take;
@@ -16,7 +16,7 @@ use crate::aligned::Aligned;
 use crate::bf16;
 use crate::kernel_set::KernelSet;
 use crate::pack::Packing;
-use crate::real::Real;
+use crate::real::{self, LANES, Real};
 use std::ops::Range;
 
 /// Words of a channel of a page's values.
@@ -386,12 +386,6 @@ impl<F: Real> Seen<'_, F> {
         let ring = most.unwrap_or(0).max(self.pages[SLOTS].len() * PAGE_SLOTS).next_multiple_of(PAGE_SLOTS);
         let stride = ring + self.ring;
         self.scores(set, dim, (ring, stride), scratch);
-        set.run(
-            #[inline(always)]
-            || {
-                exponentials::<F, K>(&mut scratch.scores, stride, &mut scratch.shares);
-            },
-        );
         self.weights(set, (ring, stride), scratch);
         let values: Vec<&[u32]> = self.all().map(|(_, _, page)| page.values()).collect();
         out.fill(F::zero());
@@ -449,18 +443,20 @@ impl<F: Real> Seen<'_, F> {
         }
     }
 
-    /// Exponentials as words `[rows][pages][8]`, 0 where a query sees nothing.
+    /// Exponentials as words `[rows][pages][8]`, 0 where a query sees nothing, and their shares.
     fn weights<K: KernelSet<F>>(
         &self,
         set: K,
         (ring, stride): (usize, usize),
-        Scratch { scores, weights, .. }: &mut Scratch<F>,
+        Scratch { scores, shares, weights, row: words, .. }: &mut Scratch<F>,
     ) {
         let counts = [SLOTS, OPEN, NEWER, OLDER].map(|part| self.pages[part].len());
         let row_words = counts.iter().sum::<usize>() * PAGE_WORDS;
         let rows = scores.len() / stride;
         let group = rows / self.sights.len();
         weights.resize(rows * row_words, 0);
+        words.resize(stride / 2, 0);
+        shares.clear();
         for ((row, scores), weights) in scores.chunks_exact(stride).enumerate().zip(weights.chunks_exact_mut(row_words))
         {
             let t = row / group;
@@ -469,28 +465,54 @@ impl<F: Real> Seen<'_, F> {
             let (to_slots, rest) = weights.split_at_mut(slots);
             let (to_open, rest) = rest.split_at_mut(opened);
             let (to_newer, to_older) = rest.split_at_mut(newer);
-            pack(set, &scores[..2 * slots], 0..closed, to_slots);
+            shares.push(F::one() / exponentials(set, scores, words));
+            keep(&words[..slots], 0..closed, to_slots);
             to_open.fill(0);
             if open.is_some() {
                 let lane = self.open_lane + t;
-                to_open[lane / 2] = bf16::round(scores[closed].f64() as f32) << (16 * (lane % 2));
+                to_open[lane / 2] = (words[closed / 2] >> (16 * (closed % 2)) & 0xffff) << (16 * (lane % 2));
             }
-            pack(set, &scores[ring..][..2 * newer], 0..seat + 1, to_newer);
+            keep(&words[ring / 2..][..newer], 0..seat + 1, to_newer);
             let first = self.older_page * PAGE_SLOTS;
             if older > 0 {
-                pack(set, &scores[ring + first..][..2 * older], seat + 1 - first..self.delay - first, to_older);
+                keep(&words[(ring + first) / 2..][..older], seat + 1 - first..self.delay - first, to_older);
             }
         }
     }
 }
 
-/// Packs weights, a multiple of 16, of which those outside of a range are left out.
-fn pack<F: Real, K: KernelSet<F>>(set: K, weights: &[F], seen: Range<usize>, words: &mut [u32]) {
-    if weights.is_empty() {
-        return;
+/// The exponentials of a row of scores as words; returns their sum, lane by lane.
+fn exponentials<F: Real, K: KernelSet<F>>(set: K, scores: &[F], words: &mut [u32]) -> F {
+    /// Exponentials that are floats at a time, in the first-level cache.
+    const PART: usize = 256;
+    let top = set.run(
+        #[inline(always)]
+        || real::max(scores),
+    );
+    let (mut lanes, mut part) = ([F::zero(); LANES], [F::zero(); PART]);
+    for (scores, words) in scores.chunks(PART).zip(words.chunks_mut(PART / 2)) {
+        let part = &mut part[..scores.len()];
+        set.run(
+            #[inline(always)]
+            || {
+                let sixteens = part.as_chunks_mut::<LANES>().0.iter_mut().zip(scores.as_chunks::<LANES>().0);
+                for (to, scores) in sixteens {
+                    for lane in 0..LANES {
+                        to[lane] = K::exp_share(scores[lane] - top);
+                        lanes[lane] += to[lane];
+                    }
+                }
+            },
+        );
+        set.pack(Packing::Rows { x: part, cols: part.len() }, words);
     }
-    set.pack(Packing::Rows { x: weights, cols: weights.len() }, words);
-    for unseen in [0..seen.start, seen.end..weights.len()] {
+    real::fold_lanes(lanes)
+}
+
+/// Copies the words of weights, of which those outside of a range are left out.
+fn keep(weights: &[u32], seen: Range<usize>, words: &mut [u32]) {
+    words.copy_from_slice(weights);
+    for unseen in [0..seen.start, seen.end..2 * weights.len()] {
         let mut blank = |lane: usize| words[lane / 2] &= !(0xffff << (16 * (lane % 2)));
         let (start, end) = (unseen.start, unseen.end.max(unseen.start));
         // Whole words, and a half at either end.
