@@ -79,6 +79,7 @@ pub(crate) fn plan(args: &RetrofitArgs, base: &Checkpoint, settings: Settings) -
                 format::bytes(result.machine_memory_bytes)
             ),
         ),
+        ("  program", format::bytes(memory.program)),
         ("  model", format::bytes(memory.base + memory.weights + memory.packed)),
         ("  moments", format::bytes(memory.moments)),
         ("  gradients", format::bytes(memory.gradients)),
