@@ -82,14 +82,35 @@ impl Served {
         Ok(tokens)
     }
 
-    /// Tokens of a chat that the model is to go on with.
-    pub(crate) fn chat(&self, chat: &Chat) -> Result<Vec<u32>, ApiError> {
+    /// Tokens of a text that the model is to go on with. One that is too long for its context whatever its tokens are is
+    /// refused unread: reading takes some hundred bytes of memory per byte of text.
+    pub(crate) fn encode_prompt(
+        &self,
+        text: &str,
+        add_special: bool,
+        param: &'static str,
+    ) -> Result<Vec<u32>, ApiError> {
+        /// Bytes that a normaliser makes one of at most: NFC joins a letter and its marks.
+        const JOINED: usize = 4;
+        let longest = self.bytes.iter().map(Vec::len).max().unwrap_or(0);
+        let most = self.context.saturating_mul(longest).saturating_mul(JOINED);
+        if text.len() > most {
+            let (bytes, context) = (text.len(), self.context);
+            let message = format!(
+                "a text of {bytes} bytes is longer than any that the model's context of {context} tokens can hold; shorten it"
+            );
+            return Err(ApiError::param(param, message).code("context_length_exceeded"));
+        }
+        self.encode(text, add_special)
+    }
+
+    /// The text of a chat that the model is to go on with.
+    pub(crate) fn render(&self, chat: &Chat) -> Result<String, ApiError> {
         let template = self.template.as_ref().map_err(|reason| {
             let message = format!("this model cannot chat: {reason}; use /v1/completions");
             ApiError::param("messages", message).code("no_chat_template")
         })?;
-        let text = template.render(chat).map_err(|error| ApiError::param("messages", error.to_string()))?;
-        self.encode(&text, false)
+        template.render(chat).map_err(|error| ApiError::param("messages", error.to_string()))
     }
 
     /// A decoder of what follows a prompt.

@@ -322,6 +322,9 @@ async fn what_is_not_known_is_ignored_and_named_and_what_cannot_be_honoured_is_r
     refused(json!({ "stop": vec!["x"; 17] }), "stop").await;
     refused(json!({ "prompt": 3 }), "prompt").await;
     refused(json!({ "prompt": [] }), "prompt").await;
+    // Longer than any text of the context: refused before its tokens are counted, which the engine would have done.
+    let endless = server.complete(json!({ "prompt": "x".repeat(400_000) })).await.refused(400);
+    assert_eq!(endless, ("prompt".to_owned(), "context_length_exceeded".to_owned()));
     refused(json!({ "prompt": [99999] }), "prompt").await;
     refused(json!({ "max_tokens": 0 }), "max_tokens").await;
     refused(json!({ "max_tokens": 100_000 }), "max_tokens").await;

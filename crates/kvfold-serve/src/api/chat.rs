@@ -91,7 +91,11 @@ impl Form for Wanted {
 
         let tools = tools.filter(|_| calls != Calls::Never);
         let asked = Asked {
-            prompts: vec![served.chat(&chat_of(messages, tools, variables)?)?],
+            prompts: vec![served.encode_prompt(
+                &served.render(&chat_of(messages, tools, variables)?)?,
+                false,
+                "messages",
+            )?],
             sampling,
             max_tokens: max.map(|max| max.try_into().unwrap_or(usize::MAX)),
             log_probs,

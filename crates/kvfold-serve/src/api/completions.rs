@@ -50,7 +50,7 @@ type Tokens = (Vec<u32>, Option<String>);
 impl Prompt {
     /// Each prompt's tokens, and its text if it came as one.
     fn tokens(self, served: &Served) -> Result<Vec<Tokens>, ApiError> {
-        let of = |text: String| Ok((served.encode(&text, true)?, Some(text)));
+        let of = |text: String| Ok((served.encode_prompt(&text, true, "prompt")?, Some(text)));
         let prompts = match self {
             Prompt::Text(text) => vec![of(text)?],
             Prompt::Texts(texts) => texts.into_iter().map(of).collect::<Result<_, ApiError>>()?,

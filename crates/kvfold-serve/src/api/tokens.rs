@@ -25,7 +25,7 @@ fn tokens_of(served: &Arc<Served>, body: &[u8]) -> Result<(Value, Vec<String>), 
             let variables = fields.take("chat_template_kwargs")?.unwrap_or_default();
             let mut chat = chat_of(messages, fields.take("tools")?, variables)?;
             chat.add_generation_prompt = fields.take("add_generation_prompt")?.unwrap_or(true);
-            served.chat(&chat)?
+            served.encode(&served.render(&chat)?, false)?
         }
         None => {
             let text: String = fields.need("prompt")?;
