@@ -57,6 +57,13 @@ pub fn sum_of<F: Real>(xs: &[F], f: impl Fn(F) -> F) -> F {
 #[inline(always)]
 pub fn map_and_sum<F: Real>(xs: &mut [F], f: impl Fn(F) -> F) -> F {
     let mut lanes = [F::zero(); LANES];
+    map_onto_lanes(xs, &mut lanes, f);
+    fold_lanes(lanes)
+}
+
+/// A part of [`map_and_sum`], which is whole once its lanes are folded; every part but the last is a multiple of [`LANES`].
+#[inline(always)]
+pub(crate) fn map_onto_lanes<F: Real>(xs: &mut [F], lanes: &mut [F; LANES], f: impl Fn(F) -> F) {
     let (whole, rest) = xs.as_chunks_mut::<LANES>();
     for x in whole {
         for l in 0..LANES {
@@ -68,7 +75,6 @@ pub fn map_and_sum<F: Real>(xs: &mut [F], f: impl Fn(F) -> F) -> F {
         *x = f(*x);
         *lane += *x;
     }
-    fold_lanes(lanes)
 }
 
 /// Sum of a function of every pair of elements, in the order of [`sum_of`].

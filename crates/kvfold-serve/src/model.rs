@@ -26,6 +26,8 @@ pub struct Served {
     start: Option<u32>,
     /// Bytes of each token.
     bytes: Vec<Vec<u8>>,
+    /// Bytes of a text that fits the context, whatever its tokens are, at most.
+    longest_prompt: usize,
     /// How the model was taught to compress.
     pub(crate) dmc: Option<Dmc>,
     /// The compression ratio that it was taught, 1 for none.
@@ -38,7 +40,11 @@ pub struct Served {
 impl Served {
     /// A model that clients call `name`. A model without a chat template is served all the same; chats are then refused.
     pub fn new(checkpoint: &Checkpoint, name: String) -> Result<Self, ModelError> {
+        /// Bytes that a normaliser makes one of at most: NFC joins a letter and its marks.
+        const JOINED: usize = 4;
         let config = &checkpoint.config;
+        let bytes = checkpoint.tokenizer.token_bytes(config.vocab_size);
+        let longest = bytes.iter().map(Vec::len).max().unwrap_or(0);
         Ok(Self {
             name,
             template: ChatTemplate::of(checkpoint).map_err(|error| error.to_string()),
@@ -46,7 +52,8 @@ impl Served {
             vocab: config.vocab_size,
             stop: checkpoint.stop_token_ids()?,
             start: config.bos_token_id,
-            bytes: checkpoint.tokenizer.token_bytes(config.vocab_size),
+            longest_prompt: config.max_position_embeddings.saturating_mul(longest).saturating_mul(JOINED),
+            bytes,
             ratio: config.compression.as_ref().map_or(1.0, |compression| compression.ratio.max(1.0)),
             dmc: config.compression.as_ref().map(|compression| compression.dmc.clone()),
             created: jiff::Timestamp::now().as_second(),
@@ -90,11 +97,7 @@ impl Served {
         add_special: bool,
         param: &'static str,
     ) -> Result<Vec<u32>, ApiError> {
-        /// Bytes that a normaliser makes one of at most: NFC joins a letter and its marks.
-        const JOINED: usize = 4;
-        let longest = self.bytes.iter().map(Vec::len).max().unwrap_or(0);
-        let most = self.context.saturating_mul(longest).saturating_mul(JOINED);
-        if text.len() > most {
+        if text.len() > self.longest_prompt {
             let (bytes, context) = (text.len(), self.context);
             let message = format!(
                 "a text of {bytes} bytes is longer than any that the model's context of {context} tokens can hold; shorten it"

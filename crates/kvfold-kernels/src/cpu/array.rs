@@ -137,7 +137,7 @@ pub(crate) struct Home<F> {
 #[derive(Debug)]
 pub(super) enum PackedPanels {
     /// Of an array that may change.
-    Lent(Aligned<u32>),
+    Recycled(Aligned<u32>),
     /// Of a weight that is only read.
     Stored(Stored<u32>),
 }
@@ -147,7 +147,7 @@ impl Deref for PackedPanels {
 
     fn deref(&self) -> &[u32] {
         match self {
-            PackedPanels::Lent(words) => words,
+            PackedPanels::Recycled(words) => words,
             PackedPanels::Stored(words) => words,
         }
     }
@@ -190,7 +190,7 @@ impl<F: Real> Buffer<F> {
         let Packings { floats, rows, panels_of_rows, panels_of_columns, .. } = std::mem::take(&mut self.packings);
         floats.into_inner().into_iter().for_each(|floats| self.home.floats.give(floats));
         let lent = panels_of_rows.into_inner().and_then(|words| match words {
-            PackedPanels::Lent(words) => Some(words),
+            PackedPanels::Recycled(words) => Some(words),
             PackedPanels::Stored(_) => None,
         });
         let words = [rows, panels_of_columns].into_iter().filter_map(OnceLock::into_inner).chain(lent);

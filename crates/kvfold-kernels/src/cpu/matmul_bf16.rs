@@ -336,7 +336,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
             let (rows, cols) = x.matrix();
             let mut packed = self.home.words.take(rows.div_ceil(PANEL) * words(cols) * PANEL);
             self.pack_panels_of_rows(x, &mut packed);
-            PackedPanels::Lent(packed)
+            PackedPanels::Recycled(packed)
         })
     }
 

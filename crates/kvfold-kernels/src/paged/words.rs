@@ -465,7 +465,7 @@ impl<F: Real> Seen<'_, F> {
             let (to_slots, rest) = weights.split_at_mut(slots);
             let (to_open, rest) = rest.split_at_mut(opened);
             let (to_newer, to_older) = rest.split_at_mut(newer);
-            shares.push(F::one() / exponentials(set, scores, words));
+            shares.push(F::one() / exponential_words(set, scores, words));
             keep(&words[..slots], 0..closed, to_slots);
             to_open.fill(0);
             if open.is_some() {
@@ -482,7 +482,7 @@ impl<F: Real> Seen<'_, F> {
 }
 
 /// The exponentials of a row of scores as words; returns their sum, lane by lane.
-fn exponentials<F: Real, K: KernelSet<F>>(set: K, scores: &[F], words: &mut [u32]) -> F {
+fn exponential_words<F: Real, K: KernelSet<F>>(set: K, scores: &[F], words: &mut [u32]) -> F {
     /// Exponentials that are floats at a time, in the first-level cache.
     const PART: usize = 256;
     let top = set.run(
@@ -495,13 +495,13 @@ fn exponentials<F: Real, K: KernelSet<F>>(set: K, scores: &[F], words: &mut [u32
         set.run(
             #[inline(always)]
             || {
-                let sixteens = part.as_chunks_mut::<LANES>().0.iter_mut().zip(scores.as_chunks::<LANES>().0);
-                for (to, scores) in sixteens {
-                    for lane in 0..LANES {
-                        to[lane] = K::exp_share(scores[lane] - top);
-                        lanes[lane] += to[lane];
-                    }
-                }
+                part.copy_from_slice(scores);
+                real::map_onto_lanes(
+                    part,
+                    &mut lanes,
+                    #[inline(always)]
+                    |s| K::exp_share(s - top),
+                );
             },
         );
         set.pack(Packing::Rows { x: part, cols: part.len() }, words);
