@@ -38,12 +38,18 @@ impl<T: Clone> Grads<T> {
 
     /// Adds what `grad` computes to a variable's gradient; constants cost nothing.
     pub(crate) fn give<O: Grad<Tensor = T>>(&mut self, ops: &O, id: Option<usize>, grad: impl FnOnce() -> T) {
+        self.give_onto(id, |sum| {
+            let grad = grad();
+            match sum {
+                Some(sum) => ops.add(&sum, &grad, 1.0),
+                None => grad,
+            }
+        });
+    }
+
+    /// The same where `sum` adds to the gradient by itself.
+    pub(crate) fn give_onto(&mut self, id: Option<usize>, sum: impl FnOnce(Option<T>) -> T) {
         let Some(id) = id else { return };
-        let grad = grad();
-        let sum = match self.by_id[id].take() {
-            Some(sum) => ops.add(&sum, &grad, 1.0),
-            None => grad,
-        };
-        self.by_id[id] = Some(sum);
+        self.by_id[id] = Some(sum(self.by_id[id].take()));
     }
 }

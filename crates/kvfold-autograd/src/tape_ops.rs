@@ -58,7 +58,7 @@ where
         let ws = x.id.map(|id| (id, w.value.clone()));
         self.one(&[x, w], y, move |ops, d, grads| {
             if let Some((id, w)) = ws {
-                grads.give(ops, Some(id), || ops.linear_grad_x(&w, d));
+                grads.give_onto(Some(id), |sum| ops.linear_grad_x(&w, d, sum));
             }
             if let Some((id, x, w)) = xs {
                 grads.give(ops, Some(id), || ops.linear_grad_w(&x, &w, d));
@@ -70,7 +70,7 @@ where
         let y = self.ops.embed(ids, &table.value);
         let (ids, saved) = (ids.to_vec(), table.clone());
         self.one(&[table], y, move |ops, d, grads| {
-            grads.give(ops, saved.id, || ops.embed_grad(&ids, &saved.value, d));
+            grads.give_onto(saved.id, |sum| ops.embed_grad(&ids, &saved.value, d, sum));
         })
     }
 
@@ -87,8 +87,8 @@ where
         let y = self.ops.rms_norm(&x.value, &w.value, eps);
         let (xs, ws) = (x.clone(), w.clone());
         self.one(&[x, w], y, move |ops, d, grads| {
-            let (dx, dw) = ops.rms_norm_grad(&xs.value, &ws.value, eps, d);
-            grads.give(ops, xs.id, || dx);
+            let (dx, dw) = ops.rms_norm_grad(&xs.value, &ws.value, eps, d, grads.take(xs.id));
+            grads.give_onto(xs.id, |_| dx);
             grads.give(ops, ws.id, || dw);
         })
     }

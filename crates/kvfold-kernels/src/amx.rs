@@ -20,9 +20,13 @@ use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
 const TILE: usize = 16;
 /// Bytes of a word or of a sum.
 const BYTES: usize = 4;
-/// Instructions that do nothing after each one of a step: there is time for them, and where another program runs on the core's other thread
-/// a step takes two thirds of the time with them (measured: 150 cycles instead of 250, and 56 with and without when alone).
+/// Instructions that do nothing after each one of a step over pages: there is time for them, and where another program runs on the core's
+/// other thread a step takes two thirds of the time with them (measured: 150 cycles instead of 250, and 56 with and without when alone).
 const PACE: usize = 8;
+/// The same over panels, where lines of the next step are asked for as well.
+const PANEL_PACE: usize = 4;
+/// Words of panels that stay in the second-level cache while blocks of rows pass by.
+const STRIP: usize = 128 * 1024;
 
 /// Whether the machine multiplies tiles of bf16 and the system lets this process use them.
 pub(crate) fn detect() -> bool {
@@ -81,17 +85,22 @@ fn permitted() -> bool {
 pub(crate) unsafe fn gemm(g: GemmBf16<'_>, c: *mut f32) {
     for (first, words, steps) in parts(g.words, TILE) {
         for (col, cols, panels) in parts(g.n, PANEL) {
+            let strip = (STRIP / (g.words * PANEL)).max(1);
             for (row, rows, blocks) in parts(g.m, 2 * TILE) {
                 // SAFETY: the machine has tiles, and these sizes fit them.
                 let tiles = unsafe { Tiles::new(rows, cols, words) };
-                for (panel, block) in (0..panels).flat_map(|p| (0..blocks).map(move |b| (p, b))) {
+                // A block's outputs are written side by side, from panels that are near.
+                let places = (0..panels).step_by(strip).flat_map(|first| {
+                    let strip = first..panels.min(first + strip);
+                    (0..blocks).flat_map(move |block| strip.clone().map(move |panel| (panel, block)))
+                });
+                for (panel, block) in places {
                     let (col, row) = (col + panel * PANEL, row + block * 2 * TILE);
-                    let b = g.b[col / PANEL * g.b_panel + first * PANEL..].as_ptr();
                     let block = Block {
                         steps,
                         a: g.a[row * g.a_row + first..].as_ptr(),
                         a_row: g.a_row * BYTES,
-                        right: Right::Apart { tiles: [b, b.wrapping_add(TILE)], row: PANEL },
+                        right: Right::Panel(g.b[col / PANEL * g.b_panel + first * PANEL..].as_ptr()),
                         c: c.wrapping_add(row * g.c_row + col),
                         c_row: g.c_row * BYTES,
                         accumulate: g.accumulate || first > 0,
@@ -123,7 +132,7 @@ pub(crate) fn key_pages(product: KeyPages<'_>, scores: &mut [f32], row: usize) {
                         steps,
                         a: q[query * words + first..].as_ptr(),
                         a_row: words * BYTES,
-                        right: Right::Apart { tiles: [at(0), at(1)], row: PAGE_SLOTS },
+                        right: Right::Pages([at(0), at(1)]),
                         c: c.wrapping_add(query * row + n * 2 * PAGE_SLOTS),
                         c_row: row * BYTES,
                         accumulate: first > 0,
@@ -236,6 +245,18 @@ impl Drop for Tiles {
     }
 }
 
+/// What is done between two instructions of a step: nothing for a moment, and of a panel an eighth of the next step's lines is
+/// asked for.
+macro_rules! between {
+    ($eighth:literal) => {
+        concat!(
+            ".rept {pace}\nnop\n.endr\n.if {ahead}\n.irp line, 0, 1, 2, 3\nprefetcht0 [{b} + 2048 + 256 * ",
+            $eighth,
+            " + 64 * \\line]\n.endr\n.endif"
+        )
+    };
+}
+
 /// Up to two tiles of rows by two of columns, over the steps of a sum.
 struct Block<'a> {
     steps: usize,
@@ -249,44 +270,60 @@ struct Block<'a> {
     accumulate: bool,
 }
 
-/// Where the tiles of a right factor are. Rows are so many words apart.
+/// Where the tiles of a right factor are.
 enum Right<'a> {
-    /// Two tiles, each of which goes on below itself: steps of 16 words.
-    Apart { tiles: [*const u32; 2], row: usize },
-    /// The first tile of every step, with the second on its right: steps of half a page's slots.
+    /// A panel, which goes on below itself: steps of 16 words.
+    Panel(*const u32),
+    /// Two pages of keys, each of which goes on below itself: steps of 16 words.
+    Pages([*const u32; 2]),
+    /// The first tile of every step, with the second on its right: steps of half a page's slots. Rows are so many words
+    /// apart.
     Listed { tiles: &'a [*const u32], row: usize },
 }
+
+/// Which of [`Right`] a block has, where the compiler is to know.
+const OF_PANEL: usize = 0;
+const OF_PAGES: usize = 1;
+const LISTED: usize = 2;
 
 impl Block<'_> {
     /// Computes a block of so many rows and columns.
     ///
     /// # Safety
     /// As [`gemm`], for a block that the tiles are set up for or of a tile of columns less. There must be a step.
-    unsafe fn sum(self, (rows, cols): (usize, usize), tiles: &Tiles) {
-        let listed = matches!(self.right, Right::Listed { .. });
+    unsafe fn sum(self, size: (usize, usize), tiles: &Tiles) {
         // SAFETY: the caller's.
         unsafe {
-            match (rows > TILE, cols > TILE, listed) {
-                (false, false, false) => self.sum_with::<0, 0, 0>(tiles),
-                (false, true, false) => self.sum_with::<0, 1, 0>(tiles),
-                (true, false, false) => self.sum_with::<1, 0, 0>(tiles),
-                (true, true, false) => self.sum_with::<1, 1, 0>(tiles),
-                (false, false, true) => self.sum_with::<0, 0, 1>(tiles),
-                (false, true, true) => self.sum_with::<0, 1, 1>(tiles),
-                (true, false, true) => self.sum_with::<1, 0, 1>(tiles),
-                (true, true, true) => self.sum_with::<1, 1, 1>(tiles),
+            match self.right {
+                Right::Panel(_) => self.sum_of::<OF_PANEL>(size, tiles),
+                Right::Pages(_) => self.sum_of::<OF_PAGES>(size, tiles),
+                Right::Listed { .. } => self.sum_of::<LISTED>(size, tiles),
             }
         }
     }
 
     /// # Safety
-    /// As [`Block::sum`]; `TALL` is 1 where the block has more than 16 rows, `WIDE` where it has more columns, and `LISTED`
-    /// where its right factor is.
-    unsafe fn sum_with<const TALL: usize, const WIDE: usize, const LISTED: usize>(self, _: &Tiles) {
+    /// As [`Block::sum`], with a right factor of the kind `OF`.
+    unsafe fn sum_of<const OF: usize>(self, (rows, cols): (usize, usize), tiles: &Tiles) {
+        // SAFETY: the caller's.
+        unsafe {
+            match (rows > TILE, cols > TILE) {
+                (false, false) => self.sum_with::<0, 0, OF>(tiles),
+                (false, true) => self.sum_with::<0, 1, OF>(tiles),
+                (true, false) => self.sum_with::<1, 0, OF>(tiles),
+                (true, true) => self.sum_with::<1, 1, OF>(tiles),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Block::sum_of`]; `TALL` is 1 where the block has more than 16 rows, and `WIDE` where it has more columns.
+    unsafe fn sum_with<const TALL: usize, const WIDE: usize, const OF: usize>(self, _: &Tiles) {
         let null = std::ptr::null();
         // What `next` is: bytes to the next step, or where the next step's tile is listed.
         let ([b, right_b], b_row, next) = match self.right {
-            Right::Apart { tiles, row } => (tiles, row, TILE * row * BYTES),
+            Right::Panel(panel) => ([panel, panel.wrapping_add(TILE)], PANEL, TILE * PANEL * BYTES),
+            Right::Pages(pages) => (pages, PAGE_SLOTS, TILE * PAGE_SLOTS * BYTES),
             Right::Listed { tiles, row } => ([null, null], row, tiles.as_ptr() as usize),
         };
         // SAFETY: the tiles are no larger than what is left of the product, so every access is inside it.
@@ -306,6 +343,14 @@ impl Block<'_> {
                 ".endif",
                 "jmp 3f",
                 "2:",
+                ".if {whole}",
+                "mov {line}, {c}",
+                ".rept 2 * {tile}",
+                "prefetchw [{line}]",
+                "prefetchw [{line} + 64]",
+                "add {line}, {c_row}",
+                ".endr",
+                ".endif",
                 "tilezero tmm0",
                 ".if {wide}",
                 "tilezero tmm1",
@@ -323,41 +368,25 @@ impl Block<'_> {
                 "add {next}, 8",
                 ".endif",
                 "tileloadd tmm4, [{a} + {a_row}]",
-                ".rept {pace}",
-                "nop",
-                ".endr",
+                between!(0),
                 "tileloadd tmm6, [{b} + {b_row}]",
-                ".rept {pace}",
-                "nop",
-                ".endr",
+                between!(1),
                 "tdpbf16ps tmm0, tmm4, tmm6",
-                ".rept {pace}",
-                "nop",
-                ".endr",
+                between!(2),
                 ".if {wide}",
                 "tileloadd tmm7, [{right_b} + {b_row}]",
-                ".rept {pace}",
-                "nop",
-                ".endr",
+                between!(3),
                 "tdpbf16ps tmm1, tmm4, tmm7",
-                ".rept {pace}",
-                "nop",
-                ".endr",
+                between!(4),
                 ".endif",
                 ".if {tall}",
                 "tileloadd tmm5, [{lower_a} + {a_row}]",
-                ".rept {pace}",
-                "nop",
-                ".endr",
+                between!(5),
                 "tdpbf16ps tmm2, tmm5, tmm6",
-                ".rept {pace}",
-                "nop",
-                ".endr",
+                between!(6),
                 ".if {wide}",
                 "tdpbf16ps tmm3, tmm5, tmm7",
-                ".rept {pace}",
-                "nop",
-                ".endr",
+                between!(7),
                 ".endif",
                 ".endif",
                 ".if {listed}",
@@ -397,8 +426,12 @@ impl Block<'_> {
                 page_step = const PAGE_WORDS * BYTES,
                 tall = const TALL,
                 wide = const WIDE,
-                listed = const LISTED,
-                pace = const PACE,
+                listed = const (OF == LISTED) as usize,
+                ahead = const (OF == OF_PANEL) as usize,
+                whole = const (OF == OF_PANEL && TALL == 1 && WIDE == 1) as usize,
+                tile = const TILE,
+                pace = const if OF == OF_PANEL { PANEL_PACE } else { PACE },
+                line = out(reg) _,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack)

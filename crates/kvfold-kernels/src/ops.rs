@@ -611,25 +611,32 @@ pub struct Moments<T> {
 }
 
 /// The adjoint of every op of [`Ops`], the optimiser, and what a run measures before it starts. `d` is the gradient of the
-/// op's output.
+/// op's output. Where there is an `onto`, it is what other ops gave the same input, and the sum of both is returned.
 pub trait Grad: Ops {
     /// A weight to train: its numbers in full, its products in `precision`.
     fn master(&self, shape: &[usize], data: &[f32], precision: Precision) -> Self::Tensor;
     /// Gradient of `x` in [`Ops::linear`], in the precision of `w`.
-    fn linear_grad_x(&self, w: &Self::Tensor, d: &Self::Tensor) -> Self::Tensor;
+    fn linear_grad_x(&self, w: &Self::Tensor, d: &Self::Tensor, onto: Option<Self::Tensor>) -> Self::Tensor;
     /// Gradient of `w` in [`Ops::linear`], in the precision of `w`.
     fn linear_grad_w(&self, x: &Self::Tensor, w: &Self::Tensor, d: &Self::Tensor) -> Self::Tensor;
     /// Gradient of the table in [`Ops::embed`].
-    fn embed_grad(&self, ids: &[u32], table: &Self::Tensor, d: &Self::Tensor) -> Self::Tensor;
+    fn embed_grad(
+        &self,
+        ids: &[u32],
+        table: &Self::Tensor,
+        d: &Self::Tensor,
+        onto: Option<Self::Tensor>,
+    ) -> Self::Tensor;
     /// Gradient of `row` in [`Ops::add_row`]: the sums of the columns of `d [N,C]`, `[C]`.
     fn add_row_grad(&self, d: &Self::Tensor) -> Self::Tensor;
-    /// Gradients of `x` and `w` in [`Ops::rms_norm`].
+    /// Gradients of `x`, added to `onto`, and of `w` in [`Ops::rms_norm`].
     fn rms_norm_grad(
         &self,
         x: &Self::Tensor,
         w: &Self::Tensor,
         eps: f64,
         d: &Self::Tensor,
+        onto: Option<Self::Tensor>,
     ) -> (Self::Tensor, Self::Tensor);
     /// Gradient of [`Ops::rope`]: the rotation backwards.
     fn rope_grad(&self, table: &Self::Tensor, spans: &Spans, d: &Self::Tensor) -> Self::Tensor;

@@ -167,12 +167,14 @@ impl<O: Grad> Bench<'_, O> {
         let (ops, [dim, wide, vocab]) = (self.ops, self.case.sizes);
         let (x, w, d) = (self.units("x", dim), self.weight("w", &[wide, dim]), self.units("d", wide));
         self.keep("linear", true, &ops.linear(&x, &w));
-        self.keep("linear_grad x", true, &ops.linear_grad_x(&w, &d));
+        self.keep("linear_grad x", true, &ops.linear_grad_x(&w, &d, None));
+        self.keep("linear_grad x onto", true, &ops.linear_grad_x(&w, &d, Some(x.clone())));
         self.keep("linear_grad w", false, &ops.linear_grad_w(&x, &w, &d));
         let numbers = self.numbers("w", 0, wide * dim, (-1.0, 1.0));
         let w = ops.master(&[wide, dim], &numbers, Precision::Bf16);
         self.keep("linear_bf16", true, &ops.linear(&x, &w));
-        self.keep("linear_bf16_grad x", true, &ops.linear_grad_x(&w, &d));
+        self.keep("linear_bf16_grad x", true, &ops.linear_grad_x(&w, &d, None));
+        self.keep("linear_bf16_grad x onto", true, &ops.linear_grad_x(&w, &d, Some(x.clone())));
         self.keep("linear_bf16_grad w", false, &ops.linear_grad_w(&x, &w, &d));
         let packed = ops.weight(&[wide, dim], &numbers, Precision::Bf16);
         self.keep("linear_bf16 packed", true, &ops.linear(&x, &packed));
@@ -188,13 +190,15 @@ impl<O: Grad> Bench<'_, O> {
         let ids: Vec<u32> = (0..self.rows).map(|row| (hash(&[(first + row) as u64]) % vocab as u64) as u32).collect();
         let (table, d) = (self.weight("table", &[vocab, dim]), self.units("d embed", dim));
         self.keep("embed", true, &ops.embed(&ids, &table));
-        self.keep("embed_grad", false, &ops.embed_grad(&ids, &table, &d));
+        self.keep("embed_grad", false, &ops.embed_grad(&ids, &table, &d, None));
+        self.keep("embed_grad onto", false, &ops.embed_grad(&ids, &table, &d, Some(table.clone())));
 
         let (w, d) = (self.weight("norm", &[dim]), self.units("d norm", dim));
         self.keep("rms_norm", true, &ops.rms_norm(&x, &w, 1e-5));
-        let (dx, dw) = ops.rms_norm_grad(&x, &w, 1e-5, &d);
+        let (dx, dw) = ops.rms_norm_grad(&x, &w, 1e-5, &d, None);
         self.keep("rms_norm_grad x", true, &dx);
         self.keep("rms_norm_grad w", false, &dw);
+        self.keep("rms_norm_grad x onto", true, &ops.rms_norm_grad(&x, &w, 1e-5, &d, Some(d.clone())).0);
 
         let (gate, up, d) = (self.tokens("gate", wide, (-9.0, 9.0)), self.units("up", wide), self.units("d ff", wide));
         self.keep("swiglu", true, &ops.swiglu(&gate, &up));
@@ -217,7 +221,7 @@ impl<O: Grad> Bench<'_, O> {
         let x = self.units("rope", query * dim);
         let (gain, d) = (self.weight("head norm", &[dim]), self.units("d head norm", query * dim));
         self.keep("rms_norm heads", true, &ops.rms_norm(&x, &gain, 1e-5));
-        let (dx, dw) = ops.rms_norm_grad(&x, &gain, 1e-5, &d);
+        let (dx, dw) = ops.rms_norm_grad(&x, &gain, 1e-5, &d, None);
         self.keep("rms_norm_grad heads x", true, &dx);
         self.keep("rms_norm_grad heads w", false, &dw);
         let inv_freq: Vec<f64> = (0..dim / 2).map(|d| 10_000f64.powf(-2.0 * d as f64 / dim as f64)).collect();
@@ -434,7 +438,10 @@ fn products_are_their_definition_across_the_borders_of_tasks() {
         let arrays = (ops.array(&[n, k], x.clone()), weight, ops.array(&[n, m], d.clone()));
         for (got, expected) in [
             (ops.linear(&arrays.0, &arrays.1), product([n, m, k], |i, p| x[i * k + p], |p, j| w[j * k + p])),
-            (ops.linear_grad_x(&arrays.1, &arrays.2), product([n, k, m], |i, p| d[i * m + p], |p, j| w[p * k + j])),
+            (
+                ops.linear_grad_x(&arrays.1, &arrays.2, None),
+                product([n, k, m], |i, p| d[i * m + p], |p, j| w[p * k + j]),
+            ),
             (
                 ops.linear_grad_w(&arrays.0, &arrays.1, &arrays.2),
                 product([m, k, n], |i, p| d[p * m + i], |p, j| x[p * k + j]),

@@ -5,7 +5,7 @@
 //! counted is the text.
 
 use crate::settings::{Loss, Method, Settings};
-use kvfold_kernels::cpu::LOSS_ROWS;
+use kvfold_kernels::cpu::{LOSS_ROWS, RECYCLED};
 use kvfold_model::Checkpoint;
 use kvfold_model::names;
 use kvfold_model::shape::Shape;
@@ -23,9 +23,6 @@ const PROGRAM: u64 = 55_000_000;
 
 /// Rows that packed weights are filled up to.
 const PANEL: u64 = 32;
-
-/// Bytes that the backend keeps for reuse at most.
-const RECYCLED: u64 = (1 << 29) * F32;
 
 /// What a run takes.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -119,7 +116,7 @@ impl Plan {
         let evaluation = new_model + (parameters + original + packed_of(&student) + packed_original) * F32;
 
         let step = gradients + activations + logits;
-        let saving = step.min(RECYCLED) + checkpoint.max(new_model);
+        let saving = step.min(RECYCLED as u64 * F32) + checkpoint.max(new_model);
         let training = weights + packed + moments + step.max(saving).max(fitting);
         Self {
             steps: settings.stages.total(),

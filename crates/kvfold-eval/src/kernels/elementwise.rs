@@ -48,7 +48,7 @@ impl Bench<'_> {
         self.time("embed bf16", of(), Cost::of_numbers(rows * c * 3 / 2), |ops| drop(ops.embed(&ids, &packed)));
         let d = self.array(rows, c);
         self.time("embed backward", of(), Cost::of_plain(v * c + 2 * rows * c), |ops| {
-            drop(ops.embed_grad(&ids, &whole, &d));
+            drop(ops.embed_grad(&ids, &whole, &d, None));
         });
     }
 
@@ -60,7 +60,7 @@ impl Bench<'_> {
         let of = || format!("[{rows},{cols}]");
         self.time(name, of(), Cost::of_numbers(2 * rows * cols), |ops| drop(ops.rms_norm(&x, &gain, 1e-5)));
         self.time(&format!("{name} backward"), of(), Cost::of_numbers(3 * rows * cols), |ops| {
-            drop(ops.rms_norm_grad(&x, &gain, 1e-5, &d));
+            drop(ops.rms_norm_grad(&x, &gain, 1e-5, &d, None));
         });
     }
 

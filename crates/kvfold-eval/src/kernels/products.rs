@@ -44,7 +44,7 @@ impl Bench<'_> {
             let name = |way: &str| format!("{what}{way} {}", name(precision));
             self.time(&name(""), shape(), cost, |ops| drop(ops.linear(&x, &w)));
             if backward && TRAINED.contains(&precision) {
-                self.time(&name(" backward x"), shape(), cost, |ops| drop(ops.linear_grad_x(&w, &d)));
+                self.time(&name(" backward x"), shape(), cost, |ops| drop(ops.linear_grad_x(&w, &d, None)));
                 self.time(&name(" backward w"), shape(), cost, |ops| drop(ops.linear_grad_w(&x, &w, &d)));
             }
         }

@@ -18,8 +18,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 /// Buffers below this many elements come from the system allocator, which keeps them by itself.
 const SMALL: usize = 16 * 1024;
 
-/// Elements that a recycler keeps at most while nobody uses them.
-const KEPT: usize = 1 << 29;
+/// Elements that a backend keeps for reuse at most while nobody uses them, of either kind.
+pub const RECYCLED: usize = 1 << 30;
 
 /// Large buffers that wait for their next use.
 #[derive(Debug, Default)]
@@ -65,7 +65,7 @@ impl<T: Copy + Default> Recycler<T> {
         let class = size_class(buffer.len());
         if buffer.len() >= SMALL && buffer.capacity() >= class {
             let mut waiting = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            if waiting.elements + class <= KEPT {
+            if waiting.elements + class <= RECYCLED {
                 waiting.elements += class;
                 waiting.by_class.entry(class).or_default().push(buffer);
             }

@@ -9,7 +9,7 @@ use crate::kernel_set::KernelSet;
 use crate::norm;
 use crate::ops::{
     AdamW, AttentionGrad, AttentionSaved, Borrowed, Decided, Exempt, Gate, Goal, Grad, Heads, Hinge, Keys, Late,
-    LateReads, LossGrad, Moments, PoolInput, PoolOutput, PoolShape, Pooled, Precision, Predictions, Span, Spans,
+    LateReads, LossGrad, Moments, Ops, PoolInput, PoolOutput, PoolShape, Pooled, Precision, Predictions, Span, Spans,
     Visible,
 };
 use crate::pool::{self, PoolJob, PoolJobGrad};
@@ -28,25 +28,21 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
         Array::with_precision(shape, data.kept(), precision, &self.home)
     }
 
-    fn linear_grad_x(&self, w: &Array<F>, d: &Array<F>) -> Array<F> {
+    fn linear_grad_x(&self, w: &Array<F>, d: &Array<F>, onto: Option<Array<F>>) -> Array<F> {
         match w.precision() {
-            Precision::F32 => self.float_product_grad_x(w, d),
-            Precision::Bf16 => self.bf16_product_grad_x(w, d),
+            Precision::F32 => self.sum(onto, self.float_product_grad_x(w, d)),
+            Precision::Bf16 => self.bf16_product_grad_x(w, d, onto),
             Precision::Q8 => panic!("{NOT_TRAINED}"),
         }
     }
 
     fn linear_grad_w(&self, x: &Array<F>, w: &Array<F>, d: &Array<F>) -> Array<F> {
-        match w.precision() {
-            Precision::F32 => self.float_product_grad_w(x, d),
-            Precision::Bf16 => self.bf16_product_grad_w(x, d),
-            Precision::Q8 => panic!("{NOT_TRAINED}"),
-        }
+        self.linear_grad_w_onto(x, w, d, None)
     }
 
-    fn embed_grad(&self, ids: &[u32], table: &Array<F>, d: &Array<F>) -> Array<F> {
+    fn embed_grad(&self, ids: &[u32], table: &Array<F>, d: &Array<F>, onto: Option<Array<F>>) -> Array<F> {
         let (_, cols) = table.matrix();
-        let mut grad = self.zeros(table.shape());
+        let mut grad = onto.unwrap_or_else(|| self.zeros(table.shape()));
         let to = grad.data_mut();
         for (&id, d) in ids.iter().zip(d.data().chunks_exact(cols)) {
             pool::accumulate(&mut to[id as usize * cols..][..cols], F::one(), F::one(), d);
@@ -67,11 +63,18 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
         self.array(&[cols], sum_of(&parts, cols))
     }
 
-    fn rms_norm_grad(&self, x: &Array<F>, w: &Array<F>, eps: f64, d: &Array<F>) -> (Array<F>, Array<F>) {
+    fn rms_norm_grad(
+        &self,
+        x: &Array<F>,
+        w: &Array<F>,
+        eps: f64,
+        d: &Array<F>,
+        onto: Option<Array<F>>,
+    ) -> (Array<F>, Array<F>) {
         let cols = w.data().len();
         let block = SUMMED_ROWS * cols;
-        let mut dx = self.buffer(x.data().len());
-        let blocks = dx.chunks_mut(block).zip(x.data().chunks(block).zip(d.data().chunks(block)));
+        let mut sum = onto.unwrap_or_else(|| self.zeros(x.shape()));
+        let blocks = sum.data_mut().chunks_mut(block).zip(x.data().chunks(block).zip(d.data().chunks(block)));
         let parts = team::map(blocks, |(dx, (x, d))| {
             let mut dw = vec![F::zero(); cols];
             self.set.run(
@@ -80,7 +83,7 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
             );
             dw
         });
-        (self.array_of(x.shape(), dx), self.array(w.shape(), sum_of(&parts, cols)))
+        (sum, self.array(w.shape(), sum_of(&parts, cols)))
     }
 
     fn rope_grad(&self, table: &Array<F>, spans: &Spans, d: &Array<F>) -> Array<F> {
@@ -88,20 +91,23 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
     }
 
     fn swiglu_grad(&self, gate: &Array<F>, up: &Array<F>, d: &Array<F>) -> (Array<F>, Array<F>) {
-        let d_gate = self.map(
-            [gate, up, d],
-            #[inline(always)]
-            |[g, u, d]| {
-                let s = real::sigmoid(K::exp, g);
-                d * u * s * (F::one() + g * (F::one() - s))
-            },
-        );
-        let d_up = self.map(
-            [gate, d],
-            #[inline(always)]
-            |[g, d]| d * g * real::sigmoid(K::exp, g),
-        );
-        (d_gate, d_up)
+        let shape = d.shape();
+        let [mut d_gate, mut d_up] = [(); 2].map(|()| self.buffer(d.data().len()));
+        let blocks = d_gate.chunks_mut(PARALLEL).zip(d_up.chunks_mut(PARALLEL)).enumerate();
+        team::each(blocks, |(n, (d_gate, d_up))| {
+            let [gate, up, d] = [gate, up, d].map(|x| &x.data()[n * PARALLEL..][..d_gate.len()]);
+            self.set.run(
+                #[inline(always)]
+                || {
+                    for i in 0..d.len() {
+                        let s = real::sigmoid(K::exp, gate[i]);
+                        d_gate[i] = d[i] * up[i] * s * (F::one() + gate[i] * (F::one() - s));
+                        d_up[i] = d[i] * gate[i] * s;
+                    }
+                },
+            );
+        });
+        (self.array_of(shape, d_gate), self.array_of(shape, d_up))
     }
 
     fn ln_grad(&self, x: &Array<F>, d: &Array<F>) -> Array<F> {
@@ -356,6 +362,30 @@ impl<F: Real, K: KernelSet<F>> Grad for Cpu<F, K> {
         let cols = x.data().len() / x.shape()[0];
         let data = x.data_mut();
         rows.iter().for_each(|row| data[row * cols..][..cols].fill(F::zero()));
+    }
+}
+
+impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
+    /// [`Grad::linear_grad_w`], added to what there is.
+    pub(super) fn linear_grad_w_onto(
+        &self,
+        x: &Array<F>,
+        w: &Array<F>,
+        d: &Array<F>,
+        onto: Option<Array<F>>,
+    ) -> Array<F> {
+        match w.precision() {
+            Precision::F32 => self.sum(onto, self.float_product_grad_w(x, d)),
+            Precision::Bf16 => self.bf16_product_grad_w(x, d, onto),
+            Precision::Q8 => panic!("{NOT_TRAINED}"),
+        }
+    }
+
+    fn sum(&self, onto: Option<Array<F>>, grad: Array<F>) -> Array<F> {
+        match onto {
+            Some(sum) => self.add(&sum, &grad, 1.0),
+            None => grad,
+        }
     }
 }
 

@@ -6,10 +6,14 @@ use crate::kernel_set::KernelSet;
 use crate::real::{self, Real};
 use crate::simd::PANEL;
 use crate::team;
+use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Rows of a block: several register tiles, few enough to stay in cache beside a panel.
 pub(super) const ROWS: usize = 128;
+/// Rows and panels that are gated at once: what they make stays in the first-level cache, and weights in the second-level one.
+const GATED_ROWS: usize = 64;
+const GATED_PANELS: usize = 4;
 /// Multiplications that are worth a task.
 const TASK: usize = 256 * 1024;
 
@@ -70,19 +74,23 @@ impl<F: Real, K: KernelSet<F>, P: Product<F>> Product<F> for Onto<'_, F, K, P> {
 }
 
 /// An output whose blocks threads write side by side.
-pub(super) struct Output<T>(*mut T);
+pub(super) struct Output<'a, T> {
+    first: *mut T,
+    len: usize,
+    data: PhantomData<&'a mut [T]>,
+}
 
 // SAFETY: `blocks` hands every thread columns and rows of its own.
-unsafe impl<T: Send> Sync for Output<T> {}
+unsafe impl<T: Send> Sync for Output<'_, T> {}
 
-impl<T> Output<T> {
-    pub(super) fn of(data: &mut [T]) -> Self {
-        Self(data.as_mut_ptr())
+impl<'a, T> Output<'a, T> {
+    pub(super) fn of(data: &'a mut [T]) -> Self {
+        Self { first: data.as_mut_ptr(), len: data.len(), data: PhantomData }
     }
 
     /// Where an element is.
     pub(super) fn at(&self, index: usize) -> *mut T {
-        self.0.wrapping_add(index)
+        self.first.wrapping_add(index)
     }
 }
 
@@ -112,16 +120,21 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
 
     /// The outputs of products of the same rows.
     pub(super) fn products<P: Product<F>>(&self, products: &[P]) -> Vec<Lent<'_, F>> {
-        let Some(first) = products.first().map(P::sizes) else {
-            return Vec::new();
-        };
-        let (mut outputs, mut parts, mut panels) = (Vec::new(), Vec::new(), 0);
-        for product in products {
+        let buffer = |product: &P| self.buffer(product.sizes().n * product.sizes().outputs);
+        let mut outputs: Vec<_> = products.iter().map(buffer).collect();
+        self.place(products, &outputs.iter_mut().map(|output| Output::of(output)).collect::<Vec<_>>());
+        outputs
+    }
+
+    /// Computes products of the same rows, each to its own output.
+    pub(super) fn place<P: Product<F>>(&self, products: &[P], outputs: &[Output<F>]) {
+        let Some(first) = products.first().map(P::sizes) else { return };
+        let (mut parts, mut panels) = (Vec::new(), 0);
+        for (product, to) in products.iter().zip(outputs) {
             let sizes = product.sizes();
             assert_eq!((sizes.n, sizes.terms), (first.n, first.terms), "products of the same rows");
-            let mut output = self.buffer(sizes.n * sizes.outputs);
-            parts.push((product, Output::of(&mut output), panels));
-            outputs.push(output);
+            assert!(sizes.n * sizes.outputs <= to.len, "an output that is too short");
+            parts.push((product, to, panels));
             panels += sizes.panels();
         }
         blocks(first, panels, |rows, panels| {
@@ -136,30 +149,38 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
                 }
             }
         });
-        outputs
     }
 
-    /// `gate * sigmoid(gate) * up` of two products of the same rows: `place` is given rows, a panel, and what is in their
-    /// columns, `[rows][32]`.
-    pub(super) fn gated<P: Product<F>>(&self, [gate, up]: [P; 2], place: impl Fn(Range<usize>, usize, &[F]) + Sync) {
+    /// `gate * sigmoid(gate) * up` of two products of the same rows: `place` is given rows, columns, and what is in them,
+    /// `[rows][columns]`, as many columns as whole panels have.
+    pub(super) fn gated<P: Product<F>>(
+        &self,
+        [gate, up]: [P; 2],
+        place: impl Fn(Range<usize>, Range<usize>, &[F]) + Sync,
+    ) {
         let sizes = gate.sizes();
         blocks(sizes, sizes.panels(), |rows, panels| {
-            let [mut gated, mut other] = [(); 2].map(|()| self.buffer(rows.len() * PANEL));
-            for panel in panels {
-                // Columns beyond the last one are not computed.
-                let width = PANEL.min(sizes.outputs - panel * PANEL);
-                for (product, to) in [(&gate, &mut gated), (&up, &mut other)] {
-                    if width < PANEL {
-                        to.fill(F::zero());
+            let [mut gated, mut other] = [(); 2].map(|()| self.buffer(GATED_ROWS * GATED_PANELS * PANEL));
+            for first in panels.clone().step_by(GATED_PANELS) {
+                let some = first..panels.end.min(first + GATED_PANELS);
+                let (columns, width) = (some.start * PANEL..some.end * PANEL, some.len() * PANEL);
+                for first in rows.clone().step_by(GATED_ROWS) {
+                    let few = first..rows.end.min(first + GATED_ROWS);
+                    let [gated, other] = [&mut gated, &mut other].map(|buffer| &mut buffer[..few.len() * width]);
+                    for (product, to) in [(&gate, &mut *gated), (&up, &mut *other)] {
+                        // Columns beyond the last one are not computed.
+                        if columns.end > sizes.outputs {
+                            to.fill(F::zero());
+                        }
+                        // SAFETY: the buffers are this task's and have room for the block.
+                        unsafe { product.block(few.clone(), some.clone(), to.as_mut_ptr(), width) };
                     }
-                    // SAFETY: the buffers are this task's and have room for a panel.
-                    unsafe { product.block(rows.clone(), panel..panel + 1, to.as_mut_ptr(), PANEL) };
+                    self.set.run(
+                        #[inline(always)]
+                        || gated.iter_mut().zip(other).for_each(|(g, &mut u)| *g = real::swiglu(K::exp, *g, u)),
+                    );
+                    place(few, columns.clone(), gated);
                 }
-                self.set.run(
-                    #[inline(always)]
-                    || gated.iter_mut().zip(&other[..]).for_each(|(g, &u)| *g = real::swiglu(K::exp, *g, u)),
-                );
-                place(rows.clone(), panel, &gated);
             }
         });
     }

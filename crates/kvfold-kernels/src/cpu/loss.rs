@@ -72,14 +72,10 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
             });
             total += losses.iter().map(|loss| loss.f64()).sum::<f64>();
             if let Some(grads) = grads.as_deref_mut() {
-                let dx = self.linear_grad_x(predicted.w, &logits);
+                let dx = self.linear_grad_x(predicted.w, &logits, None);
                 grads.x[first * cols..][..count * cols].copy_from_slice(dx.data());
                 if grads.w_too {
-                    let dw = self.linear_grad_w(&x, predicted.w, &logits);
-                    grads.w = Some(match grads.w.take() {
-                        Some(sum) => self.add(&sum, &dw, 1.0),
-                        None => dw,
-                    });
+                    grads.w = Some(self.linear_grad_w_onto(&x, predicted.w, &logits, grads.w.take()));
                 }
             }
         }

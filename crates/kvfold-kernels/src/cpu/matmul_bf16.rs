@@ -25,10 +25,10 @@ const LEFT: usize = 192 * 1024;
 /// Words of a sum that are added before the next panel's are, so that so much of a left factor is read from near for each: a
 /// multiple of every instruction set's step.
 const NEAR_WORDS: usize = 1024;
-/// Words that a weight gradient sums before it moves on, so that its inputs stay in cache.
-const WORDS: usize = 256;
 /// Rows of a weight gradient that a task computes at most, from words.
 const TALL: usize = 128;
+/// Words between the rows that it packs: as many as a power of two would put a tile's rows into one set of the first-level cache.
+const APART: usize = 16;
 /// Terms that it sums where they are floats.
 const TERMS: usize = 128;
 
@@ -55,6 +55,7 @@ struct Words<'a, K> {
     a: &'a [u32],
     b: &'a [u32],
     sizes: Sizes,
+    accumulate: bool,
 }
 
 impl<F: Real, K: KernelSet<F>> Product<F> for Words<'_, K> {
@@ -75,7 +76,7 @@ impl<F: Real, K: KernelSet<F>> Product<F> for Words<'_, K> {
                 b: &self.b[(panels.start * words + first) * PANEL..],
                 b_panel: words * PANEL,
                 c_row: row,
-                accumulate: first > 0,
+                accumulate: self.accumulate || first > 0,
             };
             // SAFETY: the caller's.
             unsafe { self.set.gemm_bf16(product, to) };
@@ -89,6 +90,7 @@ struct Widened<'a, F: Real, K> {
     a: &'a [F],
     b: &'a [u32],
     sizes: Sizes,
+    accumulate: bool,
 }
 
 impl<F: Real, K: KernelSet<F>> Product<F> for Widened<'_, F, K> {
@@ -97,7 +99,7 @@ impl<F: Real, K: KernelSet<F>> Product<F> for Widened<'_, F, K> {
     }
 
     unsafe fn block(&self, rows: Range<usize>, panels: Range<usize>, to: *mut F, row: usize) {
-        let Self { cpu, sizes: Sizes { outputs, terms, .. }, .. } = *self;
+        let Self { cpu, sizes: Sizes { outputs, terms, .. }, accumulate, .. } = *self;
         let panel_words = words(terms) * PANEL;
         // Packed pairs fill an odd end up.
         let strip = terms.next_multiple_of(2) * STRIP;
@@ -123,7 +125,7 @@ impl<F: Real, K: KernelSet<F>> Product<F> for Widened<'_, F, K> {
                 b_row: STRIP,
                 b_strip: strip,
                 c_row: row,
-                accumulate: false,
+                accumulate,
             };
             // SAFETY: the caller's.
             unsafe { cpu.set.gemm_at(product, to.wrapping_add(n * PANEL)) };
@@ -144,12 +146,27 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         outputs.map(|(y, w)| self.array_of(&[n, w.matrix().0], y)).collect()
     }
 
-    /// `d [N,M] . w [M,K]`.
-    pub(super) fn bf16_product_grad_x(&self, w: &Array<F>, d: &Array<F>) -> Array<F> {
+    /// `d [N,M] . w [M,K]`, added to `onto`.
+    pub(super) fn bf16_product_grad_x(&self, w: &Array<F>, d: &Array<F>, onto: Option<Array<F>>) -> Array<F> {
         let ((m, k), (n, dm)) = (w.matrix(), d.matrix());
         assert_eq!(m, dm, "gradient {:?} of a linear by {:?}", d.shape(), w.shape());
-        let y = self.row_products(d, vec![(self.packed_panels_of_columns(w), k)]).pop();
-        self.array_of(&[n, k], y.expect("one output of one product"))
+        let b = self.packed_panels_of_columns(w);
+        let Some(mut sum) = onto else {
+            let y = self.row_products(d, vec![(b, k)]).pop();
+            return self.array_of(&[n, k], y.expect("one output of one product"));
+        };
+        assert_eq!(sum.matrix(), (n, k), "a gradient of {:?} beside one of [{n}, {k}]", sum.shape());
+        match self.multiplies_words(n) {
+            true => {
+                let product = Words { accumulate: true, ..self.words(self.packed_rows(d), b, [n, m, k]) };
+                self.place(&[product], &[Output::of(sum.data_mut())]);
+            }
+            false => {
+                let product = Widened { accumulate: true, ..self.widened(d.data(), b, [n, m, k]) };
+                self.place(&[product], &[Output::of(sum.data_mut())]);
+            }
+        }
+        sum
     }
 
     /// `base + x [N,K] . w [M,K]^T`.
@@ -190,12 +207,12 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     /// Packed rows `[n, terms]` times packed panels of `outputs` columns.
     fn words<'a>(&self, a: &'a [u32], b: &'a [u32], [n, terms, outputs]: [usize; 3]) -> Words<'a, K> {
         let rows = (LEFT / words(terms).min(NEAR_WORDS)).clamp(ROWS, 4 * ROWS);
-        Words { set: self.set, a, b, sizes: Sizes { n, outputs, terms, rows } }
+        Words { set: self.set, a, b, sizes: Sizes { n, outputs, terms, rows }, accumulate: false }
     }
 
     /// Rows `[n, terms]` times packed panels of `outputs` columns.
     fn widened<'a>(&'a self, a: &'a [F], b: &'a [u32], [n, terms, outputs]: [usize; 3]) -> Widened<'a, F, K> {
-        Widened { cpu: self, a, b, sizes: Sizes { n, outputs, terms, rows: ROWS } }
+        Widened { cpu: self, a, b, sizes: Sizes { n, outputs, terms, rows: ROWS }, accumulate: false }
     }
 
     /// [`Ops::feed_forward`](crate::ops::Ops::feed_forward) from words to words; nothing where rows are multiplied as
@@ -214,56 +231,55 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         let both = [gate, up].map(|w| self.words(a, self.packed_panels_of_rows(w), [n, terms, inner]));
         let mut hidden = self.home.words.lend(n * row);
         let to = Output::of(&mut hidden);
-        self.gated(both, |rows, panel, gated| {
-            let mut lines = self.home.words.lend(rows.len() * PANEL / 2);
-            self.set.pack(Packing::Rows { x: gated, cols: PANEL }, &mut lines);
-            let first = panel * PANEL / 2;
-            for (n, line) in rows.zip(lines.as_chunks::<{ PANEL / 2 }>().0) {
-                let to = to.at(n * row + first);
-                // SAFETY: these words of the row are this panel's alone. Most panels are whole: a copy of a known length.
-                unsafe {
-                    match row - first >= line.len() {
-                        true => to.cast::<[u32; PANEL / 2]>().write(*line),
-                        false => to.copy_from_nonoverlapping(line.as_ptr(), row - first),
-                    }
-                }
+        self.gated(both, |rows, columns, gated| {
+            let mut lines = self.home.words.lend(gated.len() / 2);
+            self.set.pack(Packing::Rows { x: gated, cols: columns.len() }, &mut lines);
+            let first = columns.start / 2;
+            for (n, line) in rows.zip(lines.chunks_exact(columns.len() / 2)) {
+                let line = &line[..line.len().min(row - first)];
+                // SAFETY: these words of the row are this block's alone.
+                unsafe { to.at(n * row + first).copy_from_nonoverlapping(line.as_ptr(), line.len()) };
             }
         });
         Some(self.onto(base, self.words(&hidden, self.packed_panels_of_rows(down), [n, inner, outputs])))
     }
 
-    /// `d [N,M]^T . x [N,K]`.
-    pub(super) fn bf16_product_grad_w(&self, x: &Array<F>, d: &Array<F>) -> Array<F> {
+    /// `d [N,M]^T . x [N,K]`, added to `onto`.
+    pub(super) fn bf16_product_grad_w(&self, x: &Array<F>, d: &Array<F>, onto: Option<Array<F>>) -> Array<F> {
         let ((n, k), (dn, m)) = (x.matrix(), d.matrix());
         assert_eq!(n, dn, "gradient {:?} of a linear of {:?}", d.shape(), x.shape());
-        let mut dw = self.buffer(m * k);
+        let accumulate = onto.is_some();
+        let mut dw = onto.unwrap_or_else(|| self.array_of(&[m, k], self.buffer(m * k)));
+        assert_eq!(dw.matrix(), (m, k), "a gradient of {:?} beside one of [{m}, {k}]", dw.shape());
         match self.set.pairs() {
-            true => self.word_product_of_columns(d, x, &mut dw),
-            false => self.rounded_product_of_columns(d, x, &mut dw),
+            true => self.word_product_of_columns(d, x, dw.data_mut(), accumulate),
+            false => self.rounded_product_of_columns(d, x, dw.data_mut(), accumulate),
         }
-        self.array_of(&[m, k], dw)
+        dw
     }
 
     /// `d^T . x` of packed columns: those of `x` are laid out once, those of `d` by the task that needs them.
-    fn word_product_of_columns(&self, d: &Array<F>, x: &Array<F>, dw: &mut [F]) {
+    fn word_product_of_columns(&self, d: &Array<F>, x: &Array<F>, dw: &mut [F], accumulate: bool) {
         let ((_, m), (n, k)) = (d.matrix(), x.matrix());
         let (b, words) = (self.packed_panels_of_columns(x), words(n));
+        let row = words + APART;
         // Rows that share the reading of x, where there are enough of them for every thread.
         let rows = m.div_ceil(2 * team::threads()).next_multiple_of(PANEL).min(TALL);
         team::each(dw.chunks_mut(rows * k).enumerate(), |(task, dw)| {
-            let mut left = self.home.words.lend(dw.len() / k * words);
-            self.set.pack(Packing::Columns { x: d.data(), cols: m, first: task * rows }, &mut left);
-            for first in (0..words).step_by(WORDS) {
+            let height = dw.len() / k;
+            let mut left = self.home.words.lend(height * row);
+            self.set.pack(Packing::Columns { x: d.data(), cols: m, first: task * rows, row }, &mut left);
+            for first in (0..words).step_by(NEAR_WORDS) {
                 let product = GemmBf16 {
-                    m: dw.len() / k,
+                    m: height,
                     n: k,
-                    words: WORDS.min(words - first),
+                    words: NEAR_WORDS.min(words - first),
                     a: &left[first..],
-                    a_row: words,
+                    a_row: row,
                     b: &b[first * PANEL..],
                     b_panel: words * PANEL,
                     c_row: k,
-                    accumulate: first > 0,
+                    accumulate: accumulate || first > 0,
                 };
                 // SAFETY: the rows are this task's alone.
                 unsafe { self.set.gemm_bf16(product, dw.as_mut_ptr()) };
@@ -272,7 +288,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     }
 
     /// `d^T . x` of rounded columns: those of `x` are laid out once, those of `d` by the task that needs them.
-    fn rounded_product_of_columns(&self, d: &Array<F>, x: &Array<F>, dw: &mut [F]) {
+    fn rounded_product_of_columns(&self, d: &Array<F>, x: &Array<F>, dw: &mut [F], accumulate: bool) {
         let ((n, k), (_, m)) = (x.matrix(), d.matrix());
         let mut strips = self.buffer(k.next_multiple_of(PANEL) * n);
         team::each(strips.chunks_exact_mut(n * STRIP).enumerate(), |(strip, to)| {
@@ -308,7 +324,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
                             b_row: STRIP,
                             b_strip: n * STRIP,
                             c_row: k,
-                            accumulate: first > 0,
+                            accumulate: accumulate || first > 0,
                         };
                         self.set.gemm(product, &mut dw[column..]);
                     }

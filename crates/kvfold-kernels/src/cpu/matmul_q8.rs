@@ -60,12 +60,11 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         let mut hidden = self.buffer(n * inner);
         let to = Output::of(&mut hidden);
         let both = [gate, up].map(|w| self.by_quantised((x.data(), n, terms), w));
-        self.gated(both, |rows, panel, gated| {
-            let first = panel * PANEL;
-            for (n, gated) in rows.zip(gated.chunks_exact(PANEL)) {
-                let gated = &gated[..PANEL.min(inner - first)];
-                // SAFETY: these columns of the row are this panel's alone.
-                unsafe { to.at(n * inner + first).copy_from_nonoverlapping(gated.as_ptr(), gated.len()) };
+        self.gated(both, |rows, columns, gated| {
+            for (n, gated) in rows.zip(gated.chunks_exact(columns.len())) {
+                let gated = &gated[..gated.len().min(inner - columns.start)];
+                // SAFETY: these columns of the row are this block's alone.
+                unsafe { to.at(n * inner + columns.start).copy_from_nonoverlapping(gated.as_ptr(), gated.len()) };
             }
         });
         self.onto(base, self.by_quantised((&hidden, n, inner), down))

@@ -13,7 +13,7 @@ mod matmul;
 mod matmul_bf16;
 mod matmul_q8;
 
-pub use array::Array;
+pub use array::{Array, RECYCLED};
 pub use loss::LOSS_ROWS;
 
 use crate::kernel_set::{Fast, KernelSet, Scalar};

@@ -454,65 +454,71 @@ impl<F: Real> Seen<'_, F> {
         let row_words = counts.iter().sum::<usize>() * PAGE_WORDS;
         let rows = scores.len() / stride;
         let group = rows / self.sights.len();
+        let [slots, opened, newer, older] = counts.map(|pages| pages * PAGE_WORDS);
         weights.resize(rows * row_words, 0);
-        words.resize(stride / 2, 0);
+        words.resize(stride / 2 - slots, 0);
         shares.clear();
-        for ((row, scores), weights) in scores.chunks_exact(stride).enumerate().zip(weights.chunks_exact_mut(row_words))
-        {
+        let rows = scores.chunks_exact_mut(stride).zip(weights.chunks_exact_mut(row_words));
+        for (row, (scores, weights)) in rows.enumerate() {
             let t = row / group;
             let Sight { closed, open, seat } = self.sights[t];
-            let [slots, opened, newer, older] = counts.map(|pages| pages * PAGE_WORDS);
             let (to_slots, rest) = weights.split_at_mut(slots);
             let (to_open, rest) = rest.split_at_mut(opened);
             let (to_newer, to_older) = rest.split_at_mut(newer);
-            shares.push(F::one() / exponential_words(set, scores, words));
-            keep(&words[..slots], 0..closed, to_slots);
+            shares.push(F::one() / exponential_words(set, scores, [to_slots, words]));
             to_open.fill(0);
             if open.is_some() {
-                let lane = self.open_lane + t;
-                to_open[lane / 2] = (words[closed / 2] >> (16 * (closed % 2)) & 0xffff) << (16 * (lane % 2));
+                let (lane, word) = (self.open_lane + t, closed / 2);
+                let both = to_slots.get(word).copied().unwrap_or_else(|| words[word - slots]);
+                to_open[lane / 2] = (both >> (16 * (closed % 2)) & 0xffff) << (16 * (lane % 2));
             }
-            keep(&words[ring / 2..][..newer], 0..seat + 1, to_newer);
-            let first = self.older_page * PAGE_SLOTS;
+            leave(to_slots, 0..closed);
+            let keep = |first: usize, seen: Range<usize>, to: &mut [u32]| {
+                to.copy_from_slice(&words[(ring + first) / 2 - slots..][..to.len()]);
+                leave(to, seen);
+            };
+            keep(0, 0..seat + 1, to_newer);
             if older > 0 {
-                keep(&words[(ring + first) / 2..][..older], seat + 1 - first..self.delay - first, to_older);
+                let first = self.older_page * PAGE_SLOTS;
+                keep(first, seat + 1 - first..self.delay - first, to_older);
             }
         }
     }
 }
 
-/// The exponentials of a row of scores as words; returns their sum, lane by lane.
-fn exponential_words<F: Real, K: KernelSet<F>>(set: K, scores: &[F], words: &mut [u32]) -> F {
-    /// Exponentials that are floats at a time, in the first-level cache.
+/// The exponentials of a row of scores as words, in two parts, of which the first is of whole pages; returns their sum, lane
+/// by lane. Leaves them in the place of the scores.
+fn exponential_words<F: Real, K: KernelSet<F>>(set: K, scores: &mut [F], [first, rest]: [&mut [u32]; 2]) -> F {
+    /// Exponentials that are packed while they are in the first-level cache.
     const PART: usize = 256;
     let top = set.run(
         #[inline(always)]
         || real::max(scores),
     );
-    let (mut lanes, mut part) = ([F::zero(); LANES], [F::zero(); PART]);
-    for (scores, words) in scores.chunks(PART).zip(words.chunks_mut(PART / 2)) {
-        let part = &mut part[..scores.len()];
-        set.run(
-            #[inline(always)]
-            || {
-                part.copy_from_slice(scores);
-                real::map_onto_lanes(
-                    part,
-                    &mut lanes,
-                    #[inline(always)]
-                    |s| K::exp_share(s - top),
-                );
-            },
-        );
-        set.pack(Packing::Rows { x: part, cols: part.len() }, words);
+    let mut lanes = [F::zero(); LANES];
+    let (of_first, of_rest) = scores.split_at_mut(2 * first.len());
+    for (scores, words) in [(of_first, first), (of_rest, rest)] {
+        for (scores, words) in scores.chunks_mut(PART).zip(words.chunks_mut(PART / 2)) {
+            set.run(
+                #[inline(always)]
+                || {
+                    real::map_onto_lanes(
+                        scores,
+                        &mut lanes,
+                        #[inline(always)]
+                        |s| K::exp_share(s - top),
+                    );
+                },
+            );
+            set.pack(Packing::Rows { x: scores, cols: scores.len() }, words);
+        }
     }
     real::fold_lanes(lanes)
 }
 
-/// Copies the words of weights, of which those outside of a range are left out.
-fn keep(weights: &[u32], seen: Range<usize>, words: &mut [u32]) {
-    words.copy_from_slice(weights);
-    for unseen in [0..seen.start, seen.end..2 * weights.len()] {
+/// Leaves the weights of a range as they are; the others become 0.
+fn leave(words: &mut [u32], seen: Range<usize>) {
+    for unseen in [0..seen.start, seen.end..2 * words.len()] {
         let mut blank = |lane: usize| words[lane / 2] &= !(0xffff << (16 * (lane % 2)));
         let (start, end) = (unseen.start, unseen.end.max(unseen.start));
         // Whole words, and a half at either end.

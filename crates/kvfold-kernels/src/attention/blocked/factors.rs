@@ -236,7 +236,7 @@ impl<F: Real, K: KernelSet<F>> Factors<F, K> for Words<K> {
     fn over_queries(&mut self, size: (usize, usize), block: Block, s: &[F], by_channel: &[u32], out: &mut [F]) {
         let Block { i0, rows, width, .. } = block;
         let left = &mut self.left[..width * words(rows)];
-        self.set.pack(Packing::Columns { x: &s[..rows * KEYS], cols: KEYS, first: 0 }, left);
+        self.set.pack(Packing::Columns { x: &s[..rows * KEYS], cols: KEYS, first: 0, row: words(rows) }, left);
         self.over_tokens(size, width, i0..i0 + rows, by_channel, out);
     }
 }
