@@ -40,17 +40,28 @@ pub(crate) const LANES: usize = 16;
 #[inline(always)]
 pub fn sum_of<F: Real>(xs: &[F], f: impl Fn(F) -> F) -> F {
     let mut lanes = [F::zero(); LANES];
-    let xc = xs.chunks_exact(LANES);
-    let xr = xc.remainder();
-    for x in xc {
+    let (whole, rest) = xs.as_chunks::<LANES>();
+    for x in whole {
         for l in 0..LANES {
             lanes[l] += f(x[l]);
         }
     }
-    for (l, &x) in xr.iter().enumerate() {
-        lanes[l] += f(x);
+    if !rest.is_empty() {
+        let x = filled(rest, F::zero());
+        for l in 0..LANES {
+            lanes[l] = if l < rest.len() { lanes[l] + f(x[l]) } else { lanes[l] };
+        }
     }
     fold_lanes(lanes)
+}
+
+/// Elements that are fewer than fill the lanes, filled up. Lanes whose number the compiler does not know would have to leave
+/// their registers.
+#[inline(always)]
+fn filled<F: Real>(rest: &[F], with: F) -> [F; LANES] {
+    let mut lanes = [with; LANES];
+    lanes[..rest.len()].copy_from_slice(rest);
+    lanes
 }
 
 /// Puts a function of every element in its place; the sum of them, in the order of [`sum_of`].
@@ -71,9 +82,13 @@ pub(crate) fn map_onto_lanes<F: Real>(xs: &mut [F], lanes: &mut [F; LANES], f: i
             lanes[l] += x[l];
         }
     }
-    for (lane, x) in lanes.iter_mut().zip(rest) {
-        *x = f(*x);
-        *lane += *x;
+    if !rest.is_empty() {
+        let mut x = filled(rest, F::zero());
+        for l in 0..LANES {
+            x[l] = f(x[l]);
+            lanes[l] = if l < rest.len() { lanes[l] + x[l] } else { lanes[l] };
+        }
+        rest.copy_from_slice(&x[..rest.len()]);
     }
 }
 
@@ -81,15 +96,18 @@ pub(crate) fn map_onto_lanes<F: Real>(xs: &mut [F], lanes: &mut [F; LANES], f: i
 #[inline(always)]
 pub fn sum_of_pairs<F: Real>(xs: &[F], ys: &[F], f: impl Fn(F, F) -> F) -> F {
     let mut lanes = [F::zero(); LANES];
-    let (xc, yc) = (xs.chunks_exact(LANES), ys.chunks_exact(LANES));
-    let (xr, yr) = (xc.remainder(), yc.remainder());
-    for (x, y) in xc.zip(yc) {
+    let len = xs.len().min(ys.len());
+    let ((xc, xr), (yc, yr)) = (xs[..len].as_chunks::<LANES>(), ys[..len].as_chunks::<LANES>());
+    for (x, y) in xc.iter().zip(yc) {
         for l in 0..LANES {
             lanes[l] += f(x[l], y[l]);
         }
     }
-    for (l, (&x, &y)) in xr.iter().zip(yr).enumerate() {
-        lanes[l] += f(x, y);
+    if !xr.is_empty() {
+        let (x, y) = (filled(xr, F::zero()), filled(yr, F::zero()));
+        for l in 0..LANES {
+            lanes[l] = if l < xr.len() { lanes[l] + f(x[l], y[l]) } else { lanes[l] };
+        }
     }
     fold_lanes(lanes)
 }
@@ -134,8 +152,17 @@ pub fn max<F: Real>(xs: &[F]) -> F {
             lanes[l] = larger(lanes[l], x[l]);
         }
     }
-    for (lane, &x) in lanes.iter_mut().zip(rest) {
-        *lane = larger(*lane, x);
+    let (lines, rest) = rest.as_chunks::<LANES>();
+    for x in lines {
+        for l in 0..LANES {
+            lanes[l] = larger(lanes[l], x[l]);
+        }
+    }
+    if !rest.is_empty() {
+        let x = filled(rest, F::neg_infinity());
+        for l in 0..LANES {
+            lanes[l] = larger(lanes[l], x[l]);
+        }
     }
     let mut width = WIDE / 2;
     while width > 0 {

@@ -60,6 +60,8 @@ struct Bench<'a> {
     ops: FastCpu,
     machine: &'a Machine,
     work: KernelWork,
+    /// What is in the names of the kernels that are timed.
+    only: &'a str,
     times: Vec<KernelTime>,
 }
 
@@ -98,6 +100,9 @@ impl Bench<'_> {
     }
 
     fn time(&mut self, kernel: &str, shape: String, cost: Cost, mut run: impl FnMut(&FastCpu)) {
+        if !kernel.contains(self.only) {
+            return;
+        }
         run(&self.ops);
         let seconds = median(
             (0..self.work.rounds)
@@ -134,14 +139,16 @@ fn name(precision: Precision) -> String {
 /// A group of kernels.
 type Group<'a> = Box<dyn Fn(&mut Bench<'_>) + 'a>;
 
-/// Times the kernels of serving and training for a model's shapes; `on_group` hears how many groups of how many are done.
+/// Times the kernels of serving and training for a model's shapes, those that have `only` in their names; `on_group` hears
+/// how many groups of how many are done.
 pub fn kernel_times(
     machine: &Machine,
     shape: &Shape,
     work: KernelWork,
+    only: &str,
     mut on_group: impl FnMut(usize, usize),
 ) -> Vec<KernelTime> {
-    let mut bench = Bench { ops: FastCpu::new(), machine, work, times: Vec::new() };
+    let mut bench = Bench { ops: FastCpu::new(), machine, work, only, times: Vec::new() };
     let (full, rest) = (work.rows / work.length, work.rows % work.length);
     let lengths: Vec<usize> = std::iter::repeat_n(work.length, full).chain((rest > 0).then_some(rest)).collect();
     let spans = Spans::of_lengths(&lengths);
@@ -152,6 +159,7 @@ pub fn kernel_times(
     for layer in layers {
         groups.push(Box::new(move |bench| bench.linear(layer)));
     }
+    groups.push(Box::new(|bench| bench.fused(shape)));
     groups.push(Box::new(|bench| bench.logits(shape)));
     groups.push(Box::new(|bench| bench.loss(shape)));
     groups.push(Box::new(|bench| bench.elementwise(shape, &spans)));

@@ -8,6 +8,9 @@ use kvfold_model::shape::Shape;
 /// Precisions of weights that train.
 const TRAINED: [Precision; 2] = [Precision::F32, Precision::Bf16];
 
+/// Precisions of weights that are served.
+const SERVED: [Precision; 3] = [Precision::F32, Precision::Bf16, Precision::Q8];
+
 /// Numbers of 32 bits that as many numbers of a precision take.
 fn held(numbers: usize, precision: Precision) -> usize {
     match precision {
@@ -34,8 +37,42 @@ impl Bench<'_> {
         }
     }
 
+    /// Products of a block that share their work, as serving has them: projections of the same rows, one that is added to the
+    /// residual stream, and the feed-forward layer.
+    pub(super) fn fused(&mut self, shape: &Shape) {
+        let (c, f, heads) = (shape.hidden, shape.intermediate, shape.heads);
+        let [q, kv] = [heads.query, heads.kv].map(|count| count * heads.dim);
+        let mut counts = vec![1, DECODED.min(self.work.rows), self.work.rows];
+        counts.dedup();
+        for (rows, precision) in counts.into_iter().flat_map(|rows| SERVED.map(|precision| (rows, precision))) {
+            let (base, x, attended) = (self.array(rows, c), self.array(rows, c), self.array(rows, q));
+            let [to_q, to_k, to_v] = [q, kv, kv].map(|m| self.weight(m, c, precision));
+            let [out, gate, up, down] = [(c, q), (f, c), (f, c), (c, f)].map(|(m, k)| self.weight(m, k, precision));
+            let cost = |weights: usize, others: usize| {
+                let numbers = rows * others + held(weights, precision);
+                Cost::of_products(precision, 2.0 * (rows * weights) as f64, numbers)
+            };
+            let name = |what: &str| format!("{what} {}", name(precision));
+            let of = |inner: String| format!("[{rows},{c}] and {inner}");
+            self.time(
+                &name("q, k, v"),
+                of(format!("[{},{c}]", q + 2 * kv)),
+                cost((q + 2 * kv) * c, c + q + 2 * kv),
+                |ops| {
+                    drop(ops.linears(&x, &[&to_q, &to_k, &to_v]));
+                },
+            );
+            self.time(&name("product onto"), of(format!("[{rows},{q}] x [{c},{q}]")), cost(c * q, 2 * c + q), |ops| {
+                drop(ops.linear_onto(&base, &attended, &out));
+            });
+            self.time(&name("feed-forward"), of(format!("3 x [{f},{c}]")), cost(3 * f * c, 3 * c), |ops| {
+                drop(ops.feed_forward(&base, &x, [&gate, &up, &down]));
+            });
+        }
+    }
+
     fn product(&mut self, what: &str, rows: usize, (k, m): (usize, usize), backward: bool) {
-        for precision in TRAINED.into_iter().chain([Precision::Q8]) {
+        for precision in SERVED {
             let (x, d) = (self.array(rows, k), self.array(rows, m));
             let w = self.master(m, k, precision);
             let numbers = rows * (k + m) + held(m * k, precision);
@@ -74,6 +111,10 @@ impl Bench<'_> {
                 drop(ops.prediction_loss_grad(student, Goal::Teacher(teacher, KlDirection::Forward), true));
             });
         }
+    }
+
+    fn weight(&self, m: usize, k: usize, precision: Precision) -> Tensor {
+        self.ops.weight(&[m, k], &self.ops.to_host(&self.array(m, k)), precision)
     }
 
     fn master(&self, m: usize, k: usize, precision: Precision) -> Tensor {

@@ -84,6 +84,10 @@ pub(crate) struct KernelsArgs {
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub(crate) rounds: u32,
 
+    /// Time those alone whose names have this text in them
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    pub(crate) only: String,
+
     /// Print one JSON document instead of a table
     #[arg(long)]
     pub(crate) json: bool,

@@ -32,11 +32,15 @@ pub(crate) fn run(args: &KernelsArgs) -> Result<(), AppError> {
     let length = shape.context.min(args.tokens as usize);
     let work =
         KernelWork { rows: args.tokens as usize, length, delay: DELAY.min(length), rounds: args.rounds as usize };
-    let kernels = kernel_times(&machine, &shape, work, |done, groups| {
+    let kernels = kernel_times(&machine, &shape, work, &args.only, |done, groups| {
         bar.set_length(groups as u64);
         bar.set_position(done as u64);
     });
     bar.finish_and_clear();
+    if kernels.is_empty() {
+        let reason = format!("no kernel has {:?} in its name; without --only all are timed", args.only);
+        return Err(AppError::Text { file: "--only".into(), reason });
+    }
     let others = before.zip(Load::now()).map(|(before, after)| after.others_since(&before));
     if args.json {
         return output::json(&Output {

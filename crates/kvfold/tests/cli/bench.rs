@@ -25,6 +25,9 @@ fn every_kernel_has_a_time_beside_the_machines_best() {
         "linear bf16",
         "linear q8",
         "linear backward w bf16",
+        "q, k, v bf16",
+        "product onto f32",
+        "feed-forward q8",
         "logits f32",
         "KL loss and gradients f32",
         "embed bf16",
@@ -46,6 +49,17 @@ fn every_kernel_has_a_time_beside_the_machines_best() {
     }
     let table = dir.run(&args).ok();
     assert!(table.contains("GFLOP/s bf16") && table.lines().count() == kernels.len() + 3, "{table}");
+}
+
+#[test]
+fn kernels_are_chosen_by_their_names() {
+    let (dir, args) = (Dir::new(), ["bench", "kernels", "--tokens", "40", "--rounds", "1", "--json", "--only"]);
+    let json = dir.run_with(&args, &["feed-forward"]).json();
+    let names: Vec<&str> = json["kernels"].as_array().unwrap().iter().filter_map(|k| k["kernel"].as_str()).collect();
+    assert!(names.len() >= 3 && names.iter().all(|name| name.starts_with("feed-forward")), "{names:?}");
+    let ran = dir.run_with(&args, &["feed-backward"]);
+    assert_eq!(ran.code, Some(3));
+    assert!(ran.err.contains("--only") && ran.err.contains("feed-backward"), "{}", ran.err);
 }
 
 #[test]

@@ -144,24 +144,23 @@ pub(super) struct Words<K> {
 }
 
 impl<K> Words<K> {
-    /// A sum over tokens, `words` of them two by two from `first` on.
+    /// A sum over tokens, two by two, for `m` rows of the left factor, which are `a_row` words apart.
     fn over_tokens<F: Real>(
         &self,
         (len, dim): (usize, usize),
-        m: usize,
+        (m, a_row): (usize, usize),
         tokens: Range<usize>,
         by_channel: &[u32],
         out: &mut [F],
     ) where
         K: KernelSet<F>,
     {
-        let words = words(tokens.len());
         let product = GemmBf16 {
             m,
             n: dim,
-            words,
+            words: words(tokens.len()),
             a: &self.left,
-            a_row: words,
+            a_row,
             b: &by_channel[tokens.start / 2 * PANEL..],
             b_panel: bf16::words(len) * PANEL,
             c_row: dim,
@@ -226,17 +225,19 @@ impl<F: Real, K: KernelSet<F>> Factors<F, K> for Words<K> {
 
     fn over_keys(&mut self, size: (usize, usize), block: Block, s: &[F], by_channel: &[u32], out: &mut [F]) {
         let Block { rows, j0, width, .. } = block;
-        let left = &mut self.left[..rows * words(width)];
-        for (s, left) in s.chunks(KEYS).zip(left.chunks_exact_mut(words(width))) {
-            self.set.pack(Packing::Rows { x: &s[..width], cols: width }, left);
+        // Whole rows at once: sums end at the width, an odd one's last word is made whole below.
+        let left = &mut self.left[..rows * words(KEYS)];
+        self.set.pack(Packing::Rows { x: &s[..rows * KEYS], cols: KEYS }, left);
+        if width % 2 == 1 {
+            left.iter_mut().skip(width / 2).step_by(words(KEYS)).for_each(|word| *word &= 0xffff);
         }
-        self.over_tokens(size, rows, j0..j0 + width, by_channel, out);
+        self.over_tokens(size, (rows, words(KEYS)), j0..j0 + width, by_channel, out);
     }
 
     fn over_queries(&mut self, size: (usize, usize), block: Block, s: &[F], by_channel: &[u32], out: &mut [F]) {
         let Block { i0, rows, width, .. } = block;
         let left = &mut self.left[..width * words(rows)];
         self.set.pack(Packing::Columns { x: &s[..rows * KEYS], cols: KEYS, first: 0, row: words(rows) }, left);
-        self.over_tokens(size, width, i0..i0 + rows, by_channel, out);
+        self.over_tokens(size, (width, words(rows)), i0..i0 + rows, by_channel, out);
     }
 }

@@ -115,6 +115,14 @@ impl<'a, F: Real, N: Copy> Walk<'a, F, N> {
         let job = self.job;
         let Block { i0, rows, j0, width } = block;
         products.scores((job.len, job.dim), block, q, &packed.k_by_token, s);
+        let sees_all = |i: usize| {
+            let (lo, hi) = job.exact_range(i);
+            lo <= j0 && j0 + width <= hi
+        };
+        // Between its ends a block's queries see what they all see.
+        if packed.mass.is_none() && packed.close.is_none() && sees_all(i0) && sees_all(i0 + rows - 1) {
+            return;
+        }
         set.run(
             #[inline(always)]
             || {
@@ -208,22 +216,32 @@ fn forward_with<F: Real, K: KernelSet<F>, P: Factors<F, K>>(
                 set.run(
                     #[inline(always)]
                     || {
+                        // What is left of the sums so far, first as how much the largest score grew.
+                        let mut keep = [F::zero(); QUERIES];
+                        for (r, s) in s.chunks_exact(KEYS).take(rows).enumerate() {
+                            let new = top[r].max(real::max(&s[..block.width]));
+                            keep[r] = if new == top[r] { F::zero() } else { top[r] - new };
+                            top[r] = new;
+                        }
+                        // Where it did not grow, exactly 1: also where no query has seen anything yet.
+                        let share = |grown: F| if grown == F::zero() { F::one() } else { K::exp_share(grown) };
+                        keep.iter_mut().for_each(|keep| *keep = share(*keep));
                         for (r, s) in s.chunks_exact_mut(KEYS).take(rows).enumerate() {
                             let s = &mut s[..block.width];
-                            let new = top[r].max(real::max(s));
-                            if new == F::neg_infinity() {
+                            let (top, keep) = (top[r], keep[r]);
+                            if top == F::neg_infinity() {
                                 s.fill(F::zero());
                                 continue;
                             }
-                            let keep = K::exp_share(top[r] - new);
                             let sum = real::map_and_sum(
                                 s,
                                 #[inline(always)]
-                                |s| K::exp_share(s - new),
+                                |s| K::exp_share(s - top),
                             );
                             total[r] = total[r] * keep + sum;
-                            acc[r * dim..][..dim].iter_mut().for_each(|o| *o *= keep);
-                            top[r] = new;
+                            if keep != F::one() {
+                                acc[r * dim..][..dim].iter_mut().for_each(|o| *o *= keep);
+                            }
                         }
                     },
                 );
