@@ -59,7 +59,7 @@ pub trait KernelSet<F: Real>: Copy + std::fmt::Debug + Send + Sync + 'static {
     ///
     /// # Safety
     /// As [`KernelSet::gemm_at`].
-    unsafe fn gemm_q8(self, g: GemmQ8<'_, F>, c: *mut F);
+    unsafe fn gemm_q8(self, g: GemmQ8<'_>, c: *mut F);
 
     /// Attention of one KV head's queries in one sequence.
     fn attention(self, job: &AttentionJob<'_, F>, out: &mut [F], lse: &mut [F]);
@@ -126,7 +126,7 @@ impl<F: Real> KernelSet<F> for Scalar {
         unsafe { bf16::gemm_scalar(g, c) }
     }
 
-    unsafe fn gemm_q8(self, g: GemmQ8<'_, F>, c: *mut F) {
+    unsafe fn gemm_q8(self, g: GemmQ8<'_>, c: *mut F) {
         // SAFETY: the caller's.
         unsafe { q8::gemm_scalar(g, c) }
     }
@@ -190,7 +190,7 @@ impl KernelSet<f32> for Fast {
         unsafe { bf16::gemm(self.0, g, c) }
     }
 
-    unsafe fn gemm_q8(self, g: GemmQ8<'_, f32>, c: *mut f32) {
+    unsafe fn gemm_q8(self, g: GemmQ8<'_>, c: *mut f32) {
         // SAFETY: the caller's.
         unsafe { q8::gemm(self.0, g, c) }
     }

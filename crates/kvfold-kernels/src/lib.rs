@@ -9,7 +9,7 @@
 //! | `simd.rs` | instruction sets, the matrix product's register tile, a vectorisable exponential |
 //! | `bf16.rs`, `pack.rs` | the tile of bf16 products, and packing for it |
 //! | `amx.rs` | the same products on the tile registers of AMX |
-//! | `q8.rs` | 8-bit weights, and the tile of their products |
+//! | `q8/` | 8-bit weights, and their products with integers |
 //! | `norm.rs`, `rope.rs`, `loss.rs` | RMS norm, rotary embedding, cross-entropy and KL |
 //! | `gate.rs` | decisions and importances, their relaxation, the hinge |
 //! | `pool.rs` | running weighted means |

@@ -314,8 +314,8 @@ pub enum Precision {
     F32,
     /// Both factors rounded to bf16: half the bytes, and twice the speed where the machine has bf16 products.
     Bf16,
-    /// Weights in 8 bits, 32 terms to a scale (8.5 bits a weight), the other factor in floats. For serving only: there is
-    /// no gradient.
+    /// Weights in 8 bits, 32 terms to a scale (8.5 bits a weight), the other factor rounded to 16 bits, 32 terms of a row to a
+    /// scale. For serving only: there is no gradient.
     Q8,
 }
 

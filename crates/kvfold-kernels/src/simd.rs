@@ -19,7 +19,7 @@ pub enum Level {
     Avx2,
     /// AVX-512 F, BW, DQ, VL.
     Avx512,
-    /// AVX-512 with bf16 dot products (BF16); for f32 the same as [`Level::Avx512`].
+    /// AVX-512 with dot products of bf16 (BF16) and of bytes (VNNI); for f32 the same as [`Level::Avx512`].
     Avx512Bf16,
     /// [`Level::Avx512Bf16`] with tiles of bf16 (AMX), which only products of bf16 use.
     AmxBf16,
@@ -36,7 +36,7 @@ impl Level {
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl")
             {
-                return match is_x86_feature_detected!("avx512bf16") {
+                return match is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vnni") {
                     true if crate::amx::detect() => Level::AmxBf16,
                     true => Level::Avx512Bf16,
                     false => Level::Avx512,

@@ -235,7 +235,7 @@ pub(crate) enum PrecisionArg {
     F32,
     /// 16 bits: half the memory, and faster
     Bf16,
-    /// 8 bits and a scale per 32 weights, activations in floats; for serving only
+    /// 8 bits and a scale per 32 weights, activations in 16 bits; for serving only
     Q8,
 }
 

@@ -98,14 +98,17 @@ impl<'a, T> Output<'a, T> {
 fn blocks(Sizes { n, terms, rows, .. }: Sizes, panels: usize, f: impl Fn(Range<usize>, Range<usize>) + Sync) {
     // As few blocks as hold all rows, of equal height but for what fills register tiles.
     let rows = n.div_ceil(n.div_ceil(rows).max(1)).next_multiple_of(PANEL);
-    // Blocks of few rows take more panels; few blocks of rows are divided by panels.
-    let worth = TASK.div_ceil(rows.min(n).max(1) * terms * PANEL);
-    let wanted = (4 * team::threads()).div_ceil(n.div_ceil(rows).max(1));
-    let width = panels.div_ceil(wanted).max(worth).min(panels);
-    let strips = panels.div_ceil(width);
-    team::run(n.div_ceil(rows) * strips, |block| {
-        let (row, panel) = (block / strips * rows, block % strips * width);
-        f(row..n.min(row + rows), panel..panels.min(panel + width));
+    let heights = n.div_ceil(rows);
+    // Few blocks of rows are divided by panels, and blocks of few rows take more panels: as many blocks for every thread, and
+    // none of them more than a panel larger than another.
+    let (threads, worth) = (team::threads(), TASK.div_ceil(rows.min(n).max(1) * terms * PANEL));
+    let wanted = (4 * threads).div_ceil(heights.max(1)).min(panels.div_ceil(worth));
+    let even = (wanted..).find(|strips| (heights * strips).is_multiple_of(threads)).unwrap_or(wanted);
+    let strips = even.clamp(1, panels.max(1));
+    let edge = |strip: usize| strip * panels / strips;
+    team::run(heights * strips, |block| {
+        let (row, strip) = (block / strips * rows, block % strips);
+        f(row..n.min(row + rows), edge(strip)..edge(strip + 1));
     });
 }
 

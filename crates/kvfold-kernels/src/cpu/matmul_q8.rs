@@ -1,31 +1,32 @@
 //! Products with 8-bit weights: what is served, never what is trained.
 
 use super::blocks::{Output, Product, ROWS, Sizes};
-use super::{Array, Cpu};
+use super::{Array, Cpu, rows_per_block};
 use crate::kernel_set::KernelSet;
-use crate::q8::{GemmQ8, Panels};
+use crate::q8::{GemmQ8, Panels, Rows};
 use crate::real::Real;
 use crate::simd::PANEL;
+use crate::team;
 use std::ops::Range;
 
-/// Rows of floats times panels of integers.
-struct Quantised<'a, F, K> {
+/// Rows of integers times panels of integers.
+struct Quantised<'a, K> {
     set: K,
-    a: &'a [F],
+    a: &'a Rows,
     b: &'a Panels,
     sizes: Sizes,
 }
 
-impl<F: Real, K: KernelSet<F>> Product<F> for Quantised<'_, F, K> {
+impl<F: Real, K: KernelSet<F>> Product<F> for Quantised<'_, K> {
     fn sizes(&self) -> Sizes {
         self.sizes
     }
 
     unsafe fn block(&self, rows: Range<usize>, panels: Range<usize>, to: *mut F, row: usize) {
-        let Sizes { outputs, terms, .. } = self.sizes;
         for (nth, panel) in panels.enumerate() {
-            let (a, n) = (&self.a[rows.start * terms..], PANEL.min(outputs - panel * PANEL));
-            let product = GemmQ8 { m: rows.len(), n, a, k: terms, b: self.b.panel(panel), c_row: row };
+            let n = PANEL.min(self.sizes.outputs - panel * PANEL);
+            let b = self.b.panel(panel);
+            let product = GemmQ8 { m: rows.len(), n, a: self.a, first: rows.start, b, c_row: row };
             // SAFETY: the caller's.
             unsafe { self.set.gemm_q8(product, to.wrapping_add(nth * PANEL)) };
         }
@@ -36,7 +37,11 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     /// `x [N,K] . w [M,K]^T` for each weight.
     pub(super) fn q8_products(&self, x: &Array<F>, weights: &[&Array<F>]) -> Vec<Array<F>> {
         let (n, terms) = x.matrix();
-        let products: Vec<_> = weights.iter().map(|w| self.by_quantised((x.data(), n, terms), w)).collect();
+        if weights.is_empty() {
+            return Vec::new();
+        }
+        let rows = self.rounded_rows(x.data(), terms);
+        let products: Vec<_> = weights.iter().map(|w| self.by_quantised((&rows, n, terms), w)).collect();
         let outputs = self.products(&products).into_iter().zip(weights);
         outputs.map(|(y, w)| self.array_of(&[n, w.matrix().0], y)).collect()
     }
@@ -44,11 +49,11 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     /// `base + x [N,K] . w [M,K]^T`.
     pub(super) fn q8_linear_onto(&self, base: &Array<F>, x: &Array<F>, w: &Array<F>) -> Array<F> {
         let (n, terms) = x.matrix();
-        self.onto(base, self.by_quantised((x.data(), n, terms), w))
+        self.onto(base, self.by_quantised((&self.rounded_rows(x.data(), terms), n, terms), w))
     }
 
     /// Rows `[n, terms]` times a weight.
-    fn by_quantised<'a>(&self, (a, n, terms): (&'a [F], usize, usize), w: &'a Array<F>) -> Quantised<'a, F, K> {
+    fn by_quantised<'a>(&self, (a, n, terms): (&'a Rows, usize, usize), w: &'a Array<F>) -> Quantised<'a, K> {
         let (outputs, wk) = w.matrix();
         assert_eq!(terms, wk, "linear of [{n}, {terms}] by {:?}", w.shape());
         Quantised { set: self.set, a, b: self.quantised(w), sizes: Sizes { n, outputs, terms, rows: ROWS } }
@@ -59,7 +64,8 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         let ((n, terms), (inner, _)) = (x.matrix(), gate.matrix());
         let mut hidden = self.buffer(n * inner);
         let to = Output::of(&mut hidden);
-        let both = [gate, up].map(|w| self.by_quantised((x.data(), n, terms), w));
+        let rows = self.rounded_rows(x.data(), terms);
+        let both = [gate, up].map(|w| self.by_quantised((&rows, n, terms), w));
         self.gated(both, |rows, columns, gated| {
             for (n, gated) in rows.zip(gated.chunks_exact(columns.len())) {
                 let gated = &gated[..gated.len().min(inner - columns.start)];
@@ -67,7 +73,20 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
                 unsafe { to.at(n * inner + columns.start).copy_from_nonoverlapping(gated.as_ptr(), gated.len()) };
             }
         });
-        self.onto(base, self.by_quantised((&hidden, n, inner), down))
+        self.onto(base, self.by_quantised((&self.rounded_rows(&hidden, inner), n, inner), down))
+    }
+
+    /// Activations `[n, terms]` in 16 bits.
+    fn rounded_rows(&self, x: &[F], terms: usize) -> Rows {
+        let n = x.len() / terms;
+        let (mut rows, few) = (Rows::room(n, terms), rows_per_block(n, terms).max(1));
+        team::each(rows.blocks(few).zip(x.chunks(few * terms)), |(rows, x)| {
+            self.set.run(
+                #[inline(always)]
+                || rows.take(x, terms),
+            );
+        });
+        rows
     }
 
     /// A weight in 8 bits, made at first use.
