@@ -10,8 +10,9 @@
 //! Tile registers belong to the thread: [`Tiles`] are set up for the blocks of one size and given back after them. Nothing
 //! else of this process uses them, so they stay as they are from one `asm!` to the next.
 
+use crate::aligned::Aligned;
 use crate::bf16::GemmBf16;
-use crate::paged::{KeyPages, PAGE_SLOTS, PAGE_WORDS, ValuePages};
+use crate::paged::{KeyPages, PAGE_SLOTS, PANEL_WORDS, ValuePages};
 use crate::simd::{Level, PANEL, prefetch};
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
@@ -114,41 +115,39 @@ pub(crate) unsafe fn gemm(g: GemmBf16<'_>, c: *mut f32) {
 }
 
 /// Scores, each summed as the module says, on a machine that has tiles.
-pub(crate) fn key_pages(product: KeyPages<'_>, scores: &mut [f32], row: usize) {
+pub(crate) fn key_pages(product: KeyPages<'_>, scores: &mut [f32]) {
     assert!(Level::detect() >= Level::AmxBf16, "this machine has no tiles");
-    product.check(row, scores.len());
+    let queries = product.check(scores.len());
     let (KeyPages { q, words, keys }, c) = (product, scores.as_mut_ptr());
     for (first, part, steps) in parts(words, TILE) {
-        for (query, rows, blocks) in parts(q.len() / words, 2 * TILE) {
+        for (query, rows, blocks) in parts(queries, 2 * TILE) {
             // SAFETY: the machine has tiles, and these sizes fit them.
             let tiles = unsafe { Tiles::new(rows, PANEL, part) };
             for (n, two) in keys.chunks(2).enumerate() {
                 if blocks == 1 {
                     ask_for_next(keys, n, 2);
                 }
-                let at = |page: usize| two[page.min(two.len() - 1)][first * PAGE_SLOTS..].as_ptr();
+                let pages = [0, 1].map(|half| two[half][first * PAGE_SLOTS..].as_ptr());
                 for query in (0..blocks).map(|b| query + b * 2 * TILE) {
                     let block = Block {
                         steps,
                         a: q[query * words + first..].as_ptr(),
                         a_row: words * BYTES,
-                        right: Right::Pages([at(0), at(1)]),
-                        c: c.wrapping_add(query * row + n * 2 * PAGE_SLOTS),
-                        c_row: row * BYTES,
+                        right: Right::Pages(pages),
+                        c: c.wrapping_add((n * queries + query) * PANEL),
+                        c_row: PANEL * BYTES,
                         accumulate: first > 0,
                     };
-                    // SAFETY: the block lies inside the product; the second page's tiles are left alone where there is none.
-                    unsafe { block.sum((rows, two.len() * PAGE_SLOTS), &tiles) };
+                    // SAFETY: the block lies inside the product and is of the tiles' sizes.
+                    unsafe { block.sum((rows, PANEL), &tiles) };
                 }
             }
         }
     }
 }
 
-/// Pages whose values stay in the first-level cache while rows of weights pass by.
-const NEAR: usize = 32;
-/// Pages whose values are on their way from memory while as many are multiplied by few rows of weights.
-const FAR: usize = 4;
+/// Pages of values that are brought together at a time: they stay in the first-level cache while rows of weights pass by.
+const TOGETHER: usize = 8;
 
 /// Asks for the pages after the `n`th `unit` of them: a page is too short for the machine to see by itself where reading
 /// goes next.
@@ -156,30 +155,28 @@ fn ask_for_next(pages: &[&[u32]], n: usize, unit: usize) {
     pages.iter().skip((n + 1) * unit).take(unit).for_each(|page| prefetch(page));
 }
 
-/// Adds weighted values, a step of each sum per page, on a machine that has tiles.
-pub(crate) fn value_pages(product: ValuePages<'_>, out: &mut [f32]) {
+/// Adds weighted values, a step of each sum per two pages, on a machine that has tiles. The pages are copied to `near`, since
+/// two of them fill a tile.
+pub(crate) fn value_pages(product: ValuePages<'_>, near: &mut Aligned<u32>, out: &mut [f32]) {
     assert!(Level::detect() >= Level::AmxBf16, "this machine has no tiles");
-    product.check(out.len());
+    let queries = product.check(out.len());
     let (ValuePages { weights, values, dim }, c) = (product, out.as_mut_ptr());
-    let a_row = values.len() * PAGE_WORDS;
-    let mut list = [std::ptr::null(); NEAR];
-    for (col, cols, panels) in parts(dim, PANEL) {
-        for (query, rows, blocks) in parts(weights.len() / a_row, 2 * TILE) {
-            // SAFETY: the machine has tiles, and these sizes fit them.
-            let tiles = unsafe { Tiles::new(rows, cols, PAGE_WORDS) };
-            let unit = if blocks == 1 { FAR } else { NEAR };
-            for (n, near) in values.chunks(unit).enumerate() {
-                if blocks == 1 {
-                    ask_for_next(values, n, unit);
-                }
+    for (n, pages) in values.chunks(TOGETHER).enumerate() {
+        ask_for_next(values, n, TOGETHER);
+        near.clear();
+        pages.iter().for_each(|page| near.extend_from_slice(page));
+        let weights = &weights[n * TOGETHER / 2 * queries * PANEL_WORDS..];
+        for (col, cols, panels) in parts(dim, PANEL) {
+            for (query, rows, blocks) in parts(queries, 2 * TILE) {
+                // SAFETY: the machine has tiles, and these sizes fit them.
+                let tiles = unsafe { Tiles::new(rows, cols, PANEL_WORDS) };
                 for col in (0..panels).map(|p| col + p * PANEL) {
-                    list.iter_mut().zip(near).for_each(|(to, page)| *to = page[col..].as_ptr());
                     for query in (0..blocks).map(|b| query + b * 2 * TILE) {
                         let block = Block {
-                            steps: near.len(),
-                            a: weights[query * a_row + n * unit * PAGE_WORDS..].as_ptr(),
-                            a_row: a_row * BYTES,
-                            right: Right::Listed { tiles: &list, row: dim },
+                            steps: pages.len() / 2,
+                            a: weights[query * PANEL_WORDS..].as_ptr(),
+                            a_row: PANEL_WORDS * BYTES,
+                            right: Right::Rows { first: near[col..].as_ptr(), row: dim, left: queries * PANEL_WORDS },
                             c: c.wrapping_add(query * dim + col),
                             c_row: dim * BYTES,
                             accumulate: true,
@@ -250,7 +247,7 @@ impl Drop for Tiles {
 macro_rules! between {
     ($eighth:literal) => {
         concat!(
-            ".rept {pace}\nnop\n.endr\n.if {ahead}\n.irp line, 0, 1, 2, 3\nprefetcht0 [{b} + 2048 + 256 * ",
+            ".rept {pace}\nnop\n.endr\n.if {ahead}\n.irp line, 0, 1, 2, 3\nprefetcht0 [{b} + {panel_step} + {panel_step} / 8 * ",
             $eighth,
             " + 64 * \\line]\n.endr\n.endif"
         )
@@ -258,12 +255,12 @@ macro_rules! between {
 }
 
 /// Up to two tiles of rows by two of columns, over the steps of a sum.
-struct Block<'a> {
+struct Block {
     steps: usize,
     a: *const u32,
     /// Bytes between the rows of the left factor.
     a_row: usize,
-    right: Right<'a>,
+    right: Right,
     c: *mut f32,
     /// Bytes between the rows of the output.
     c_row: usize,
@@ -271,22 +268,22 @@ struct Block<'a> {
 }
 
 /// Where the tiles of a right factor are.
-enum Right<'a> {
+enum Right {
     /// A panel, which goes on below itself: steps of 16 words.
     Panel(*const u32),
     /// Two pages of keys, each of which goes on below itself: steps of 16 words.
     Pages([*const u32; 2]),
-    /// The first tile of every step, with the second on its right: steps of half a page's slots. Rows are so many words
-    /// apart.
-    Listed { tiles: &'a [*const u32], row: usize },
+    /// Rows so many words apart, which go on below: steps of 16 words. Those of the left factor are so many words apart, and its
+    /// rows 16.
+    Rows { first: *const u32, row: usize, left: usize },
 }
 
 /// Which of [`Right`] a block has, where the compiler is to know.
 const OF_PANEL: usize = 0;
 const OF_PAGES: usize = 1;
-const LISTED: usize = 2;
+const OF_ROWS: usize = 2;
 
-impl Block<'_> {
+impl Block {
     /// Computes a block of so many rows and columns.
     ///
     /// # Safety
@@ -297,7 +294,7 @@ impl Block<'_> {
             match self.right {
                 Right::Panel(_) => self.sum_of::<OF_PANEL>(size, tiles),
                 Right::Pages(_) => self.sum_of::<OF_PAGES>(size, tiles),
-                Right::Listed { .. } => self.sum_of::<LISTED>(size, tiles),
+                Right::Rows { .. } => self.sum_of::<OF_ROWS>(size, tiles),
             }
         }
     }
@@ -319,12 +316,13 @@ impl Block<'_> {
     /// # Safety
     /// As [`Block::sum_of`]; `TALL` is 1 where the block has more than 16 rows, and `WIDE` where it has more columns.
     unsafe fn sum_with<const TALL: usize, const WIDE: usize, const OF: usize>(self, _: &Tiles) {
-        let null = std::ptr::null();
-        // What `next` is: bytes to the next step, or where the next step's tile is listed.
-        let ([b, right_b], b_row, next) = match self.right {
-            Right::Panel(panel) => ([panel, panel.wrapping_add(TILE)], PANEL, TILE * PANEL * BYTES),
-            Right::Pages(pages) => (pages, PAGE_SLOTS, TILE * PAGE_SLOTS * BYTES),
-            Right::Listed { tiles, row } => ([null, null], row, tiles.as_ptr() as usize),
+        let step = |rows: usize| TILE * rows * BYTES;
+        // Where the right factor's tiles are, the distance of their rows in words, and bytes to the next step. Only pages have a
+        // second tile that is not beside the first one; of rows, `right_b` is bytes to the left factor's next step.
+        let (b, right_b, b_row, next) = match self.right {
+            Right::Panel(panel) => (panel, panel, PANEL, step(PANEL)),
+            Right::Pages([left, right]) => (left, right, PAGE_SLOTS, step(PAGE_SLOTS)),
+            Right::Rows { first, row, left } => (first, std::ptr::null::<u32>().wrapping_add(left), row, step(row)),
         };
         // SAFETY: the tiles are no larger than what is left of the product, so every access is inside it.
         unsafe {
@@ -362,11 +360,6 @@ impl Block<'_> {
                 ".endif",
                 ".endif",
                 "3:",
-                ".if {listed}",
-                "mov {b}, [{next}]",
-                "lea {right_b}, [{b} + 64]",
-                "add {next}, 8",
-                ".endif",
                 "tileloadd tmm4, [{a} + {a_row}]",
                 between!(0),
                 "tileloadd tmm6, [{b} + {b_row}]",
@@ -374,13 +367,21 @@ impl Block<'_> {
                 "tdpbf16ps tmm0, tmm4, tmm6",
                 between!(2),
                 ".if {wide}",
+                ".if {pages}",
                 "tileloadd tmm7, [{right_b} + {b_row}]",
+                ".else",
+                "tileloadd tmm7, [{b} + {b_row} + 64]",
+                ".endif",
                 between!(3),
                 "tdpbf16ps tmm1, tmm4, tmm7",
                 between!(4),
                 ".endif",
                 ".if {tall}",
+                ".if {rows}",
+                "tileloadd tmm5, [{a} + {a_row} + {tile_of_rows}]",
+                ".else",
                 "tileloadd tmm5, [{lower_a} + {a_row}]",
+                ".endif",
                 between!(5),
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 between!(6),
@@ -389,13 +390,12 @@ impl Block<'_> {
                 between!(7),
                 ".endif",
                 ".endif",
-                ".if {listed}",
-                "add {a}, {page_step}",
-                "add {lower_a}, {page_step}",
+                "add {b}, {next}",
+                ".if {rows}",
+                "add {a}, {right_b}",
                 ".else",
                 "add {a}, {a_step}",
                 "add {lower_a}, {a_step}",
-                "add {b}, {next}",
                 "add {right_b}, {next}",
                 ".endif",
                 "dec {steps}",
@@ -420,15 +420,17 @@ impl Block<'_> {
                 b = inout(reg) b => _,
                 right_b = inout(reg) right_b => _,
                 b_row = in(reg) b_row * BYTES,
-                next = inout(reg) next => _,
+                next = in(reg) next,
                 steps = inout(reg) self.steps => _,
                 a_step = const TILE * BYTES,
-                page_step = const PAGE_WORDS * BYTES,
+                tile_of_rows = const TILE * PANEL_WORDS * BYTES,
+                panel_step = const TILE * PANEL * BYTES,
                 tall = const TALL,
                 wide = const WIDE,
-                listed = const (OF == LISTED) as usize,
+                rows = const (OF == OF_ROWS) as usize,
+                pages = const (OF == OF_PAGES) as usize,
                 ahead = const (OF == OF_PANEL) as usize,
-                whole = const (OF == OF_PANEL && TALL == 1 && WIDE == 1) as usize,
+                whole = const (OF != OF_ROWS && TALL == 1 && WIDE == 1) as usize,
                 tile = const TILE,
                 pace = const if OF == OF_PANEL { PANEL_PACE } else { PACE },
                 line = out(reg) _,
@@ -468,9 +470,10 @@ pub(crate) unsafe fn products(steps: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::{key_pages, value_pages};
+    use crate::aligned::Aligned;
     use crate::bf16::{self, GemmBf16, widen, words};
     use crate::pack::{Packing, pack};
-    use crate::paged::{KeyPages, PAGE_SLOTS, PAGE_WORDS, ValuePages};
+    use crate::paged::{KeyPages, PAGE_SLOTS, PANEL_WORDS, ValuePages};
     use crate::simd::{Level, PANEL};
     use crate::team::Team;
     use proptest::prelude::*;
@@ -518,34 +521,37 @@ mod tests {
     proptest! {
         /// Pages of keys and of values are multiplied as they lie, for any head dim and number of pages and rows.
         #[test]
-        fn pages_are_as_the_manual_says(rows in 1usize..100, half in 1usize..70, pages in 1usize..70, seed: u64) {
+        fn pages_are_as_the_manual_says(rows in 1usize..100, half in 1usize..70, panels in 1usize..35, seed: u64) {
             if !Level::available().contains(&Level::AmxBf16) {
                 return Ok(());
             }
             let (dim, bits) = (2 * half, |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<u32>>());
             let page = |n: usize| words_of(seed ^ n as u64, half * PAGE_SLOTS);
-            let pages: Vec<Vec<u32>> = (0..pages).map(|n| page(n + 2)).collect();
+            let pages: Vec<Vec<u32>> = (0..2 * panels).map(|n| page(n + 2)).collect();
             let pages: Vec<&[u32]> = pages.iter().map(|page| &page[..]).collect();
 
-            let (q, row) = (words_of(seed, rows * half), pages.len() * PAGE_SLOTS + 3);
-            let mut scores = vec![0.5; rows * row];
+            let q = words_of(seed, rows * half);
+            let mut scores = vec![0.5; panels * rows * PANEL];
             let mut wanted = scores.clone();
-            key_pages(KeyPages { q: &q, words: half, keys: &pages }, &mut scores, row);
-            for (q, wanted) in q.chunks_exact(half).zip(wanted.chunks_exact_mut(row)) {
-                for (n, score) in wanted[..pages.len() * PAGE_SLOTS].iter_mut().enumerate() {
-                    let keys = pages[n / PAGE_SLOTS].iter().skip(n % PAGE_SLOTS).step_by(PAGE_SLOTS);
-                    let pairs: Vec<_> = q.iter().zip(keys).collect();
-                    *score = pairs.chunks(16).fold(0.0, |sum, pairs| sum + step(pairs.iter().copied()));
+            key_pages(KeyPages { q: &q, words: half, keys: &pages }, &mut scores);
+            for (two, wanted) in pages.chunks(2).zip(wanted.chunks_exact_mut(rows * PANEL)) {
+                for (q, wanted) in q.chunks_exact(half).zip(wanted.chunks_exact_mut(PANEL)) {
+                    for (n, score) in wanted.iter_mut().enumerate() {
+                        let keys = two[n / PAGE_SLOTS].iter().skip(n % PAGE_SLOTS).step_by(PAGE_SLOTS);
+                        let pairs: Vec<_> = q.iter().zip(keys).collect();
+                        *score = pairs.chunks(16).fold(0.0, |sum, pairs| sum + step(pairs.iter().copied()));
+                    }
                 }
             }
             prop_assert_eq!(bits(&scores), bits(&wanted), "scores");
 
-            let weights = words_of(seed ^ 1, rows * pages.len() * PAGE_WORDS);
+            let weights = words_of(seed ^ 1, panels * rows * PANEL_WORDS);
             let mut out: Vec<f32> = (0..rows * dim).map(|i| noise(!seed, i)).collect();
             let mut wanted = out.clone();
-            value_pages(ValuePages { weights: &weights, values: &pages, dim }, &mut out);
-            for (weights, wanted) in weights.chunks_exact(pages.len() * PAGE_WORDS).zip(wanted.chunks_exact_mut(dim)) {
-                for (weights, values) in weights.chunks_exact(PAGE_WORDS).zip(&pages) {
+            value_pages(ValuePages { weights: &weights, values: &pages, dim }, &mut Aligned::default(), &mut out);
+            for (two, weights) in pages.chunks(2).zip(weights.chunks_exact(rows * PANEL_WORDS)) {
+                let values = two.concat();
+                for (weights, wanted) in weights.chunks_exact(PANEL_WORDS).zip(wanted.chunks_exact_mut(dim)) {
                     for (d, out) in wanted.iter_mut().enumerate() {
                         *out += step(weights.iter().zip(values.iter().skip(d).step_by(dim)));
                     }

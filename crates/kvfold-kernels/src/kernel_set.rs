@@ -3,6 +3,7 @@
 //! [`Scalar`] is the reference, generic over the float; its every method is the definition. [`Fast`] is f32 with the
 //! machine's vectors. Tests run both through the same backend and compare.
 
+use crate::aligned::Aligned;
 #[cfg(target_arch = "x86_64")]
 use crate::amx;
 use crate::attention::{self, AttentionJob, AttentionJobGrad};
@@ -24,6 +25,9 @@ pub trait KernelSet<F: Real>: Copy + std::fmt::Debug + Send + Sync + 'static {
 
     /// The exponential of a number that is about 0 or below, whose value counts beside 1.
     fn exp_share(x: F) -> F;
+
+    /// The same where it is rounded to bf16.
+    fn exp_weight(x: F) -> F;
 
     /// A matrix product on one thread.
     fn gemm(self, g: Gemm<'_, F>, c: &mut [F]) {
@@ -73,13 +77,14 @@ pub trait KernelSet<F: Real>: Copy + std::fmt::Debug + Send + Sync + 'static {
     /// One token of a paged cache's head: takes it and attends to what it sees, in floats.
     fn decode(self, job: DecodeJob<'_, F>);
 
-    /// Scores of queries and pages of keys, in words; rows of them `row` apart.
-    fn key_pages(self, product: KeyPages<'_>, scores: &mut [F], row: usize) {
-        product.define(scores, row);
+    /// Scores of queries and pages of keys, in words.
+    fn key_pages(self, product: KeyPages<'_>, scores: &mut [F]) {
+        product.define(scores);
     }
 
-    /// Adds weighted pages of values, in words, to rows of outputs.
-    fn value_pages(self, product: ValuePages<'_>, out: &mut [F]) {
+    /// Adds weighted pages of values, in words, to rows of outputs. `near` is room for some of the pages.
+    fn value_pages(self, product: ValuePages<'_>, near: &mut Aligned<u32>, out: &mut [F]) {
+        let _ = near;
         product.define(out);
     }
 }
@@ -101,6 +106,11 @@ impl<F: Real> KernelSet<F> for Scalar {
 
     #[inline(always)]
     fn exp_share(x: F) -> F {
+        x.exp()
+    }
+
+    #[inline(always)]
+    fn exp_weight(x: F) -> F {
         x.exp()
     }
 
@@ -168,6 +178,11 @@ impl KernelSet<f32> for Fast {
         simd::exp_share(x)
     }
 
+    #[inline(always)]
+    fn exp_weight(x: f32) -> f32 {
+        simd::exp_weight(x)
+    }
+
     unsafe fn gemm_at(self, g: Gemm<'_, f32>, c: *mut f32) {
         // SAFETY: the caller's.
         unsafe { simd::gemm(self.0, g, c) }
@@ -211,18 +226,18 @@ impl KernelSet<f32> for Fast {
         paged::decode(self.0, job);
     }
 
-    fn key_pages(self, product: KeyPages<'_>, scores: &mut [f32], row: usize) {
+    fn key_pages(self, product: KeyPages<'_>, scores: &mut [f32]) {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
-            Level::AmxBf16 => amx::key_pages(product, scores, row),
-            _ => product.define(scores, row),
+            Level::AmxBf16 => amx::key_pages(product, scores),
+            _ => product.define(scores),
         }
     }
 
-    fn value_pages(self, product: ValuePages<'_>, out: &mut [f32]) {
+    fn value_pages(self, product: ValuePages<'_>, near: &mut Aligned<u32>, out: &mut [f32]) {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
-            Level::AmxBf16 => amx::value_pages(product, out),
+            Level::AmxBf16 => amx::value_pages(product, near, out),
             _ => product.define(out),
         }
     }

@@ -568,6 +568,24 @@ pub fn exp_share(x: f32) -> f32 {
     f32::from_bits(p.to_bits().wrapping_add(shifted.to_bits() << 23))
 }
 
+/// [`exp_share`] to 3e-6 of the value, far less than rounding to bf16 leaves, in two thirds of its operations: with fused
+/// multiply-adds, which the machine must have if it is to be fast.
+#[inline(always)]
+pub(crate) fn exp_weight(x: f32) -> f32 {
+    const SHIFT: f32 = 12_582_912.0;
+    const LOWEST: f32 = -127.0;
+    let power = x * std::f32::consts::LOG2_E;
+    let power = if power < LOWEST { LOWEST } else { power };
+    let shifted = power + SHIFT;
+    let f = power - (shifted - SHIFT);
+    let p = f.mul_add(9.582_853e-3, 5.590_642_5e-2);
+    let p = p.mul_add(f, 2.402_41e-1);
+    let p = p.mul_add(f, 6.931_242e-1);
+    // Exactly 1 at whole powers, of which the lowest becomes 0.
+    let p = p.mul_add(f, 1.0);
+    f32::from_bits(p.to_bits().wrapping_add(shifted.to_bits() << 23))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -632,15 +650,17 @@ mod tests {
 
     #[test]
     fn shares_are_close_wherever_they_count() {
-        let mut x = -100.0f32;
-        while x < 1.0 {
-            let (got, want) = (exp_share(x), x.exp());
-            let tolerance = 2e-7 * want * (1.0 + x.abs()) + 2e-38;
-            assert!((got - want).abs() <= tolerance, "exp({x}): {got} {want}");
-            x += 0.00137;
+        for (exp, relative) in [(exp_share as fn(f32) -> f32, 0.0), (exp_weight, 3e-6)] {
+            let mut x = -100.0f32;
+            while x < 1.0 {
+                let (got, want) = (exp(x), x.exp());
+                let tolerance = (2e-7 * (1.0 + x.abs()) + relative) * want + 2e-38;
+                assert!((got - want).abs() <= tolerance, "exp({x}): {got} {want}");
+                x += 0.00137;
+            }
+            assert_eq!(exp(0.0), 1.0);
+            assert_eq!(exp(f32::NEG_INFINITY).to_bits(), 0);
+            assert!(exp(f32::NAN).is_nan());
         }
-        assert_eq!(exp_share(0.0), 1.0);
-        assert_eq!(exp_share(f32::NEG_INFINITY).to_bits(), 0);
-        assert!(exp_share(f32::NAN).is_nan());
     }
 }

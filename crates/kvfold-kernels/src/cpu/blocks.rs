@@ -14,6 +14,9 @@ pub(super) const ROWS: usize = 128;
 /// Rows and panels that are gated at once: what they make stays in the first-level cache, and weights in the second-level one.
 const GATED_ROWS: usize = 64;
 const GATED_PANELS: usize = 4;
+/// Rows of a feed-forward layer that one task takes through all of it, at most and at least: what is between its products stays
+/// in the second-level cache.
+const FORWARD_ROWS: Range<usize> = 64..256;
 /// Multiplications that are worth a task.
 const TASK: usize = 256 * 1024;
 
@@ -112,6 +115,12 @@ fn blocks(Sizes { n, terms, rows, .. }: Sizes, panels: usize, f: impl Fn(Range<u
     });
 }
 
+/// Rows of a task that goes through a whole feed-forward layer; nothing where there are too few rows for every thread to have some.
+pub(super) fn forward_rows(n: usize) -> Option<usize> {
+    let even = n.div_ceil(2 * team::threads()).next_multiple_of(PANEL);
+    (even >= FORWARD_ROWS.start).then(|| even.min(FORWARD_ROWS.end))
+}
+
 impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     /// The sum of an array and a product.
     pub(super) fn onto(&self, base: &Array<F>, product: impl Product<F>) -> Array<F> {
@@ -156,35 +165,52 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
 
     /// `gate * sigmoid(gate) * up` of two products of the same rows: `place` is given rows, columns, and what is in them,
     /// `[rows][columns]`, as many columns as whole panels have.
-    pub(super) fn gated<P: Product<F>>(
+    pub(super) fn gated<P: Product<F>>(&self, both: [P; 2], place: impl Fn(Range<usize>, Range<usize>, &[F]) + Sync) {
+        let sizes = both[0].sizes();
+        blocks(sizes, sizes.panels(), |rows, panels| self.gated_block(&both, rows, panels, &place));
+    }
+
+    /// A block of [`Cpu::gated`].
+    pub(super) fn gated_block<P: Product<F>>(
         &self,
-        [gate, up]: [P; 2],
-        place: impl Fn(Range<usize>, Range<usize>, &[F]) + Sync,
+        [gate, up]: &[P; 2],
+        rows: Range<usize>,
+        panels: Range<usize>,
+        mut place: impl FnMut(Range<usize>, Range<usize>, &[F]),
     ) {
-        let sizes = gate.sizes();
-        blocks(sizes, sizes.panels(), |rows, panels| {
-            let [mut gated, mut other] = [(); 2].map(|()| self.buffer(GATED_ROWS * GATED_PANELS * PANEL));
-            for first in panels.clone().step_by(GATED_PANELS) {
-                let some = first..panels.end.min(first + GATED_PANELS);
-                let (columns, width) = (some.start * PANEL..some.end * PANEL, some.len() * PANEL);
-                for first in rows.clone().step_by(GATED_ROWS) {
-                    let few = first..rows.end.min(first + GATED_ROWS);
-                    let [gated, other] = [&mut gated, &mut other].map(|buffer| &mut buffer[..few.len() * width]);
-                    for (product, to) in [(&gate, &mut *gated), (&up, &mut *other)] {
-                        // Columns beyond the last one are not computed.
-                        if columns.end > sizes.outputs {
-                            to.fill(F::zero());
-                        }
-                        // SAFETY: the buffers are this task's and have room for the block.
-                        unsafe { product.block(few.clone(), some.clone(), to.as_mut_ptr(), width) };
+        let outputs = gate.sizes().outputs;
+        let [mut gated, mut other] = [(); 2].map(|()| self.buffer(GATED_ROWS * GATED_PANELS * PANEL));
+        for first in panels.clone().step_by(GATED_PANELS) {
+            let some = first..panels.end.min(first + GATED_PANELS);
+            let (columns, width) = (some.start * PANEL..some.end * PANEL, some.len() * PANEL);
+            for first in rows.clone().step_by(GATED_ROWS) {
+                let few = first..rows.end.min(first + GATED_ROWS);
+                let [gated, other] = [&mut gated, &mut other].map(|buffer| &mut buffer[..few.len() * width]);
+                for (product, to) in [(gate, &mut *gated), (up, &mut *other)] {
+                    // Columns beyond the last one are not computed.
+                    if columns.end > outputs {
+                        to.fill(F::zero());
                     }
-                    self.set.run(
-                        #[inline(always)]
-                        || gated.iter_mut().zip(other).for_each(|(g, &mut u)| *g = real::swiglu(K::exp, *g, u)),
-                    );
-                    place(few, columns.clone(), gated);
+                    // SAFETY: the buffers are this task's and have room for the block.
+                    unsafe { product.block(few.clone(), some.clone(), to.as_mut_ptr(), width) };
                 }
+                self.set.run(
+                    #[inline(always)]
+                    || gated.iter_mut().zip(other).for_each(|(g, &mut u)| *g = real::swiglu(K::exp, *g, u)),
+                );
+                place(few, columns.clone(), gated);
             }
-        });
+        }
+    }
+
+    /// Computes all of a product of few rows that is added to `base`, to rows from `to` on.
+    ///
+    /// # Safety
+    /// As [`Product::block`].
+    pub(super) unsafe fn all_onto<P: Product<F>>(&self, base: &[F], product: P, to: *mut F) {
+        let sizes = product.sizes();
+        assert_eq!(base.len(), sizes.n * sizes.outputs, "what a product is added to");
+        // SAFETY: the caller's.
+        unsafe { Onto { set: self.set, base, product }.block(0..sizes.n, 0..sizes.panels(), to, sizes.outputs) };
     }
 }

@@ -7,7 +7,7 @@
 //! weights once. The sums are the same, term by term.
 
 use super::array::{Lent, PackedPanels};
-use super::blocks::{Output, Product, ROWS, Sizes};
+use super::blocks::{Output, Product, ROWS, Sizes, forward_rows};
 use super::{Array, Cpu, for_rows};
 use crate::bf16::{self, GemmBf16, words};
 use crate::kernel_set::KernelSet;
@@ -227,21 +227,53 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         if !self.multiplies_words(n) {
             return None;
         }
-        let (a, row) = (self.packed_rows(x), words(inner));
-        let both = [gate, up].map(|w| self.words(a, self.packed_panels_of_rows(w), [n, terms, inner]));
-        let mut hidden = self.home.words.lend(n * row);
-        let to = Output::of(&mut hidden);
-        self.gated(both, |rows, columns, gated| {
-            let mut lines = self.home.words.lend(gated.len() / 2);
-            self.set.pack(Packing::Rows { x: gated, cols: columns.len() }, &mut lines);
-            let first = columns.start / 2;
-            for (n, line) in rows.zip(lines.chunks_exact(columns.len() / 2)) {
-                let line = &line[..line.len().min(row - first)];
-                // SAFETY: these words of the row are this block's alone.
-                unsafe { to.at(n * row + first).copy_from_nonoverlapping(line.as_ptr(), line.len()) };
-            }
+        let [w_gate, w_up, w_down] = [gate, up, down].map(|w| self.packed_panels_of_rows(w));
+        let row = words(inner);
+        let Some(rows) = forward_rows(n) else {
+            let mut hidden = self.home.words.lend(n * row);
+            let to = Output::of(&mut hidden);
+            let a = self.packed_rows(x);
+            self.gated([w_gate, w_up].map(|w| self.words(a, w, [n, terms, inner])), |rows, columns, gated| {
+                // SAFETY: these words of the rows are this block's alone.
+                unsafe { self.place_words(gated, columns, to.at(rows.start * row), row) };
+            });
+            return Some(self.onto(base, self.words(&hidden, w_down, [n, inner, outputs])));
+        };
+        // Every task takes some rows through the whole layer.
+        assert_eq!(base.matrix(), (n, outputs), "a sum of {:?} and a product", base.shape());
+        let mut sum = self.buffer(n * outputs);
+        let to = Output::of(&mut sum);
+        team::run(n.div_ceil(rows), |task| {
+            let some = task * rows..n.min((task + 1) * rows);
+            let mut a = self.home.words.lend(some.len() * words(terms));
+            self.set.pack(Packing::Rows { x: &x.data()[some.start * terms..some.end * terms], cols: terms }, &mut a);
+            let mut hidden = self.home.words.lend(some.len() * row);
+            let both = [w_gate, w_up].map(|w| self.words(&a, w, [some.len(), terms, inner]));
+            self.gated_block(&both, 0..some.len(), 0..inner.div_ceil(PANEL), |rows, columns, gated| {
+                // SAFETY: the rows are this task's.
+                unsafe { self.place_words(gated, columns, hidden.as_mut_ptr().wrapping_add(rows.start * row), row) };
+            });
+            let product = self.words(&hidden, w_down, [some.len(), inner, outputs]);
+            let base = &base.data()[some.start * outputs..some.end * outputs];
+            // SAFETY: the rows are this task's.
+            unsafe { self.all_onto(base, product, to.at(some.start * outputs)) };
         });
-        Some(self.onto(base, self.words(&hidden, self.packed_panels_of_rows(down), [n, inner, outputs])))
+        Some(self.array_of(base.shape(), sum))
+    }
+
+    /// Packs numbers `[..][columns]` to words of these columns of rows that begin at `to`, `row` words apart.
+    ///
+    /// # Safety
+    /// The words of the columns, as far as a row has them, must be valid for writes, and nobody else may use them.
+    unsafe fn place_words(&self, numbers: &[F], columns: Range<usize>, to: *mut u32, row: usize) {
+        let mut lines = self.home.words.lend(numbers.len() / 2);
+        self.set.pack(Packing::Rows { x: numbers, cols: columns.len() }, &mut lines);
+        let first = columns.start / 2;
+        for (n, line) in lines.chunks_exact(columns.len() / 2).enumerate() {
+            let line = &line[..line.len().min(row - first)];
+            // SAFETY: the caller's.
+            unsafe { to.add(n * row + first).copy_from_nonoverlapping(line.as_ptr(), line.len()) };
+        }
     }
 
     /// `d [N,M]^T . x [N,K]`, added to `onto`.

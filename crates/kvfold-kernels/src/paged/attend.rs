@@ -14,7 +14,7 @@ use super::words::OpenSlots;
 use super::{HeadInput, HeadTable, PAGE_SLOTS};
 use crate::aligned::Aligned;
 use crate::kernel_set::{Fast, KernelSet};
-use crate::real::{self, Real};
+use crate::real::{self, LANES, Real};
 use crate::simd::Level;
 use std::ops::Range;
 
@@ -30,13 +30,19 @@ pub(crate) struct Scratch<F> {
     pub(super) shares: Vec<F>,
     /// Half a page, widened.
     pub(super) page: Aligned<F>,
-    /// Queries and weights as words.
+    /// Queries as words.
     pub(super) words: Aligned<u32>,
+    /// Maxima of a row's scores, then sums of its exponentials, lane by lane.
+    pub(super) lanes: Vec<[F; LANES]>,
+    /// The largest score of a row.
+    pub(super) tops: Vec<F>,
+    /// Exponentials of some panels, and the same as words.
+    pub(super) exps: Aligned<F>,
     pub(super) weights: Aligned<u32>,
-    /// The weights of one row.
-    pub(super) row: Aligned<u32>,
-    /// Scores that find their places among the others.
-    pub(super) apart: Aligned<F>,
+    /// A page that nobody sees.
+    pub(super) nothing: Aligned<u32>,
+    /// Pages of values that are multiplied.
+    pub(super) near: Aligned<u32>,
     /// The open slot as a page.
     pub(super) open: OpenSlots<F>,
 }

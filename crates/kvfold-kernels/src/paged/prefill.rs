@@ -126,6 +126,7 @@ pub(crate) fn prepare<F: Real, K: KernelSet<F>>(
     let kept = match in_words(set, input.dtype) {
         true => {
             let mut open = OpenSlots::default();
+            open.clear(start);
             let mut turns = (input.rule.delay() > 0).then(|| Turns::new(input, table));
             set.run(
                 #[inline(always)]

@@ -1,11 +1,14 @@
 //! Attention over bf16 pages as they lie, for machines that multiply words: decode and prefill.
 //!
 //! Queries and weights are rounded to bf16, sums are floats. One token and a block of them are the same function: what
-//! differs is where the pages of [`Seen`] come from. Per query: scores; their maximum; the exponentials, added up lane by
-//! lane over the slots and then the ring; and the output, over closed slots, the open one, the ring's seats since its last
-//! turn, and those before it. A page is a step of the output's sum, of 16 terms. One that a query sees in part, or not
-//! at all, is added with weights of 0 where it sees nothing: a sum begins at +0, so this changes no bit (promise I3), as
-//! long as what is not seen is finite; what is not is left out of a copy ([`Seen::for_one`]).
+//! differs is where the pages of [`Seen`] come from. Pages stand in one order: slots, open slots, the ring's seats since its
+//! last turn, and those before it. Per query: scores; their maximum; the exponentials, added up lane by lane in the order of
+//! pages; and the output, of which two pages are a step of 32 terms. What a query does not see of a page has the exponential 0,
+//! and a sum begins at +0, so it makes no difference which pages others of the block see (promise I3), as long as what is not
+//! seen is finite; what is not is left out of a copy ([`Seen::outputs_of_one`]).
+//!
+//! Two pages of a part are a panel of 32 lanes, filled up with a page that nobody sees, and rows of a panel lie side by side, so
+//! that scores are written, looked at and read again in the order of memory, some panels at a time while they are near.
 
 use super::attend::{DecodeJob, Scratch, add_masses, scale_queries};
 use super::page::{Page, place_pairs};
@@ -17,10 +20,15 @@ use crate::bf16;
 use crate::kernel_set::KernelSet;
 use crate::pack::Packing;
 use crate::real::{self, LANES, Real};
+use crate::simd::PANEL;
 use std::ops::Range;
 
 /// Words of a channel of a page's values.
 pub(crate) const PAGE_WORDS: usize = PAGE_SLOTS / 2;
+/// Words of a row of weights of a panel.
+pub(crate) const PANEL_WORDS: usize = PANEL / 2;
+/// Scores of panels that are written, or read, at a time: they stay in the first-level cache.
+const NEAR: usize = 12 * 1024;
 
 /// Scores of packed queries and pages of keys.
 #[derive(Clone, Copy, Debug)]
@@ -29,27 +37,31 @@ pub struct KeyPages<'a> {
     pub q: &'a [u32],
     /// Words of a query, D/2.
     pub words: usize,
-    /// Pages `[words][16]`.
+    /// Pages `[words][16]`, two of each panel.
     pub keys: &'a [&'a [u32]],
 }
 
 impl KeyPages<'_> {
-    /// Panics unless every page is whole and the rows of scores, `row` apart, lie inside an output of this length.
-    pub(crate) fn check(&self, row: usize, len: usize) {
+    /// Panics unless every page is whole and an output of this length has room for the scores; returns the rows.
+    pub(crate) fn check(&self, len: usize) -> usize {
         assert!(self.q.len().is_multiple_of(self.words) && !self.q.is_empty(), "queries of {} words", self.words);
         assert!(self.keys.iter().all(|page| page.len() == self.words * PAGE_SLOTS), "pages of {} words", self.words);
         let rows = self.q.len() / self.words;
-        assert!((rows - 1) * row + self.keys.len() * PAGE_SLOTS <= len, "{rows} rows of scores do not fit");
+        assert!(self.keys.len().is_multiple_of(2), "{} pages of keys", self.keys.len());
+        assert_eq!(self.keys.len() / 2 * rows * PANEL, len, "scores of {rows} rows");
+        rows
     }
 
-    /// The definition: scores `[rows][16 of each page]`, rows `row` apart.
-    pub(crate) fn define<F: Real>(self, scores: &mut [F], row: usize) {
-        self.check(row, scores.len());
-        for (q, scores) in self.q.chunks_exact(self.words).zip(scores.chunks_mut(row)) {
-            for (keys, scores) in self.keys.iter().zip(scores.chunks_exact_mut(PAGE_SLOTS)) {
-                for (lane, score) in scores.iter_mut().enumerate() {
-                    let pairs = q.iter().zip(keys.iter().skip(lane).step_by(PAGE_SLOTS));
-                    *score = pairs.fold(F::zero(), |sum, (&q, &k)| bf16::add_pair(sum, q, k));
+    /// The definition: scores `[panels][rows][16 of each of two pages]`.
+    pub(crate) fn define<F: Real>(self, scores: &mut [F]) {
+        let rows = self.check(scores.len());
+        for (two, panel) in self.keys.chunks(2).zip(scores.chunks_exact_mut(rows * PANEL)) {
+            for (q, scores) in self.q.chunks_exact(self.words).zip(panel.chunks_exact_mut(PANEL)) {
+                for (keys, scores) in two.iter().zip(scores.chunks_exact_mut(PAGE_SLOTS)) {
+                    for (lane, score) in scores.iter_mut().enumerate() {
+                        let pairs = q.iter().zip(keys.iter().skip(lane).step_by(PAGE_SLOTS));
+                        *score = pairs.fold(F::zero(), |sum, (&q, &k)| bf16::add_pair(sum, q, k));
+                    }
                 }
             }
         }
@@ -59,30 +71,32 @@ impl KeyPages<'_> {
 /// Sums of packed weights and pages of values.
 #[derive(Clone, Copy, Debug)]
 pub struct ValuePages<'a> {
-    /// Weights `[rows][8 of each page]`.
+    /// Weights `[panels][rows][8 of each of two pages]`.
     pub weights: &'a [u32],
-    /// Pages `[8][D]`.
+    /// Pages `[8][D]`, two of each panel.
     pub values: &'a [&'a [u32]],
     /// Head dim D.
     pub dim: usize,
 }
 
 impl ValuePages<'_> {
-    /// Panics unless every page is whole and the rows of outputs are those of an output of this length.
-    pub(crate) fn check(&self, len: usize) {
+    /// Panics unless every page is whole and there are weights for the rows of an output of this length; returns the rows.
+    pub(crate) fn check(&self, len: usize) -> usize {
         assert!(self.values.iter().all(|page| page.len() == PAGE_WORDS * self.dim), "pages of {} channels", self.dim);
         let rows = len / self.dim;
-        let words = rows * self.values.len() * PAGE_WORDS;
+        let words = self.values.len() / 2 * rows * PANEL_WORDS;
         assert!(rows * self.dim == len && self.weights.len() == words && words > 0, "{rows} rows of outputs");
+        assert!(self.values.len().is_multiple_of(2), "{} pages of values", self.values.len());
+        rows
     }
 
     /// The definition: adds to outputs `[rows][D]`.
     pub(crate) fn define<F: Real>(self, out: &mut [F]) {
-        self.check(out.len());
-        let row = self.values.len() * PAGE_WORDS;
-        for (weights, out) in self.weights.chunks_exact(row).zip(out.chunks_exact_mut(self.dim)) {
-            for (weights, values) in weights.chunks_exact(PAGE_WORDS).zip(self.values) {
-                for (&weight, values) in weights.iter().zip(values.chunks_exact(self.dim)) {
+        let rows = self.check(out.len());
+        for (n, values) in self.values.iter().enumerate() {
+            let weights = self.weights[n / 2 * rows * PANEL_WORDS + n % 2 * PAGE_WORDS..].chunks(PANEL_WORDS);
+            for (weights, out) in weights.zip(out.chunks_exact_mut(self.dim)) {
+                for (&weight, values) in weights.iter().zip(values.chunks_exact(self.dim)).take(PAGE_WORDS) {
                     out.iter_mut().zip(values).for_each(|(out, &v)| *out = bf16::add_pair(*out, weight, v));
                 }
             }
@@ -106,29 +120,35 @@ struct Sight<F> {
     seat: usize,
 }
 
-/// Slots that are closed to the last of some tokens.
-const SLOTS: usize = 0;
-/// Open slots, one of each token.
-const OPEN: usize = 1;
-/// Seats of the ring since its last turn, from the first page on.
-const NEWER: usize = 2;
-/// Seats of the ring before that, from a page on; none before the first turn.
-const OLDER: usize = 3;
+/// Pages of one kind that some tokens see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    /// Slots that are closed to the last of the tokens.
+    Slots,
+    /// Open slots, one of each token.
+    Open,
+    /// Seats of the ring since its last turn, from the first page on.
+    Newer,
+    /// Seats of the ring before that, from a page on; none before the first turn.
+    Older,
+}
+
+/// All parts, in their order.
+const PARTS: [Part; 4] = [Part::Slots, Part::Open, Part::Newer, Part::Older];
 
 /// What tokens that follow each other, with no turn of the ring between them, see of a head.
 #[derive(Debug)]
 struct Seen<'a, F> {
     /// Of each token.
     sights: Vec<Sight<F>>,
-    /// Pages of words: slots, open slots, newer and older seats.
-    pages: [Vec<Page<'a, F>>; 4],
-    /// Lane of the first token's open slot.
+    /// Pages of words, part by part.
+    pages: [Vec<Page<'a, F>>; PARTS.len()],
+    /// Lane of the first token's open slot, from that of its position on.
     open_lane: usize,
     /// Page of the ring that the older seats begin with.
     older_page: usize,
-    /// Seats of the ring, and lanes of a row of scores that they take.
+    /// Seats of the ring.
     delay: usize,
-    ring: usize,
 }
 
 /// A turn's pages of a ring, as they were while a chunk was taken.
@@ -186,26 +206,30 @@ impl<F: Real> Turns<F> {
     }
 }
 
-/// Open slots of a chunk's tokens, as pages.
+/// Open slots of a chunk's tokens, as pages; a token's is in the lane of its position.
 #[derive(Debug, Default)]
 pub(super) struct OpenSlots<F> {
     words: Aligned<u32>,
     /// Log masses; absent while there is no slot.
     masses: Vec<Option<F>>,
+    /// Lane of the first one.
+    first: usize,
 }
 
 impl<F: Real> OpenSlots<F> {
-    fn clear(&mut self) {
+    /// None, of tokens from a position on.
+    pub(super) fn clear(&mut self, position: usize) {
         self.words.clear();
         self.masses.clear();
+        self.first = position % PAGE_SLOTS;
     }
 
     /// Adds the open slot that a token left.
     #[inline(always)]
     pub(super) fn push(&mut self, input: &HeadInput<'_, F>, table: &HeadTable) {
-        let lane = self.masses.len() % PAGE_SLOTS;
+        let lane = (self.first + self.masses.len()) % PAGE_SLOTS;
         let page = input.heads.dim * PAGE_SLOTS;
-        if lane == 0 {
+        if lane == 0 || self.masses.is_empty() {
             let words = self.words.len() + page;
             self.words.resize(words, 0);
         }
@@ -219,13 +243,14 @@ impl<F: Real> OpenSlots<F> {
 
     /// Pages of tokens, and the lane of the first one.
     fn of(&self, tokens: &Range<usize>, dim: usize) -> (impl Iterator<Item = Page<'_, F>>, usize) {
+        let (start, end) = (self.first + tokens.start, self.first + tokens.end);
         let pages = match self.masses.is_empty() {
             true => 0..0,
-            false => tokens.start / PAGE_SLOTS..tokens.end.div_ceil(PAGE_SLOTS),
+            false => start / PAGE_SLOTS..end.div_ceil(PAGE_SLOTS),
         };
         let page = dim * PAGE_SLOTS;
         let pages = self.words[pages.start * page..pages.end * page].chunks_exact(page).map(Page::of_words);
-        (pages, tokens.start % PAGE_SLOTS)
+        (pages, start % PAGE_SLOTS)
     }
 }
 
@@ -234,7 +259,7 @@ pub(crate) fn decode<F: Real, K: KernelSet<F>>(set: K, job: DecodeJob<'_, F>) {
     let DecodeJob { input, table, scratch, out } = job;
     let dim = input.heads.dim;
     let mut open = std::mem::take(&mut scratch.open);
-    open.clear();
+    open.clear(table.tokens);
     set.run(
         #[inline(always)]
         || {
@@ -263,7 +288,6 @@ pub(crate) fn decode<F: Real, K: KernelSet<F>>(set: K, job: DecodeJob<'_, F>) {
         open_lane,
         older_page,
         delay,
-        ring: table.exact(input.rule).next_multiple_of(PAGE_SLOTS),
     };
     seen.attend(set, dim, scratch, out);
     scratch.open = open;
@@ -302,7 +326,6 @@ pub(super) fn block<F: Real, K: KernelSet<F>>(
         open_lane,
         older_page,
         delay,
-        ring: delay.next_multiple_of(PAGE_SLOTS),
     };
     set.run(
         #[inline(always)]
@@ -313,14 +336,14 @@ pub(super) fn block<F: Real, K: KernelSet<F>>(
 
 impl<F: Real> Seen<'_, F> {
     /// Lanes of a page that a token sees.
-    fn lanes(&self, part: usize, page: usize, t: usize) -> Range<usize> {
+    fn lanes(&self, part: Part, page: usize, t: usize) -> Range<usize> {
         let Sight { closed, open, seat } = self.sights[t];
         let lane = self.open_lane + t;
         let (before, seen) = match part {
-            SLOTS => (0, 0..closed),
-            OPEN => (0, lane..lane + usize::from(open.is_some())),
-            NEWER => (0, 0..seat + 1),
-            _ => (self.older_page, seat + 1..self.delay),
+            Part::Slots => (0, 0..closed),
+            Part::Open => (0, lane..lane + usize::from(open.is_some())),
+            Part::Newer => (0, 0..seat + 1),
+            Part::Older => (self.older_page, seat + 1..self.delay),
         };
         let first = (before + page) * PAGE_SLOTS;
         let lane = |at: usize| at.clamp(first, first + PAGE_SLOTS) - first;
@@ -328,17 +351,20 @@ impl<F: Real> Seen<'_, F> {
     }
 
     /// Every page: its part, its place there, and what it holds.
-    fn all(&self) -> impl Iterator<Item = (usize, usize, &Page<'_, F>)> {
-        let pages = self.pages.iter().enumerate();
+    fn all(&self) -> impl Iterator<Item = (Part, usize, &Page<'_, F>)> {
+        let pages = PARTS.into_iter().zip(&self.pages);
         pages.flat_map(|(part, pages)| pages.iter().enumerate().map(move |(n, page)| (part, n, page)))
+    }
+
+    /// Whether all tokens see all of a page: what one token sees of a part and a later one does too, those between see.
+    fn seen_by_all(&self, part: Part, n: usize) -> bool {
+        [0, self.sights.len() - 1].into_iter().all(|t| self.lanes(part, n, t) == (0..PAGE_SLOTS))
     }
 
     /// Whether values that some of the tokens do not see are finite, so that weights of 0 leave them out.
     fn rest_is_finite(&self) -> bool {
-        // What one token sees of a part and a later one does too, those between see.
-        let by_all =
-            |part, n| [0, self.sights.len() - 1].into_iter().all(|t| self.lanes(part, n, t) == (0..PAGE_SLOTS));
-        self.all().all(|(part, n, page)| by_all(part, n) || page.values().iter().all(|&word| bf16::finite(word)))
+        self.all()
+            .all(|(part, n, page)| self.seen_by_all(part, n) || page.values().iter().all(|&word| bf16::finite(word)))
     }
 
     /// Outputs of all tokens for the scratch's queries.
@@ -361,7 +387,7 @@ impl<F: Real> Seen<'_, F> {
 
     /// Outputs of one token, from copies of the pages in which nothing is that it does not see.
     fn outputs_of_one<K: KernelSet<F>>(&self, set: K, t: usize, dim: usize, scratch: &mut Scratch<F>, out: &mut [F]) {
-        let copy = |(part, n, page): (usize, usize, &Page<'_, F>)| {
+        let copy = |(part, n, page): (Part, usize, &Page<'_, F>)| {
             let mut copy = page.words().to_vec();
             let seen = self.lanes(part, n, t);
             let nothing = vec![F::zero(); dim];
@@ -370,166 +396,143 @@ impl<F: Real> Seen<'_, F> {
             copy
         };
         let copies: Vec<Vec<u32>> = self.all().map(copy).collect();
-        let mut pages = [const { Vec::new() }; 4];
+        let mut pages = [const { Vec::new() }; PARTS.len()];
         for ((part, _, page), copy) in self.all().zip(&copies) {
-            pages[part].push(Page { mass: page.mass, ..Page::of_words(copy) });
+            pages[part as usize].push(Page { mass: page.mass, ..Page::of_words(copy) });
         }
-        let Self { open_lane, older_page, delay, ring, .. } = *self;
-        let one = Seen { sights: vec![self.sights[t]], pages, open_lane: open_lane + t, older_page, delay, ring };
+        let Self { open_lane, older_page, delay, .. } = *self;
+        let one = Seen { sights: vec![self.sights[t]], pages, open_lane: open_lane + t, older_page, delay };
         one.outputs(set, dim, scratch, out);
+    }
+
+    /// The pages of panels: of every part, those at even places begin one. Where there is none, a panel is filled up.
+    fn panels(&self) -> Vec<Option<(Part, usize, &Page<'_, F>)>> {
+        let mut panels = Vec::new();
+        for (part, pages) in PARTS.into_iter().zip(&self.pages) {
+            // A seat has its lane whichever pages are seen before it.
+            let before = if part == Part::Older { self.older_page % 2 } else { 0 };
+            if !pages.is_empty() {
+                panels.extend(std::iter::repeat_n(None, before));
+            }
+            panels.extend(pages.iter().enumerate().map(|(n, page)| Some((part, n, page))));
+            panels.extend(std::iter::repeat_n(None, panels.len() % 2));
+        }
+        panels
     }
 
     /// Outputs `[tokens][group][D]`.
     fn outputs<K: KernelSet<F>>(&self, set: K, dim: usize, scratch: &mut Scratch<F>, out: &mut [F]) {
-        // Where the ring's seats begin in a row of scores.
-        let most = self.sights.iter().map(|sight| sight.closed + usize::from(sight.open.is_some())).max();
-        let ring = most.unwrap_or(0).max(self.pages[SLOTS].len() * PAGE_SLOTS).next_multiple_of(PAGE_SLOTS);
-        let stride = ring + self.ring;
-        self.scores(set, dim, (ring, stride), scratch);
-        self.weights(set, (ring, stride), scratch);
-        let values: Vec<&[u32]> = self.all().map(|(_, _, page)| page.values()).collect();
-        out.fill(F::zero());
-        set.value_pages(ValuePages { weights: &scratch.weights, values: &values, dim }, out);
-        let rows = out.chunks_exact_mut(dim).zip(&scratch.shares);
-        rows.for_each(|(out, &share)| out.iter_mut().for_each(|o| *o *= share));
-    }
-
-    /// Scores `[rows][slots, ring]`, minus infinity where a query sees nothing.
-    fn scores<K: KernelSet<F>>(
-        &self,
-        set: K,
-        dim: usize,
-        (ring, stride): (usize, usize),
-        Scratch { q, words, scores, apart, .. }: &mut Scratch<F>,
-    ) {
+        let Scratch { q, words, scores, lanes, tops, exps, weights, nothing, near, .. } = scratch;
         let rows = q.len() / dim;
         words.resize(q.len() / 2, 0);
         set.pack(Packing::Rows { x: q, cols: dim }, words);
-        scores.resize(rows * stride, F::zero());
-        let of_part = |part: usize, scores: &mut [F], row: usize| {
-            let keys: Vec<&[u32]> = self.pages[part].iter().map(Page::keys).collect();
-            if !keys.is_empty() {
-                set.key_pages(KeyPages { q: words, words: dim / 2, keys: &keys }, scores, row);
-            }
-            for (n, page) in self.pages[part].iter().enumerate() {
-                add_masses(&mut scores[n * PAGE_SLOTS..], row, page.mass);
-            }
-        };
-        of_part(SLOTS, scores, stride);
-        of_part(NEWER, &mut scores[ring..], stride);
-        let beside = [OPEN, OLDER].map(|part| self.pages[part].len() * PAGE_SLOTS);
-        let beside_row = beside[0] + beside[1];
-        apart.resize(rows * beside_row, F::zero());
-        of_part(OPEN, apart, beside_row);
-        if let Some(before) = apart.get_mut(beside[0]..) {
-            of_part(OLDER, before, beside_row);
+
+        nothing.resize(dim * PAGE_WORDS, 0);
+        let pages = self.panels();
+        let keys: Vec<&[u32]> = pages.iter().map(|page| page.map_or(&nothing[..], |(.., page)| page.keys())).collect();
+        let values: Vec<&[u32]> =
+            pages.iter().map(|page| page.map_or(&nothing[..], |(.., page)| page.values())).collect();
+        let panel = rows * PANEL;
+        let some = (NEAR / panel).max(1);
+        scores.resize(pages.len() / 2 * panel, F::zero());
+        lanes.clear();
+        lanes.resize(rows, [F::neg_infinity(); LANES]);
+        let parts = pages.chunks(2 * some).zip(keys.chunks(2 * some)).zip(scores.chunks_mut(some * panel));
+        for ((pages, keys), scores) in parts {
+            set.key_pages(KeyPages { q: words, words: dim / 2, keys }, scores);
+            set.run(
+                #[inline(always)]
+                || {
+                    let panels = pages.as_chunks().0.iter().zip(scores.chunks_exact_mut(panel));
+                    panels.for_each(|(two, panel)| self.leave_seen(two, panel));
+                    raise(scores, lanes);
+                },
+            );
         }
-        let group = rows / self.sights.len();
-        for (row, scores) in scores.chunks_exact_mut(stride).enumerate() {
-            let (t, apart) = (row / group, &apart[row * beside_row..][..beside_row]);
-            let Sight { closed, open, seat } = self.sights[t];
-            let (slots, seats) = scores.split_at_mut(ring);
-            slots[closed..].fill(F::neg_infinity());
-            if let Some(mass) = open {
-                slots[closed] = apart[self.open_lane + t] + mass;
+        tops.clear();
+        tops.extend(lanes.iter().map(|lanes| real::max(lanes)));
+
+        out.fill(F::zero());
+        lanes.fill([F::zero(); LANES]);
+        exps.resize(some * panel, F::zero());
+        weights.resize(some * panel / 2, 0);
+        for (values, scores) in values.chunks(2 * some).zip(scores.chunks(some * panel)) {
+            let (exps, weights) = (&mut exps[..scores.len()], &mut weights[..scores.len() / 2]);
+            set.run(
+                #[inline(always)]
+                || exponentials::<F, K>(scores, tops, lanes, exps),
+            );
+            set.pack(Packing::Rows { x: exps, cols: exps.len() }, weights);
+            set.value_pages(ValuePages { weights, values, dim }, near, out);
+        }
+        for (out, &lanes) in out.chunks_exact_mut(dim).zip(&*lanes) {
+            let share = F::one() / real::fold_lanes(lanes);
+            out.iter_mut().for_each(|o| *o *= share);
+        }
+    }
+
+    /// Adds log masses to scores of two pages, `[rows][32]`, and makes minus infinity of what a query does not see.
+    #[inline(always)]
+    fn leave_seen(&self, pages: &[Option<(Part, usize, &Page<'_, F>)>; 2], panel: &mut [F]) {
+        let group = panel.len() / PANEL / self.sights.len();
+        for (half, page) in pages.iter().enumerate() {
+            let lanes = half * PAGE_SLOTS..(half + 1) * PAGE_SLOTS;
+            let &Some((part, n, page)) = page else {
+                panel.chunks_exact_mut(PANEL).for_each(|row| row[lanes.clone()].fill(F::neg_infinity()));
+                continue;
+            };
+            add_masses(&mut panel[lanes.start..], PANEL, page.mass);
+            if self.seen_by_all(part, n) {
+                continue;
             }
-            if let Some(unseen) = seats.get_mut(seat + 1..) {
-                unseen.fill(F::neg_infinity());
-                if beside[1] > 0 {
-                    let before = &apart[beside[0] + seat + 1 - self.older_page * PAGE_SLOTS..];
-                    unseen[..self.delay - seat - 1].copy_from_slice(&before[..self.delay - seat - 1]);
+            for (t, of_token) in panel.chunks_exact_mut(group * PANEL).enumerate() {
+                let seen = self.lanes(part, n, t);
+                for row in of_token.chunks_exact_mut(PANEL) {
+                    let scores = &mut row[lanes.clone()];
+                    scores[..seen.start].fill(F::neg_infinity());
+                    scores[seen.end..].fill(F::neg_infinity());
+                    if let (Part::Open, Some(mass)) = (part, self.sights[t].open) {
+                        scores[seen.clone()].iter_mut().for_each(|score| *score += mass);
+                    }
                 }
             }
         }
     }
+}
 
-    /// Exponentials as words `[rows][pages][8]`, 0 where a query sees nothing, and their shares.
-    fn weights<K: KernelSet<F>>(
-        &self,
-        set: K,
-        (ring, stride): (usize, usize),
-        Scratch { scores, shares, weights, row: words, .. }: &mut Scratch<F>,
-    ) {
-        let counts = [SLOTS, OPEN, NEWER, OLDER].map(|part| self.pages[part].len());
-        let row_words = counts.iter().sum::<usize>() * PAGE_WORDS;
-        let rows = scores.len() / stride;
-        let group = rows / self.sights.len();
-        let [slots, opened, newer, older] = counts.map(|pages| pages * PAGE_WORDS);
-        weights.resize(rows * row_words, 0);
-        words.resize(stride / 2 - slots, 0);
-        shares.clear();
-        let rows = scores.chunks_exact_mut(stride).zip(weights.chunks_exact_mut(row_words));
-        for (row, (scores, weights)) in rows.enumerate() {
-            let t = row / group;
-            let Sight { closed, open, seat } = self.sights[t];
-            let (to_slots, rest) = weights.split_at_mut(slots);
-            let (to_open, rest) = rest.split_at_mut(opened);
-            let (to_newer, to_older) = rest.split_at_mut(newer);
-            shares.push(F::one() / exponential_words(set, scores, [to_slots, words]));
-            to_open.fill(0);
-            if open.is_some() {
-                let (lane, word) = (self.open_lane + t, closed / 2);
-                let both = to_slots.get(word).copied().unwrap_or_else(|| words[word - slots]);
-                to_open[lane / 2] = (both >> (16 * (closed % 2)) & 0xffff) << (16 * (lane % 2));
-            }
-            leave(to_slots, 0..closed);
-            let keep = |first: usize, seen: Range<usize>, to: &mut [u32]| {
-                to.copy_from_slice(&words[(ring + first) / 2 - slots..][..to.len()]);
-                leave(to, seen);
-            };
-            keep(0, 0..seat + 1, to_newer);
-            if older > 0 {
-                let first = self.older_page * PAGE_SLOTS;
-                keep(first, seat + 1 - first..self.delay - first, to_older);
+/// Raises the rows' maxima, lane by lane, to scores `[panels][rows][32]`.
+#[inline(always)]
+fn raise<F: Real>(scores: &[F], tops: &mut [[F; LANES]]) {
+    let panel = tops.len() * PANEL;
+    // Row by row: lanes that are carried from panel to panel stay in registers, and the compiler leaves rows apart.
+    for (row, top) in tops.iter_mut().enumerate() {
+        let mut lanes = *top;
+        for panel in scores.chunks_exact(panel) {
+            for scores in panel[row * PANEL..][..PANEL].as_chunks::<LANES>().0 {
+                for l in 0..LANES {
+                    lanes[l] = if scores[l] > lanes[l] { scores[l] } else { lanes[l] };
+                }
             }
         }
+        *top = lanes;
     }
 }
 
-/// The exponentials of a row of scores as words, in two parts, of which the first is of whole pages; returns their sum, lane
-/// by lane. Leaves them in the place of the scores.
-fn exponential_words<F: Real, K: KernelSet<F>>(set: K, scores: &mut [F], [first, rest]: [&mut [u32]; 2]) -> F {
-    /// Exponentials that are packed while they are in the first-level cache.
-    const PART: usize = 256;
-    let top = set.run(
-        #[inline(always)]
-        || real::max(scores),
-    );
-    let mut lanes = [F::zero(); LANES];
-    let (of_first, of_rest) = scores.split_at_mut(2 * first.len());
-    for (scores, words) in [(of_first, first), (of_rest, rest)] {
-        for (scores, words) in scores.chunks_mut(PART).zip(words.chunks_mut(PART / 2)) {
-            set.run(
-                #[inline(always)]
-                || {
-                    real::map_onto_lanes(
-                        scores,
-                        &mut lanes,
-                        #[inline(always)]
-                        |s| K::exp_share(s - top),
-                    );
-                },
-            );
-            set.pack(Packing::Rows { x: scores, cols: scores.len() }, words);
+/// The exponentials of scores `[panels][rows][32]` beside their rows' maxima, which are added to the rows' totals.
+#[inline(always)]
+fn exponentials<F: Real, K: KernelSet<F>>(scores: &[F], tops: &[F], totals: &mut [[F; LANES]], exps: &mut [F]) {
+    let panel = tops.len() * PANEL;
+    for (row, (&top, total)) in tops.iter().zip(totals).enumerate() {
+        let mut lanes = *total;
+        for (scores, exps) in scores.chunks_exact(panel).zip(exps.chunks_exact_mut(panel)) {
+            let (scores, exps) = (&scores[row * PANEL..][..PANEL], &mut exps[row * PANEL..][..PANEL]);
+            for (scores, exps) in scores.as_chunks::<LANES>().0.iter().zip(exps.as_chunks_mut::<LANES>().0) {
+                for l in 0..LANES {
+                    exps[l] = K::exp_weight(scores[l] - top);
+                    lanes[l] += exps[l];
+                }
+            }
         }
-    }
-    real::fold_lanes(lanes)
-}
-
-/// Leaves the weights of a range as they are; the others become 0.
-fn leave(words: &mut [u32], seen: Range<usize>) {
-    for unseen in [0..seen.start, seen.end..2 * words.len()] {
-        let mut blank = |lane: usize| words[lane / 2] &= !(0xffff << (16 * (lane % 2)));
-        let (start, end) = (unseen.start, unseen.end.max(unseen.start));
-        // Whole words, and a half at either end.
-        if start % 2 == 1 && start < end {
-            blank(start);
-        }
-        if end % 2 == 1 && start < end {
-            blank(end - 1);
-        }
-        if start.div_ceil(2) < end / 2 {
-            words[start.div_ceil(2)..end / 2].fill(0);
-        }
+        *total = lanes;
     }
 }

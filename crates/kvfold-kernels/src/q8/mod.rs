@@ -382,7 +382,8 @@ mod tests {
     /// Sums of the largest integers of both signs do not overflow, and what is not finite is not hidden.
     #[test]
     fn extremes_are_computed() {
-        let data: Vec<f32> = (0..PANEL * TERMS).map(|i| if i / TERMS % 2 == 0 { 1.0 } else { -1.0 }).collect();
+        let data: Vec<f32> =
+            (0..PANEL * TERMS).map(|i| if (i / TERMS).is_multiple_of(2) { 1.0 } else { -1.0 }).collect();
         let panels = Panels::of(&data, TERMS, &Store::default());
         let x: Vec<f32> = [3.0, -3.0, f32::NAN, f32::INFINITY, 0.0].iter().flat_map(|&x| [x; TERMS]).collect();
         let m = x.len() / TERMS;
