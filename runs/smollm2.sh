@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SmolLM2-135M-Instruct with a smaller cache, on your texts: DMC and DMS at 2x and 4x with decisions that are fitted and nothing
-# that is trained (NAME dmc-2x-fit and so on), and, unless STEPS is 0, trained for STEPS steps from there (dmc-2x), beside GQA to
-# one of three KV heads after as many (gqa-3x). All are measured on the same held-out windows. Attention's weights train, so each
+# that is trained (NAME dmc-2x-fit and so on), and, unless STEPS is 0, trained for STEPS steps from there (dmc-2x), DMC for as many
+# more from 2x to 4x (dmc-4x-from-2x), beside GQA to one of three KV heads after as many (gqa-3x). All are measured on the same held-out windows. Attention's weights train, so each
 # result is also a small delta. Writes for each NAME models/smollm2-NAME (the model), models/smollm2-NAME.safetensors (a delta
 # over the original: f32 where only decision heads differ, else int8) and results/smollm2-NAME.json.
 #
@@ -59,5 +59,7 @@ if [ "$steps" -gt 0 ]; then
       teach "$method-${ratio}x" "$steps" int8 --method "$method" --ratio "$ratio" --lr 5e-5 --pull both
     done
   done
+  # One training through both ratios.
+  teach dmc-4x-from-2x "$steps" int8 --from models/smollm2-dmc-2x --ratio 4 --lr 5e-5 --pull both
   teach gqa-3x "$steps" int8 --method gqa --kv-heads 1
 fi

@@ -216,7 +216,8 @@ pub(crate) struct RetrofitArgs {
     #[arg(long, value_enum, default_value_t = DecisionSource::Head, conflicts_with = "kv_heads")]
     pub(crate) decision: DecisionSource,
 
-    /// Tokens of text that decision heads are fitted on before training; 0 begins without [default: 16384, without --from]
+    /// Tokens of text that decision heads are fitted on before training; 0 begins without [default: 16384, with --from only
+    /// where fitted decisions go to a higher ratio]
     ///
     /// The original model shows what folding a token would cost: who reads it later, and how far its value is from the one
     /// before it. Heads that predict this begin at the full ratio; without them the target rises step by step.

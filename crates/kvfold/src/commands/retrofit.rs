@@ -212,7 +212,12 @@ fn settings(
         (None, MethodArg::Dmc) => recipe(dmc(args, dmc::Method::Dmc).into()),
         (None, MethodArg::Dms) => recipe(dmc(args, dmc::Method::Dms).into()),
     };
-    if let tokens @ 1.. = calibration_tokens(args) {
+    let fits = match &settings.from {
+        None => fits_at_first(args),
+        // What was fitted for a lower ratio does not know what else costs little.
+        Some(origin) => settings.settles() && args.steps > 0 && args.ratio.is_some_and(|ratio| ratio > origin.ratio),
+    };
+    if let tokens @ 1.. = args.calibrate.unwrap_or(if fits { CALIBRATION_TOKENS } else { 0 }) {
         settings = settings.calibrated(tokens);
     }
     settings.loss = match args.loss {
@@ -240,10 +245,10 @@ fn settings(
     Ok(settings)
 }
 
-/// Tokens that decisions are fitted on.
-fn calibration_tokens(args: &RetrofitArgs) -> usize {
-    let heads = args.decision == DecisionSource::Head && args.method != MethodArg::Gqa && args.from.is_none();
-    args.calibrate.unwrap_or(if heads { CALIBRATION_TOKENS } else { 0 })
+/// Whether decisions of a run that begins at the original are fitted before its first step.
+fn fits_at_first(args: &RetrofitArgs) -> bool {
+    let heads = args.decision == DecisionSource::Head && args.method != MethodArg::Gqa;
+    args.calibrate.map_or(heads, |tokens| tokens > 0)
 }
 
 /// How the model decides, token by token.
@@ -263,7 +268,7 @@ fn dmc(args: &RetrofitArgs, method: dmc::Method) -> Dmc {
         delay: args.delay,
         sinks: args.sinks,
         pool_window: (args.pool_window > 0).then_some(args.pool_window),
-        log_mass: args.log_mass.unwrap_or(method == dmc::Method::Dmc && calibration_tokens(args) > 0),
+        log_mass: args.log_mass.unwrap_or(method == dmc::Method::Dmc && fits_at_first(args)),
         share: args.share.into(),
     }
 }

@@ -384,6 +384,7 @@ fn a_run_goes_on_from_another_towards_a_higher_ratio() {
     let sizes = ["--steps", "3", "--batch", "2", "--samples", "6", "--json"];
     let json = dir.run(&[&onward[..], &sizes, &["--from", "out.safetensors"]].concat()).json();
     assert_eq!((number(&json, "/ratio_asked"), number(&json, "/delay")), (4.0, 4.0));
+    assert!(number(&json, "/calibration/tokens") > 0.0, "decisions for a higher ratio are fitted again: {json}");
     let config = dir.json("further/config.json");
     assert_eq!(config["kvfold"]["cache"], dir.json("out/config.json")["kvfold"]["cache"]);
     let plain = ["retrofit", "--model", "stories260k", "--from", "stories260k", "--out", "no", "--ratio", "4"];
