@@ -151,14 +151,15 @@ fn halves<T>(panel: &[T; PANEL]) -> [&[T; PANEL / 2]; 2] {
     [left, right]
 }
 
-/// Asks for the lines of the block some blocks after this one, which is the next panel's where this one ends.
+/// Asks for the lines of the block some blocks after this one, which is the next panel's where this one ends: into the
+/// second-level cache, which can wait for more lines at a time than the first.
 #[inline(always)]
 fn ask_for(block: &Block) {
     /// How far ahead.
-    const AHEAD: usize = 4;
+    const AHEAD: usize = 8;
     let ahead = std::ptr::from_ref(block).wrapping_add(AHEAD).cast::<i8>();
     for line in (0..size_of::<Block>()).step_by(crate::aligned::CACHE_LINE) {
         // SAFETY: an address that need not be valid.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line)) };
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(ahead.wrapping_add(line)) };
     }
 }
