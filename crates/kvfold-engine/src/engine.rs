@@ -125,8 +125,9 @@ pub struct Engine<O: CacheOps> {
 /// Tokens that a sequence takes in one pass where there are many others, or where the logits of all are wanted. Bounds the
 /// pages of a layer that a prompt holds before it is known what folds.
 const CHUNK: usize = 128;
-/// Tokens of a pass that few long sequences share: reading the weights costs little beside multiplying by them.
-const ROWS: usize = 1024;
+/// Tokens of a pass that few long sequences share: reading the weights costs little beside multiplying by them, and threads wait
+/// for each other seldom.
+const ROWS: usize = 4096;
 
 impl<O: CacheOps> Engine<O> {
     /// An engine for a checkpoint, folding or evicting if the model was taught to.

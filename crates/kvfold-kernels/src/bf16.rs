@@ -439,7 +439,7 @@ mod tests {
         fn tiles_match_the_definition(m in 1usize..70, n in 1usize..100, k in 1usize..70, pad in 0usize..3, accumulate: bool, seed: u64) {
             let mut a = vec![0; m * words(k)];
             let x: Vec<f32> = (0..m * k).map(|i| noise(seed, i)).collect();
-            pack(Level::Portable, Packing::Rows { x: &x, cols: k }, &mut a);
+            pack(Level::Portable, Packing::rows(&x, k), &mut a);
             let y: Vec<f32> = (0..n * k).map(|i| noise(seed ^ 1, i)).collect();
             let b_panel = words(k) * PANEL;
             let mut b = vec![7; n.div_ceil(PANEL) * b_panel];
@@ -464,7 +464,7 @@ mod tests {
             let x: Vec<f32> = (0..m * k).map(|i| noise(seed, i)).collect();
             let y: Vec<f32> = (0..PANEL * k).map(|i| noise(seed ^ 1, i)).collect();
             let (mut a, mut b) = (vec![0; m * words(k)], vec![0; words(k) * PANEL]);
-            pack(Level::Portable, Packing::Rows { x: &x, cols: k }, &mut a);
+            pack(Level::Portable, Packing::rows(&x, k), &mut a);
             pack(Level::Portable, Packing::PanelOfRows { x: &y, cols: k }, &mut b);
             for level in Level::available() {
                 let all = GemmBf16 { m, n: PANEL, words: words(k), a: &a, a_row: words(k), b: &b, b_panel: words(k) * PANEL, c_row: PANEL, accumulate: false };

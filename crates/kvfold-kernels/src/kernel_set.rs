@@ -12,7 +12,7 @@ use crate::ops::{Late, LateReads};
 use crate::pack::{self, Packing};
 use crate::paged::{self, DecodeJob, KeyPages, ValuePages};
 use crate::q8::{self, GemmQ8};
-use crate::real::Real;
+use crate::real::{LANES, Real};
 use crate::simd::{self, Gemm, Level};
 
 /// The choices of a CPU backend.
@@ -80,6 +80,12 @@ pub trait KernelSet<F: Real>: Copy + std::fmt::Debug + Send + Sync + 'static {
     /// Scores of queries and pages of keys, in words.
     fn key_pages(self, product: KeyPages<'_>, scores: &mut [F]) {
         product.define(scores);
+    }
+
+    /// The exponentials of scores of rows `[panels][rows][32]` beside the rows' maxima, as words `[panels][rows][16]`; they are
+    /// added, lane by lane, to the rows' totals.
+    fn weigh(self, scores: &[F], tops: &[F], totals: &mut [[F; LANES]], weights: &mut [u32]) {
+        paged::weigh::<F, Self, pack::Plain>(scores, tops, totals, weights);
     }
 
     /// Adds weighted pages of values, in words, to rows of outputs. `near` is room for some of the pages.
@@ -232,6 +238,10 @@ impl KernelSet<f32> for Fast {
             Level::AmxBf16 => amx::key_pages(product, scores),
             _ => product.define(scores),
         }
+    }
+
+    fn weigh(self, scores: &[f32], tops: &[f32], totals: &mut [[f32; LANES]], weights: &mut [u32]) {
+        paged::weigh_at(self.0, scores, tops, totals, weights);
     }
 
     fn value_pages(self, product: ValuePages<'_>, near: &mut Aligned<u32>, out: &mut [f32]) {

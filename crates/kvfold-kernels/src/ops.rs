@@ -371,14 +371,31 @@ pub const NO_TARGET: u32 = u32::MAX;
 /// Smallest importance, bf16's epsilon as in the reference: keeps masses away from 0.
 pub const MIN_IMPORTANCE: f64 = 0.0078125;
 
-/// [`Ops::feed_forward`] by its definition.
+/// A norm of whole rows: [`Ops::rms_norm`] with a gain `[C]`.
+#[derive(Debug)]
+pub struct Norm<'a, T> {
+    /// What channels are multiplied by, `[C]`.
+    pub gain: &'a T,
+    /// What is added to the mean of squares.
+    pub eps: f64,
+}
+
+impl<T> Clone for Norm<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Norm<'_, T> {}
+
+/// [`Ops::feed_forward`] by its definition, of rows `y` that are normed.
 pub(crate) fn feed_forward<O: Ops + ?Sized>(
     ops: &O,
-    base: &O::Tensor,
     x: &O::Tensor,
+    y: &O::Tensor,
     [gate, up, down]: [&O::Tensor; 3],
 ) -> O::Tensor {
-    ops.linear_onto(base, &ops.swiglu(&ops.linear(x, gate), &ops.linear(x, up)), down)
+    ops.linear_onto(x, &ops.swiglu(&ops.linear(y, gate), &ops.linear(y, up)), down)
 }
 
 /// The forward half of a backend.
@@ -413,15 +430,30 @@ pub trait Ops: std::fmt::Debug {
         weights.iter().map(|w| self.linear(x, w)).collect()
     }
 
+    /// [`Ops::linears`] of normed rows.
+    fn normed_linears(
+        &self,
+        x: &Self::Tensor,
+        norm: Norm<'_, Self::Tensor>,
+        weights: &[&Self::Tensor],
+    ) -> Vec<Self::Tensor> {
+        self.linears(&self.rms_norm(x, norm.gain, norm.eps), weights)
+    }
+
     /// `base + x . w^T`, with a product of [`Ops::linear`].
     fn linear_onto(&self, base: &Self::Tensor, x: &Self::Tensor, w: &Self::Tensor) -> Self::Tensor {
         self.add(base, &self.linear(x, w), 1.0)
     }
 
-    /// A feed-forward layer, `base + swiglu(x . gate^T, x . up^T) . down^T`, with weights `[F,C]`, `[F,C]` and `[C,F]`:
-    /// `[N,C]`.
-    fn feed_forward(&self, base: &Self::Tensor, x: &Self::Tensor, weights: [&Self::Tensor; 3]) -> Self::Tensor {
-        feed_forward(self, base, x, weights)
+    /// A feed-forward layer, `x + swiglu(y . gate^T, y . up^T) . down^T` of the normed rows y, with weights `[F,C]`, `[F,C]` and
+    /// `[C,F]`: `[N,C]`.
+    fn feed_forward(
+        &self,
+        x: &Self::Tensor,
+        norm: Norm<'_, Self::Tensor>,
+        weights: [&Self::Tensor; 3],
+    ) -> Self::Tensor {
+        feed_forward(self, x, &self.rms_norm(x, norm.gain, norm.eps), weights)
     }
 
     /// Rows `ids` of `table [V,C]` -> `[N,C]`.

@@ -27,6 +27,8 @@ pub enum Packing<'a, F> {
         x: &'a [F],
         /// C.
         cols: usize,
+        /// Words from one row of the packing to the next; those beyond C/2 are left as they are.
+        row: usize,
     },
     /// Up to 32 rows as one panel `[C/2][32]`.
     PanelOfRows {
@@ -57,19 +59,26 @@ pub enum Packing<'a, F> {
     },
 }
 
+impl<'a, F> Packing<'a, F> {
+    /// [`Packing::Rows`] that follow each other.
+    pub fn rows(x: &'a [F], cols: usize) -> Self {
+        Self::Rows { x, cols, row: words(cols) }
+    }
+}
+
 /// Rows and columns of a square of words, and words of a line.
 const SQUARE: usize = 16;
 /// Neighbouring terms that a line holds.
-const TERMS: usize = 2 * SQUARE;
+pub(crate) const TERMS: usize = 2 * SQUARE;
 
-type Line = [u32; SQUARE];
-type Square = [Line; SQUARE];
+pub(crate) type Line = [u32; SQUARE];
+pub(crate) type Square = [Line; SQUARE];
 
 /// How lines and squares are made.
 ///
 /// # Safety
 /// An implementation must only be used where the machine has its instruction set.
-unsafe trait Packer<F: Real> {
+pub(crate) unsafe trait Packer<F: Real> {
     /// Words of lower and of upper terms.
     fn pairs(lower: &[F; SQUARE], upper: &[F; SQUARE]) -> Line;
 
@@ -115,7 +124,7 @@ pub(crate) fn pack_scalar<F: Real>(packing: Packing<'_, F>, out: &mut [u32]) {
 #[inline(always)]
 fn with<F: Real, P: Packer<F>>(packing: Packing<'_, F>, out: &mut [u32]) {
     match packing {
-        Packing::Rows { x, cols } => rows::<F, P>(x, cols, out),
+        Packing::Rows { x, cols, row } => rows::<F, P>(x, cols, row, out),
         Packing::PanelOfRows { x, cols } => panel_of_rows::<F, P>(x, cols, out),
         Packing::Columns { x, cols, first, row } => columns::<F, P>(x, cols, first, row, out),
         Packing::PanelOfColumns { x, cols, first } => panel_of_columns::<F, P>(x, cols, first, out),
@@ -132,10 +141,10 @@ fn filled<F: Real, const N: usize>(x: &[F]) -> [F; N] {
 }
 
 #[inline(always)]
-fn rows<F: Real, P: Packer<F>>(x: &[F], cols: usize, out: &mut [u32]) {
-    for (x, out) in x.chunks_exact(cols).zip(out.chunks_exact_mut(words(cols))) {
+fn rows<F: Real, P: Packer<F>>(x: &[F], cols: usize, row: usize, out: &mut [u32]) {
+    for (x, out) in x.chunks_exact(cols).zip(out.chunks_mut(row)) {
         let (whole, rest) = x.as_chunks::<TERMS>();
-        let (to, to_rest) = out.split_at_mut(whole.len() * SQUARE);
+        let (to, to_rest) = out[..words(cols)].split_at_mut(whole.len() * SQUARE);
         to.as_chunks_mut().0.iter_mut().zip(whole).for_each(|(to, terms)| *to = P::neighbours(terms));
         if !rest.is_empty() {
             to_rest.copy_from_slice(&P::neighbours(&filled(rest))[..to_rest.len()]);
@@ -198,7 +207,7 @@ fn panel_of_columns<F: Real, P: Packer<F>>(x: &[F], cols: usize, first: usize, p
 }
 
 /// The definition.
-struct Plain;
+pub(crate) struct Plain;
 
 // SAFETY: needs nothing.
 unsafe impl<F: Real> Packer<F> for Plain {
@@ -247,7 +256,7 @@ unsafe impl Packer<f32> for Avx512 {
 
 /// Squares in registers, and terms that the machine rounds. It takes numbers below the smallest normal one for zero.
 #[cfg(target_arch = "x86_64")]
-struct Avx512Bf16;
+pub(crate) struct Avx512Bf16;
 
 #[cfg(target_arch = "x86_64")]
 // SAFETY: as the trait says.
@@ -340,8 +349,11 @@ mod tests {
             for row in x.chunks(c) {
                 rows.extend(row.chunks(2).map(|two| pair(two[0], two.get(1).copied().unwrap_or(0.0))));
             }
-            for (level, found) in packed(Packing::Rows { x: &x, cols: c }, r * words(c)) {
-                prop_assert_eq!(&found, &rows, "{:?}", level);
+            let row = words(c) + apart;
+            for (level, found) in packed(Packing::Rows { x: &x, cols: c, row }, r * row) {
+                let near: Vec<u32> = found.chunks(row).flat_map(|row| &row[..words(c)]).copied().collect();
+                prop_assert_eq!(&near, &rows, "{:?}", level);
+                prop_assert!(found.chunks(row).all(|row| row[words(c)..].iter().all(|&word| word == 7)), "{:?}", level);
             }
             // Of rows, and of the columns of the transposed.
             let (few, first) = (r.min(PANEL), (at * c as f64) as usize);
@@ -355,7 +367,7 @@ mod tests {
                 prop_assert_eq!(&found, &panel, "{:?}", level);
             }
             let mut columns = vec![0; (c - first) * words(r)];
-            pack(Level::Portable, Packing::Rows { x: &transposed(&x, c)[first * r..], cols: r }, &mut columns);
+            pack(Level::Portable, Packing::rows(&transposed(&x, c)[first * r..], r), &mut columns);
             let row = words(r) + apart;
             for (level, found) in packed(Packing::Columns { x: &x, cols: c, first, row }, (c - first) * row) {
                 let of_rows: Vec<u32> = found.chunks(row).flat_map(|row| &row[..words(r)]).copied().collect();
@@ -369,7 +381,7 @@ mod tests {
     fn what_is_not_finite_stays_so() {
         let mut x = numbers(1, 64);
         (x[3], x[20], x[41]) = (f32::NAN, f32::INFINITY, f32::NEG_INFINITY);
-        for (level, words) in packed(Packing::Rows { x: &x, cols: 64 }, 32) {
+        for (level, words) in packed(Packing::rows(&x, 64), 32) {
             let term = |i: usize| crate::bf16::widen(words[i / 2] >> (16 * (i % 2)) & 0xffff);
             assert!(term(3).is_nan() && term(20) == f32::INFINITY && term(41) == f32::NEG_INFINITY, "{level:?}");
         }

@@ -4,7 +4,7 @@
 use kvfold_kernels::noise::{hash, unit};
 use kvfold_kernels::ops::{
     AdamW, Borrowed, Channel, Decided, Exempt, Gate, Goal, Heads, Hinge, Keys, KlDirection, Late, Moments, NO_TARGET,
-    Over, PoolInput, PoolOutput, PoolShape, Pooled, Precision, Predictions, Pull, Scope, Spans, Visible,
+    Norm, Over, PoolInput, PoolOutput, PoolShape, Pooled, Precision, Predictions, Pull, Scope, Spans, Visible,
 };
 use kvfold_kernels::simd::Level;
 use kvfold_kernels::team::Team;
@@ -473,7 +473,7 @@ fn fused_products_are_their_parts() {
     let numbers =
         |seed: u64, len: usize| (0..len as u64).map(|i| unit(hash(&[seed, i])) as f32 - 0.5).collect::<Vec<_>>();
     let bits = |x: Vec<f32>| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-    let sizes = [[1, 7, 33], [2, 64, 192], [5, 40, 1], [63, 33, 65], [64, 33, 65], [600, 70, 129], [1100, 5, 40]];
+    let sizes = [[1, 7, 33], [2, 64, 192], [5, 40, 1], [63, 33, 65], [64, 33, 65], [600, 70, 129], [1101, 5, 41]];
     let precisions = [[F32; 3], [Bf16; 3], [Q8; 3], [Bf16, F32, Q8], [Q8, Bf16, Bf16]];
     for level in Level::available() {
         let ops = FastCpu::at_level(level);
@@ -484,18 +484,23 @@ fn fused_products_are_their_parts() {
             let x = ops.tensor(&[rows, dim], &numbers(4, rows * dim));
             let narrow = ops.weight(&[3, dim], &numbers(5, 3 * dim), kinds[1]);
             let weights = [&gate, &narrow, &up];
-            let together = ops.linears(&x, &weights);
-            assert_eq!(together.len(), weights.len());
-            for (w, got) in weights.iter().zip(&together) {
-                assert_eq!(ops.shape(got), ops.shape(&ops.linear(&x, w)));
-                let same = bits(ops.to_host(got)) == bits(ops.to_host(&ops.linear(&x, w)));
-                assert!(same, "{level:?} {kinds:?}: {rows} rows of {dim} by {:?}", ops.shape(w));
+            let gain = ops.tensor(&[dim], &numbers(6, dim));
+            let norm = Norm { gain: &gain, eps: 1e-5 };
+            let normed = ops.rms_norm(&x, &gain, 1e-5);
+            let together = ops.normed_linears(&x, norm, &weights);
+            for (x, together) in [(&normed, &together), (&x, &ops.linears(&x, &weights))] {
+                assert_eq!(together.len(), weights.len());
+                for (w, got) in weights.iter().zip(together) {
+                    assert_eq!(ops.shape(got), ops.shape(&ops.linear(x, w)));
+                    let same = bits(ops.to_host(got)) == bits(ops.to_host(&ops.linear(x, w)));
+                    assert!(same, "{level:?} {kinds:?}: {rows} rows of {dim} by {:?}", ops.shape(w));
+                }
             }
             let inner_rows = ops.swiglu(&together[0], &together[2]);
             let want = bits(ops.to_host(&ops.add(&x, &ops.linear(&inner_rows, &down), 1.0)));
             let got = bits(ops.to_host(&ops.linear_onto(&x, &inner_rows, &down)));
             assert!(got == want, "{level:?} {kinds:?}: {rows} rows of {inner} by {dim}, onto");
-            let got = bits(ops.to_host(&ops.feed_forward(&x, &x, [&gate, &up, &down])));
+            let got = bits(ops.to_host(&ops.feed_forward(&x, norm, [&gate, &up, &down])));
             assert!(got == want, "{level:?} {kinds:?}: feed-forward of {rows} rows, {dim} by {inner}");
         }
     }

@@ -6,7 +6,7 @@
 use crate::shape::Shape;
 use crate::weights::{Block, Weights};
 use kvfold_kernels::Ops;
-use kvfold_kernels::ops::{Precision, Spans};
+use kvfold_kernels::ops::{Norm, Precision, Spans};
 
 /// What a pass over a batch shares between its layers.
 #[derive(Debug)]
@@ -47,22 +47,20 @@ pub trait Attend<O: Ops> {
 impl<O: Ops> Pass<'_, O> {
     /// One decoder block, `[N, C] -> [N, C]`.
     pub fn block(&self, layer: usize, w: &Block<O::Tensor>, x: &O::Tensor, attend: &mut impl Attend<O>) -> O::Tensor {
-        let Self { ops, shape, .. } = *self;
-        let y = ops.rms_norm(x, &w.input_norm, shape.norm_eps); // [N, C]
-        let y = attend.attend(layer, self, self.projected(w, &y)); // [N, H*D]
+        let ops = self.ops;
+        let y = attend.attend(layer, self, self.projected(w, x)); // [N, H*D]
         let x = match &w.o_bias {
             None => ops.linear_onto(x, &y, &w.o),
             Some(bias) => ops.add(x, &ops.add_row(&ops.linear(&y, &w.o), bias), 1.0),
         }; // [N, C]
-        let y = ops.rms_norm(&x, &w.post_norm, shape.norm_eps); // [N, C]
-        ops.feed_forward(&x, &y, [&w.gate, &w.up, &w.down]) // [N, C]
+        ops.feed_forward(&x, self.norm(&w.post_norm), [&w.gate, &w.up, &w.down]) // [N, C]
     }
 
-    /// The projections of normed rows `[N, C]`.
-    fn projected(&self, w: &Block<O::Tensor>, y: &O::Tensor) -> Projected<O::Tensor> {
+    /// The projections of the residual stream `[N, C]`, normed.
+    fn projected(&self, w: &Block<O::Tensor>, x: &O::Tensor) -> Projected<O::Tensor> {
         let heads = [&w.decide, &w.decide_ahead].map(Option::as_ref);
         let weights: Vec<_> = [&w.q, &w.k, &w.v].into_iter().chain(heads.into_iter().flatten()).collect();
-        let mut products = self.ops.linears(y, &weights).into_iter();
+        let mut products = self.ops.normed_linears(x, self.norm(&w.input_norm), &weights).into_iter();
         let mut next = || products.next().expect("as many products as weights");
         Projected {
             q: self.query(self.head_norm(self.biased(next(), &w.q_bias), &w.q_norm)), // [N, H*D]
@@ -72,6 +70,11 @@ impl<O: Ops> Pass<'_, O> {
             ahead: w.decide_ahead.as_ref().map(|_| next()),                           // [N, G]
             precision: self.ops.precision(&w.q),
         }
+    }
+
+    /// A norm of the residual stream.
+    fn norm<'a>(&self, gain: &'a O::Tensor) -> Norm<'a, O::Tensor> {
+        Norm { gain, eps: self.shape.norm_eps }
     }
 
     /// What the logits are made from, `[N, C]`: the residual stream after the last block, normed.

@@ -1,7 +1,7 @@
 //! Matrix products: linear layers, logits, and the losses that are made of them.
 
 use super::{Bench, Cost, DECODED, Tensor, name};
-use kvfold_kernels::ops::{Goal, KlDirection, Precision, Predictions};
+use kvfold_kernels::ops::{Goal, KlDirection, Norm, Precision, Predictions};
 use kvfold_kernels::{Grad, Ops};
 use kvfold_model::shape::Shape;
 
@@ -37,8 +37,8 @@ impl Bench<'_> {
         }
     }
 
-    /// Products of a block that share their work, as serving has them: projections of the same rows, one that is added to the
-    /// residual stream, and the feed-forward layer.
+    /// Products of a block that share their work, as serving has them: projections of the same rows, normed first, one that is
+    /// added to the residual stream, and the feed-forward layer with its norm.
     pub(super) fn fused(&mut self, shape: &Shape) {
         let (c, f, heads) = (shape.hidden, shape.intermediate, shape.heads);
         let [q, kv] = [heads.query, heads.kv].map(|count| count * heads.dim);
@@ -46,6 +46,8 @@ impl Bench<'_> {
         counts.dedup();
         for (rows, precision) in counts.into_iter().flat_map(|rows| SERVED.map(|precision| (rows, precision))) {
             let (base, x, attended) = (self.array(rows, c), self.array(rows, c), self.array(rows, q));
+            let gain = self.ops.tensor(&[c], &vec![1.0; c]);
+            let norm = Norm { gain: &gain, eps: shape.norm_eps };
             let [to_q, to_k, to_v] = [q, kv, kv].map(|m| self.weight(m, c, precision));
             let [out, gate, up, down] = [(c, q), (f, c), (f, c), (c, f)].map(|(m, k)| self.weight(m, k, precision));
             let cost = |weights: usize, others: usize| {
@@ -59,14 +61,14 @@ impl Bench<'_> {
                 of(format!("[{},{c}]", q + 2 * kv)),
                 cost((q + 2 * kv) * c, c + q + 2 * kv),
                 |ops| {
-                    drop(ops.linears(&x, &[&to_q, &to_k, &to_v]));
+                    drop(ops.normed_linears(&x, norm, &[&to_q, &to_k, &to_v]));
                 },
             );
             self.time(&name("product onto"), of(format!("[{rows},{q}] x [{c},{q}]")), cost(c * q, 2 * c + q), |ops| {
                 drop(ops.linear_onto(&base, &attended, &out));
             });
-            self.time(&name("feed-forward"), of(format!("3 x [{f},{c}]")), cost(3 * f * c, 3 * c), |ops| {
-                drop(ops.feed_forward(&base, &x, [&gate, &up, &down]));
+            self.time(&name("feed-forward"), of(format!("3 x [{f},{c}]")), cost(3 * f * c, 2 * c), |ops| {
+                drop(ops.feed_forward(&x, norm, [&gate, &up, &down]));
             });
         }
     }

@@ -14,9 +14,8 @@ pub(super) const ROWS: usize = 128;
 /// Rows and panels that are gated at once: what they make stays in the first-level cache, and weights in the second-level one.
 const GATED_ROWS: usize = 64;
 const GATED_PANELS: usize = 4;
-/// Rows of a feed-forward layer that one task takes through all of it, at most and at least: what is between its products stays
-/// in the second-level cache.
-const FORWARD_ROWS: Range<usize> = 64..256;
+/// Rows of a product that it is added to while they are near, `GATED_PANELS` at a time.
+const ONTO_ROWS: usize = 32;
 /// Multiplications that are worth a task.
 const TASK: usize = 256 * 1024;
 
@@ -31,7 +30,7 @@ pub(super) struct Sizes {
 }
 
 impl Sizes {
-    fn panels(&self) -> usize {
+    pub(super) fn panels(&self) -> usize {
         self.outputs.div_ceil(PANEL)
     }
 }
@@ -60,7 +59,19 @@ impl<F: Real, K: KernelSet<F>, P: Product<F>> Product<F> for Onto<'_, F, K, P> {
     }
 
     unsafe fn block(&self, rows: Range<usize>, panels: Range<usize>, to: *mut F, row: usize) {
-        let Sizes { outputs, .. } = self.sizes();
+        for (some, few) in pieces(panels.clone(), rows.clone(), ONTO_ROWS) {
+            let to = to.wrapping_add((few.start - rows.start) * row + (some.start - panels.start) * PANEL);
+            // SAFETY: the caller's.
+            unsafe { self.piece(few, some, to, row) };
+        }
+    }
+}
+
+impl<F: Real, K: KernelSet<F>, P: Product<F>> Onto<'_, F, K, P> {
+    /// # Safety
+    /// As [`Product::block`].
+    unsafe fn piece(&self, rows: Range<usize>, panels: Range<usize>, to: *mut F, row: usize) {
+        let Sizes { outputs, .. } = self.product.sizes();
         // SAFETY: the caller's.
         unsafe { self.product.block(rows.clone(), panels.clone(), to, row) };
         let columns = panels.start * PANEL..outputs.min(panels.end * PANEL);
@@ -74,6 +85,17 @@ impl<F: Real, K: KernelSet<F>, P: Product<F>> Product<F> for Onto<'_, F, K, P> {
             );
         }
     }
+}
+
+/// A few panels at a time by so many rows.
+fn pieces(
+    panels: Range<usize>,
+    rows: Range<usize>,
+    height: usize,
+) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
+    let cut =
+        |range: Range<usize>, step| range.clone().step_by(step).map(move |first| first..range.end.min(first + step));
+    cut(panels, GATED_PANELS).flat_map(move |some| cut(rows.clone(), height).map(move |few| (some.clone(), few)))
 }
 
 /// An output whose blocks threads write side by side.
@@ -113,12 +135,6 @@ fn blocks(Sizes { n, terms, rows, .. }: Sizes, panels: usize, f: impl Fn(Range<u
         let (row, strip) = (block / strips * rows, block % strips);
         f(row..n.min(row + rows), edge(strip)..edge(strip + 1));
     });
-}
-
-/// Rows of a task that goes through a whole feed-forward layer; nothing where there are too few rows for every thread to have some.
-pub(super) fn forward_rows(n: usize) -> Option<usize> {
-    let even = n.div_ceil(2 * team::threads()).next_multiple_of(PANEL);
-    (even >= FORWARD_ROWS.start).then(|| even.min(FORWARD_ROWS.end))
 }
 
 impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
@@ -164,7 +180,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     }
 
     /// `gate * sigmoid(gate) * up` of two products of the same rows: `place` is given rows, columns, and what is in them,
-    /// `[rows][columns]`, as many columns as whole panels have.
+    /// `[rows][columns]`.
     pub(super) fn gated<P: Product<F>>(&self, both: [P; 2], place: impl Fn(Range<usize>, Range<usize>, &[F]) + Sync) {
         let sizes = both[0].sizes();
         blocks(sizes, sizes.panels(), |rows, panels| self.gated_block(&both, rows, panels, &place));
@@ -180,26 +196,18 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     ) {
         let outputs = gate.sizes().outputs;
         let [mut gated, mut other] = [(); 2].map(|()| self.buffer(GATED_ROWS * GATED_PANELS * PANEL));
-        for first in panels.clone().step_by(GATED_PANELS) {
-            let some = first..panels.end.min(first + GATED_PANELS);
-            let (columns, width) = (some.start * PANEL..some.end * PANEL, some.len() * PANEL);
-            for first in rows.clone().step_by(GATED_ROWS) {
-                let few = first..rows.end.min(first + GATED_ROWS);
-                let [gated, other] = [&mut gated, &mut other].map(|buffer| &mut buffer[..few.len() * width]);
-                for (product, to) in [(gate, &mut *gated), (up, &mut *other)] {
-                    // Columns beyond the last one are not computed.
-                    if columns.end > outputs {
-                        to.fill(F::zero());
-                    }
-                    // SAFETY: the buffers are this task's and have room for the block.
-                    unsafe { product.block(few.clone(), some.clone(), to.as_mut_ptr(), width) };
-                }
-                self.set.run(
-                    #[inline(always)]
-                    || gated.iter_mut().zip(other).for_each(|(g, &mut u)| *g = real::swiglu(K::exp, *g, u)),
-                );
-                place(few, columns.clone(), gated);
+        for (some, few) in pieces(panels, rows, GATED_ROWS) {
+            let columns = some.start * PANEL..outputs.min(some.end * PANEL);
+            let [gated, other] = [&mut gated, &mut other].map(|buffer| &mut buffer[..few.len() * columns.len()]);
+            for (product, to) in [(gate, &mut *gated), (up, &mut *other)] {
+                // SAFETY: the buffers are this task's and have room for the block.
+                unsafe { product.block(few.clone(), some.clone(), to.as_mut_ptr(), columns.len()) };
             }
+            self.set.run(
+                #[inline(always)]
+                || gated.iter_mut().zip(other).for_each(|(g, &mut u)| *g = real::swiglu(K::exp, *g, u)),
+            );
+            place(few, columns, gated);
         }
     }
 

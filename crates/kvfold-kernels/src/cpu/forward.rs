@@ -7,8 +7,8 @@ use crate::attention::AttentionJob;
 use crate::gate::{self, Deciding};
 use crate::kernel_set::KernelSet;
 use crate::ops::{
-    self, Borrowed, Channel, Decided, Exempt, Gate, Goal, Grad, Heads, Hinge, Ops, PoolInput, PoolOutput, PoolShape,
-    Precision, Predictions, Span, Spans, Visible,
+    self, Borrowed, Channel, Decided, Exempt, Gate, Goal, Grad, Heads, Hinge, Norm, Ops, PoolInput, PoolOutput,
+    PoolShape, Precision, Predictions, Span, Spans, Visible,
 };
 use crate::pool::{self, PoolJob};
 use crate::real::{self, Real};
@@ -88,6 +88,12 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
         weights.iter().map(next).map(|y| y.expect("as many outputs as weights")).collect()
     }
 
+    fn normed_linears(&self, x: &Array<F>, norm: Norm<'_, Array<F>>, weights: &[&Array<F>]) -> Vec<Array<F>> {
+        let words = weights.iter().all(|w| w.precision() == Precision::Bf16);
+        let by_rows = words.then(|| self.normed_linears_by_rows(x, norm, weights)).flatten();
+        by_rows.unwrap_or_else(|| self.linears(&self.rms_norm(x, norm.gain, norm.eps), weights))
+    }
+
     fn linear_onto(&self, base: &Array<F>, x: &Array<F>, w: &Array<F>) -> Array<F> {
         match w.precision() {
             Precision::F32 => self.add(base, &self.float_product(x, w), 1.0),
@@ -96,14 +102,18 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
         }
     }
 
-    fn feed_forward(&self, base: &Array<F>, x: &Array<F>, weights: [&Array<F>; 3]) -> Array<F> {
+    fn feed_forward(&self, x: &Array<F>, norm: Norm<'_, Array<F>>, weights: [&Array<F>; 3]) -> Array<F> {
         let all = |precision| weights.iter().all(|w| w.precision() == precision);
-        let fused = match weights[0].precision() {
-            Precision::Bf16 if all(Precision::Bf16) => self.bf16_feed_forward(base, x, weights),
-            Precision::Q8 if all(Precision::Q8) => Some(self.q8_feed_forward(base, x, weights)),
-            _ => None,
-        };
-        fused.unwrap_or_else(|| ops::feed_forward(self, base, x, weights))
+        let by_rows = all(Precision::Bf16).then(|| self.feed_forward_by_rows(x, norm, weights)).flatten();
+        by_rows.unwrap_or_else(|| {
+            let y = self.rms_norm(x, norm.gain, norm.eps);
+            let fused = match weights[0].precision() {
+                Precision::Bf16 if all(Precision::Bf16) => self.bf16_feed_forward(x, &y, weights),
+                Precision::Q8 if all(Precision::Q8) => Some(self.q8_feed_forward(x, &y, weights)),
+                _ => None,
+            };
+            fused.unwrap_or_else(|| ops::feed_forward(self, x, &y, weights))
+        })
     }
 
     fn embed(&self, ids: &[u32], table: &Array<F>) -> Array<F> {

@@ -7,7 +7,7 @@
 //! weights once. The sums are the same, term by term.
 
 use super::array::{Lent, PackedPanels};
-use super::blocks::{Output, Product, ROWS, Sizes, forward_rows};
+use super::blocks::{Output, Product, ROWS, Sizes};
 use super::{Array, Cpu, for_rows};
 use crate::bf16::{self, GemmBf16, words};
 use crate::kernel_set::KernelSet;
@@ -50,7 +50,7 @@ fn round_columns<F: Real, const W: usize>(x: &[F], cols: usize, first: usize, to
 }
 
 /// Packed rows times packed panels.
-struct Words<'a, K> {
+pub(super) struct Words<'a, K> {
     set: K,
     a: &'a [u32],
     b: &'a [u32],
@@ -136,13 +136,9 @@ impl<F: Real, K: KernelSet<F>> Product<F> for Widened<'_, F, K> {
 impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     /// `x [N,K] . w [M,K]^T` for each weight.
     pub(super) fn bf16_products(&self, x: &Array<F>, weights: &[&Array<F>]) -> Vec<Array<F>> {
-        let (n, k) = x.matrix();
-        let factors = weights.iter().map(|w| {
-            let (m, wk) = w.matrix();
-            assert_eq!(k, wk, "linear of {:?} by {:?}", x.shape(), w.shape());
-            (self.packed_panels_of_rows(w), m)
-        });
-        let outputs = self.row_products(x, factors.collect()).into_iter().zip(weights);
+        let (n, _) = x.matrix();
+        let factors = weights.iter().map(|w| self.factor(x, w)).collect();
+        let outputs = self.row_products(x, factors).into_iter().zip(weights);
         outputs.map(|(y, w)| self.array_of(&[n, w.matrix().0], y)).collect()
     }
 
@@ -169,11 +165,19 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         sum
     }
 
+    /// What `x [N,K]` is multiplied by for `x . w [M,K]^T`: the packed panels and M.
+    pub(super) fn factor<'a>(&self, x: &Array<F>, w: &'a Array<F>) -> (&'a [u32], usize) {
+        let ((_, k), (m, wk)) = (x.matrix(), w.matrix());
+        assert_eq!(k, wk, "linear of {:?} by {:?}", x.shape(), w.shape());
+        (self.packed_panels_of_rows(w), m)
+    }
+
     /// `base + x [N,K] . w [M,K]^T`.
     pub(super) fn bf16_linear_onto(&self, base: &Array<F>, x: &Array<F>, w: &Array<F>) -> Array<F> {
-        let ((n, terms), (outputs, wk)) = (x.matrix(), w.matrix());
-        assert_eq!(terms, wk, "linear of {:?} by {:?}", x.shape(), w.shape());
-        let b = self.packed_panels_of_rows(w);
+        if let Some(sum) = self.linear_onto_by_rows(base, x, w) {
+            return sum;
+        }
+        let ((n, terms), (b, outputs)) = (x.matrix(), self.factor(x, w));
         match self.multiplies_words(n) {
             true => self.onto(base, self.words(self.packed_rows(x), b, [n, terms, outputs])),
             false => self.onto(base, self.widened(x.data(), b, [n, terms, outputs])),
@@ -200,12 +204,12 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     }
 
     /// Whether so many rows are multiplied as words.
-    fn multiplies_words(&self, n: usize) -> bool {
+    pub(super) fn multiplies_words(&self, n: usize) -> bool {
         self.set.pairs() || n < MANY
     }
 
     /// Packed rows `[n, terms]` times packed panels of `outputs` columns.
-    fn words<'a>(&self, a: &'a [u32], b: &'a [u32], [n, terms, outputs]: [usize; 3]) -> Words<'a, K> {
+    pub(super) fn words<'a>(&self, a: &'a [u32], b: &'a [u32], [n, terms, outputs]: [usize; 3]) -> Words<'a, K> {
         let rows = (LEFT / words(terms).min(NEAR_WORDS)).clamp(ROWS, 4 * ROWS);
         Words { set: self.set, a, b, sizes: Sizes { n, outputs, terms, rows }, accumulate: false }
     }
@@ -229,50 +233,27 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         }
         let [w_gate, w_up, w_down] = [gate, up, down].map(|w| self.packed_panels_of_rows(w));
         let row = words(inner);
-        let Some(rows) = forward_rows(n) else {
-            let mut hidden = self.home.words.lend(n * row);
-            let to = Output::of(&mut hidden);
-            let a = self.packed_rows(x);
-            self.gated([w_gate, w_up].map(|w| self.words(a, w, [n, terms, inner])), |rows, columns, gated| {
-                // SAFETY: these words of the rows are this block's alone.
-                unsafe { self.place_words(gated, columns, to.at(rows.start * row), row) };
-            });
-            return Some(self.onto(base, self.words(&hidden, w_down, [n, inner, outputs])));
-        };
-        // Every task takes some rows through the whole layer.
-        assert_eq!(base.matrix(), (n, outputs), "a sum of {:?} and a product", base.shape());
-        let mut sum = self.buffer(n * outputs);
-        let to = Output::of(&mut sum);
-        team::run(n.div_ceil(rows), |task| {
-            let some = task * rows..n.min((task + 1) * rows);
-            let mut a = self.home.words.lend(some.len() * words(terms));
-            self.set.pack(Packing::Rows { x: &x.data()[some.start * terms..some.end * terms], cols: terms }, &mut a);
-            let mut hidden = self.home.words.lend(some.len() * row);
-            let both = [w_gate, w_up].map(|w| self.words(&a, w, [some.len(), terms, inner]));
-            self.gated_block(&both, 0..some.len(), 0..inner.div_ceil(PANEL), |rows, columns, gated| {
-                // SAFETY: the rows are this task's.
-                unsafe { self.place_words(gated, columns, hidden.as_mut_ptr().wrapping_add(rows.start * row), row) };
-            });
-            let product = self.words(&hidden, w_down, [some.len(), inner, outputs]);
-            let base = &base.data()[some.start * outputs..some.end * outputs];
-            // SAFETY: the rows are this task's.
-            unsafe { self.all_onto(base, product, to.at(some.start * outputs)) };
+        let mut hidden = self.home.words.lend(n * row);
+        let to = Output::of(&mut hidden);
+        let a = self.packed_rows(x);
+        self.gated([w_gate, w_up].map(|w| self.words(a, w, [n, terms, inner])), |rows, columns, gated| {
+            // SAFETY: these words of the rows are this block's alone.
+            unsafe { self.place_words(gated, columns, to.at(rows.start * row), row) };
         });
-        Some(self.array_of(base.shape(), sum))
+        Some(self.onto(base, self.words(&hidden, w_down, [n, inner, outputs])))
     }
 
-    /// Packs numbers `[..][columns]` to words of these columns of rows that begin at `to`, `row` words apart.
+    /// Packs numbers `[..][columns]` to these columns of rows that begin at `to`, `row` words apart.
     ///
     /// # Safety
-    /// The words of the columns, as far as a row has them, must be valid for writes, and nobody else may use them.
+    /// The words of the columns must be valid for writes, and nobody else may use them.
     unsafe fn place_words(&self, numbers: &[F], columns: Range<usize>, to: *mut u32, row: usize) {
-        let mut lines = self.home.words.lend(numbers.len() / 2);
-        self.set.pack(Packing::Rows { x: numbers, cols: columns.len() }, &mut lines);
-        let first = columns.start / 2;
-        for (n, line) in lines.chunks_exact(columns.len() / 2).enumerate() {
-            let line = &line[..line.len().min(row - first)];
+        let width = words(columns.len());
+        let mut lines = self.home.words.lend(numbers.len() / columns.len() * width);
+        self.set.pack(Packing::rows(numbers, columns.len()), &mut lines);
+        for (n, line) in lines.chunks_exact(width).enumerate() {
             // SAFETY: the caller's.
-            unsafe { to.add(n * row + first).copy_from_nonoverlapping(line.as_ptr(), line.len()) };
+            unsafe { to.add(n * row + columns.start / 2).copy_from_nonoverlapping(line.as_ptr(), width) };
         }
     }
 
@@ -372,7 +353,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
             let mut packed = self.home.words.take(rows * words(cols));
             for_rows(&mut packed, words(cols), |first, block| {
                 let x = &x.data()[first * cols..][..block.len() / words(cols) * cols];
-                self.set.pack(Packing::Rows { x, cols }, block);
+                self.set.pack(Packing::rows(x, cols), block);
             });
             packed
         })

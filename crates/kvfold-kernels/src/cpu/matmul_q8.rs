@@ -68,7 +68,6 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         let both = [gate, up].map(|w| self.by_quantised((&rows, n, terms), w));
         self.gated(both, |rows, columns, gated| {
             for (n, gated) in rows.zip(gated.chunks_exact(columns.len())) {
-                let gated = &gated[..gated.len().min(inner - columns.start)];
                 // SAFETY: these columns of the row are this block's alone.
                 unsafe { to.at(n * inner + columns.start).copy_from_nonoverlapping(gated.as_ptr(), gated.len()) };
             }

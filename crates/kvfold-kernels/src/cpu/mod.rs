@@ -5,6 +5,7 @@
 mod array;
 mod backward;
 mod blocks;
+mod by_rows;
 mod cache;
 mod forward;
 mod heads;

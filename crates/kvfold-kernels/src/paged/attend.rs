@@ -36,8 +36,7 @@ pub(crate) struct Scratch<F> {
     pub(super) lanes: Vec<[F; LANES]>,
     /// The largest score of a row.
     pub(super) tops: Vec<F>,
-    /// Exponentials of some panels, and the same as words.
-    pub(super) exps: Aligned<F>,
+    /// Exponentials of some panels, as words.
     pub(super) weights: Aligned<u32>,
     /// A page that nobody sees.
     pub(super) nothing: Aligned<u32>,

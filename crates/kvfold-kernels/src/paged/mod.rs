@@ -35,7 +35,7 @@ pub(crate) use page::{bytes, bytes_mut};
 pub(crate) use page_kernel::Plain;
 pub(crate) use prefill::{Prepared, block, prepare};
 pub use words::{KeyPages, ValuePages};
-pub(crate) use words::{PANEL_WORDS, decode as decode_words, in_words};
+pub(crate) use words::{PANEL_WORDS, decode as decode_words, in_words, weigh, weigh_at};
 
 use crate::attention::View;
 use crate::ops::Heads;

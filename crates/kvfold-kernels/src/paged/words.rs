@@ -17,10 +17,12 @@ use super::take::take;
 use super::{CacheDType, HeadInput, HeadTable, PAGE_SLOTS};
 use crate::aligned::Aligned;
 use crate::bf16;
-use crate::kernel_set::KernelSet;
-use crate::pack::Packing;
+use crate::kernel_set::{Fast, KernelSet};
+#[cfg(target_arch = "x86_64")]
+use crate::pack::Avx512Bf16;
+use crate::pack::{Packer, Packing, Plain};
 use crate::real::{self, LANES, Real};
-use crate::simd::PANEL;
+use crate::simd::{Level, PANEL};
 use std::ops::Range;
 
 /// Words of a channel of a page's values.
@@ -422,10 +424,10 @@ impl<F: Real> Seen<'_, F> {
 
     /// Outputs `[tokens][group][D]`.
     fn outputs<K: KernelSet<F>>(&self, set: K, dim: usize, scratch: &mut Scratch<F>, out: &mut [F]) {
-        let Scratch { q, words, scores, lanes, tops, exps, weights, nothing, near, .. } = scratch;
+        let Scratch { q, words, scores, lanes, tops, weights, nothing, near, .. } = scratch;
         let rows = q.len() / dim;
         words.resize(q.len() / 2, 0);
-        set.pack(Packing::Rows { x: q, cols: dim }, words);
+        set.pack(Packing::rows(q, dim), words);
 
         nothing.resize(dim * PAGE_WORDS, 0);
         let pages = self.panels();
@@ -454,15 +456,10 @@ impl<F: Real> Seen<'_, F> {
 
         out.fill(F::zero());
         lanes.fill([F::zero(); LANES]);
-        exps.resize(some * panel, F::zero());
         weights.resize(some * panel / 2, 0);
         for (values, scores) in values.chunks(2 * some).zip(scores.chunks(some * panel)) {
-            let (exps, weights) = (&mut exps[..scores.len()], &mut weights[..scores.len() / 2]);
-            set.run(
-                #[inline(always)]
-                || exponentials::<F, K>(scores, tops, lanes, exps),
-            );
-            set.pack(Packing::Rows { x: exps, cols: exps.len() }, weights);
+            let weights = &mut weights[..scores.len() / 2];
+            set.weigh(scores, tops, lanes, weights);
             set.value_pages(ValuePages { weights, values, dim }, near, out);
         }
         for (out, &lanes) in out.chunks_exact_mut(dim).zip(&*lanes) {
@@ -518,21 +515,50 @@ fn raise<F: Real>(scores: &[F], tops: &mut [[F; LANES]]) {
     }
 }
 
-/// The exponentials of scores `[panels][rows][32]` beside their rows' maxima, which are added to the rows' totals.
+/// The exponentials of scores `[panels][rows][32]` beside their rows' maxima, as words; they are added to the rows' totals before
+/// they are rounded.
 #[inline(always)]
-fn exponentials<F: Real, K: KernelSet<F>>(scores: &[F], tops: &[F], totals: &mut [[F; LANES]], exps: &mut [F]) {
+pub(crate) fn weigh<F: Real, K: KernelSet<F>, P: Packer<F>>(
+    scores: &[F],
+    tops: &[F],
+    totals: &mut [[F; LANES]],
+    weights: &mut [u32],
+) {
     let panel = tops.len() * PANEL;
     for (row, (&top, total)) in tops.iter().zip(totals).enumerate() {
         let mut lanes = *total;
-        for (scores, exps) in scores.chunks_exact(panel).zip(exps.chunks_exact_mut(panel)) {
-            let (scores, exps) = (&scores[row * PANEL..][..PANEL], &mut exps[row * PANEL..][..PANEL]);
-            for (scores, exps) in scores.as_chunks::<LANES>().0.iter().zip(exps.as_chunks_mut::<LANES>().0) {
+        for (scores, weights) in scores.chunks_exact(panel).zip(weights.chunks_exact_mut(panel / 2)) {
+            let mut exps = [F::zero(); PANEL];
+            let scores = scores[row * PANEL..][..PANEL].as_chunks::<LANES>().0;
+            for (scores, exps) in scores.iter().zip(exps.as_chunks_mut::<LANES>().0) {
                 for l in 0..LANES {
                     exps[l] = K::exp_weight(scores[l] - top);
                     lanes[l] += exps[l];
                 }
             }
+            weights[row * PANEL_WORDS..][..PANEL_WORDS].copy_from_slice(&P::neighbours(&exps));
         }
         *total = lanes;
+    }
+}
+
+/// The same on a machine that rounds by itself.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+fn weigh_avx512_bf16(scores: &[f32], tops: &[f32], totals: &mut [[f32; LANES]], weights: &mut [u32]) {
+    weigh::<f32, Fast, Avx512Bf16>(scores, tops, totals, weights);
+}
+
+/// [`weigh`] in the vectors of an instruction set.
+pub(crate) fn weigh_at(level: Level, scores: &[f32], tops: &[f32], totals: &mut [[f32; LANES]], weights: &mut [u32]) {
+    assert!(level <= Level::detect(), "{level:?} is not available on this machine");
+    match level {
+        // SAFETY: the machine has the level's instruction set.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512Bf16 | Level::AmxBf16 => unsafe { weigh_avx512_bf16(scores, tops, totals, weights) },
+        _ => level.run(
+            #[inline(always)]
+            || weigh::<f32, Fast, Plain>(scores, tops, totals, weights),
+        ),
     }
 }

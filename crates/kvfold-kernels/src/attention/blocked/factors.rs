@@ -184,7 +184,7 @@ impl<F: Real, K: KernelSet<F>> Factors<F, K> for Words<K> {
 
     fn left(&self, x: Aligned<F>, (len, dim): (usize, usize)) -> Aligned<u32> {
         let mut packed = Aligned::new(len * words(dim));
-        self.set.pack(Packing::Rows { x: &x, cols: dim }, &mut packed);
+        self.set.pack(Packing::rows(&x, dim), &mut packed);
         packed
     }
 
@@ -227,7 +227,7 @@ impl<F: Real, K: KernelSet<F>> Factors<F, K> for Words<K> {
         let Block { rows, j0, width, .. } = block;
         // Whole rows at once: sums end at the width, an odd one's last word is made whole below.
         let left = &mut self.left[..rows * words(KEYS)];
-        self.set.pack(Packing::Rows { x: &s[..rows * KEYS], cols: KEYS }, left);
+        self.set.pack(Packing::rows(&s[..rows * KEYS], KEYS), left);
         if width % 2 == 1 {
             left.iter_mut().skip(width / 2).step_by(words(KEYS)).for_each(|word| *word &= 0xffff);
         }
