@@ -259,7 +259,7 @@ impl<O: CacheOps> Engine<O> {
     /// no sequence has changed.
     pub fn pass(&mut self, batch: &mut [(&mut Sequence, &[u32])]) -> Result<O::Tensor, EngineError> {
         self.admit(batch.iter().map(|(sequence, tokens)| (&**sequence, tokens.len())))?;
-        let parts = batch.iter_mut().map(|(sequence, tokens)| (&mut **sequence, *tokens)).collect();
+        let parts = batch.iter_mut().map(|(sequence, tokens)| (&mut **sequence, *tokens, tokens.len())).collect();
         let (spans, x) = self.step(parts);
         Ok(self.model.pass(&spans).logits(&self.model.weights, &x))
     }
@@ -287,9 +287,8 @@ impl<O: CacheOps> Engine<O> {
         let longest = batch.iter().map(|part| part.tokens.len()).max().unwrap_or(0);
         let chunk = self.chunk_of(batch);
         for start in (0..longest).step_by(chunk) {
-            // Rows of this pass that are wanted, and whose they are: part, first of its tokens, how many.
-            let (mut rows, mut whose) = (Vec::new(), Vec::new());
-            let (mut step, mut taken) = (Vec::new(), 0);
+            // What this pass takes, of how many of the last tokens logits are wanted, and whose those are: part, first, how many.
+            let (mut step, mut whose) = (Vec::new(), Vec::new());
             for (n, part) in batch.iter_mut().enumerate().filter(|(_, part)| start < part.tokens.len()) {
                 let end = part.tokens.len().min(start + chunk);
                 let wanted = match part.rows {
@@ -297,21 +296,16 @@ impl<O: CacheOps> Engine<O> {
                     Rows::Last if end == part.tokens.len() => 1,
                     Rows::Last | Rows::None => 0,
                 };
-                taken += end - start;
                 if wanted > 0 {
-                    rows.extend((taken - wanted) as u32..taken as u32);
                     whose.push((n, end - wanted, wanted));
                 }
-                step.push((&mut *part.sequence, &part.tokens[start..end]));
+                step.push((&mut *part.sequence, &part.tokens[start..end], wanted));
             }
-            let (spans, mut x) = self.step(step);
-            if rows.is_empty() {
+            let (spans, x) = self.step(step);
+            if whose.is_empty() {
                 continue;
             }
             let Loaded { ops, weights, .. } = &self.model;
-            if rows.len() < spans.rows() {
-                x = ops.embed(&rows, &x);
-            }
             let logits = ops.to_host(&self.model.pass(&spans).logits(weights, &x));
             let mut rest = &logits[..];
             for (n, first, wanted) in whose {
@@ -352,18 +346,22 @@ impl<O: CacheOps> Engine<O> {
         Ok(self.pool.admit(batch.map(|(sequence, more)| (&sequence.cache, more)))?)
     }
 
-    /// One pass over a ragged batch that was admitted: its rows, and what the last block leaves, `[N, C]`.
-    fn step(&mut self, batch: Vec<(&mut Sequence, &[u32])>) -> (Spans, O::Tensor) {
-        let spans = Spans::of_chunks(batch.iter().map(|(sequence, tokens)| (tokens.len(), sequence.tokens())));
-        let ids: Vec<u32> = batch.iter().flat_map(|(_, tokens)| tokens.iter().copied()).collect();
-        let members = batch.into_iter().map(|(Sequence { cache, full, trace }, _)| Member {
+    /// One pass over a ragged batch that was admitted, each with the number of its last tokens that are wanted: its spans, and what
+    /// the last block leaves of those tokens, `[rows, C]`.
+    fn step(&mut self, batch: Vec<(&mut Sequence, &[u32], usize)>) -> (Spans, O::Tensor) {
+        let spans = Spans::of_chunks(batch.iter().map(|(sequence, tokens, _)| (tokens.len(), sequence.tokens())));
+        let ids: Vec<u32> = batch.iter().flat_map(|(_, tokens, _)| tokens.iter().copied()).collect();
+        let ends = spans.iter().map(|span| span.start + span.len).zip(batch.iter().map(|&(_, _, wanted)| wanted));
+        let rows: Vec<u32> = ends.flat_map(|(end, wanted)| (end - wanted) as u32..end as u32).collect();
+        let members = batch.into_iter().map(|(Sequence { cache, full, trace }, _, wanted)| Member {
             cache,
             full: *full,
             trace: trace.as_mut(),
+            wanted: Some(wanted),
         });
         let members = members.collect();
         let mut attend = CachedAttend { policy: &*self.policy, pool: &mut self.pool, members };
-        let x = self.model.pass(&spans).hidden(&self.model.weights, &ids, &mut attend);
+        let x = self.model.pass(&spans).hidden_rows(&self.model.weights, &ids, &rows, &mut attend);
         (spans, x)
     }
 }

@@ -789,6 +789,8 @@ pub struct CachedAttention<'a, O: CacheOps> {
     pub states: &'a O::Arena,
     /// Per sequence, its G heads of this layer, with pages enough for the worst case.
     pub tables: Vec<&'a mut [HeadTable]>,
+    /// Per sequence, of how many of its last tokens the output is wanted: rows of others hold anything. All, where absent.
+    pub wanted: Option<&'a [usize]>,
 }
 
 /// Attention over a paged cache.

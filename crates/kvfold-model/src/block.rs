@@ -47,11 +47,16 @@ pub trait Attend<O: Ops> {
 impl<O: Ops> Pass<'_, O> {
     /// One decoder block, `[N, C] -> [N, C]`.
     pub fn block(&self, layer: usize, w: &Block<O::Tensor>, x: &O::Tensor, attend: &mut impl Attend<O>) -> O::Tensor {
-        let ops = self.ops;
         let y = attend.attend(layer, self, self.projected(w, x)); // [N, H*D]
+        self.after_attention(w, x, &y)
+    }
+
+    /// What a block does with attention's output `y [N, H*D]`, `[N, C] -> [N, C]`: row by row.
+    fn after_attention(&self, w: &Block<O::Tensor>, x: &O::Tensor, y: &O::Tensor) -> O::Tensor {
+        let ops = self.ops;
         let x = match &w.o_bias {
-            None => ops.linear_onto(x, &y, &w.o),
-            Some(bias) => ops.add(x, &ops.add_row(&ops.linear(&y, &w.o), bias), 1.0),
+            None => ops.linear_onto(x, y, &w.o),
+            Some(bias) => ops.add(x, &ops.add_row(&ops.linear(y, &w.o), bias), 1.0),
         }; // [N, C]
         ops.feed_forward(&x, self.norm(&w.post_norm), [&w.gate, &w.up, &w.down]) // [N, C]
     }
@@ -112,6 +117,27 @@ impl<O: Ops> Pass<'_, O> {
             x = self.block(layer, block, &x, attend);
         }
         x
+    }
+
+    /// Some rows of [`Pass::hidden`], `[rows, C]`: the last block computes no others, once it has attended.
+    pub fn hidden_rows(
+        &self,
+        weights: &Weights<O::Tensor>,
+        ids: &[u32],
+        rows: &[u32],
+        attend: &mut impl Attend<O>,
+    ) -> O::Tensor {
+        let (last, before) = weights.blocks.split_last().expect("a model has blocks");
+        let mut x = self.ops.embed(ids, &weights.embed);
+        for (layer, block) in before.iter().enumerate() {
+            x = self.block(layer, block, &x, attend);
+        }
+        let y = attend.attend(before.len(), self, self.projected(last, &x)); // [N, H*D]
+        if rows.len() == ids.len() {
+            return self.after_attention(last, &x, &y);
+        }
+        let x = self.ops.embed(rows, &x); // [rows, C]
+        if rows.is_empty() { x } else { self.after_attention(last, &x, &self.ops.embed(rows, &y)) }
     }
 
     /// Logits `[N, V]` of token ids.

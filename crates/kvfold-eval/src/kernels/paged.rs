@@ -71,6 +71,7 @@ impl Layer {
             rings: self.pool.rings(),
             states: self.pool.states(),
             tables: caches.iter_mut().map(|cache| cache.layer_mut(0)).collect(),
+            wanted: None,
         }));
         for cache in caches {
             self.pool.trim(cache, 0);

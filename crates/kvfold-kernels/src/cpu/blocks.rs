@@ -17,7 +17,7 @@ const GATED_PANELS: usize = 4;
 /// Rows of a product that it is added to while they are near, `GATED_PANELS` at a time.
 const ONTO_ROWS: usize = 32;
 /// Multiplications that are worth a task.
-const TASK: usize = 256 * 1024;
+const TASK: usize = 64 * 1024;
 
 /// Sizes of a product `[n, terms] x [outputs, terms]`.
 #[derive(Clone, Copy, Debug)]

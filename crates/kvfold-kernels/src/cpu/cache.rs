@@ -92,17 +92,20 @@ impl<F: Real, K: KernelSet<F>> CacheOps for Cpu<F, K> {
         let CachedAttention { q, k, v, logit, ahead, omega, spans, heads, rule, .. } = step;
         let (kv, dim, group) = (heads.kv, heads.dim, heads.group());
         assert_eq!(step.tables.len(), spans.len(), "one set of heads per sequence");
+        assert!(step.wanted.is_none_or(|wanted| wanted.len() == spans.len()), "one number of outputs per sequence");
         let mut out = self.buffer(spans.rows() * heads.query * dim);
         let mut work = Vec::with_capacity(spans.len() * kv);
         let outs = split_jobs(&mut out, spans, kv, group * dim);
-        let heads_of = spans.iter().zip(step.tables).flat_map(|(span, tables)| {
+        let heads_of = spans.iter().zip(step.tables).enumerate().flat_map(|(n, (span, tables))| {
             assert_eq!(tables.len(), kv, "one table per KV head");
-            tables.iter_mut().enumerate().map(move |(g, table)| (span, g, table))
+            let wanted = step.wanted.map_or(span.len, |wanted| wanted[n]);
+            tables.iter_mut().enumerate().map(move |(g, table)| (span, wanted, g, table))
         });
-        for ((span, g, table), out) in heads_of.zip(outs) {
+        for ((span, wanted, g, table), out) in heads_of.zip(outs) {
             assert_eq!(span.position, table.tokens, "a span begins where its cache ends");
             let input = HeadInput {
                 len: span.len,
+                wanted,
                 heads,
                 rule,
                 q: view(q, span, g, group * dim),
@@ -127,7 +130,9 @@ impl<F: Real, K: KernelSet<F>> CacheOps for Cpu<F, K> {
             let mut rest: &mut [F] = out;
             for tokens in prepared.blocks(rule.delay(), group) {
                 let (block, after) = rest.split_at_mut(tokens.len() * group * dim);
-                blocks.push(((&*input, &**table, &*prepared), tokens, block));
+                if tokens.end + input.wanted > input.len {
+                    blocks.push(((&*input, &**table, &*prepared), tokens, block));
+                }
                 rest = after;
             }
         }

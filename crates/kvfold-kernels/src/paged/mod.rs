@@ -178,6 +178,8 @@ impl HeadTable {
 pub(crate) struct HeadInput<'a, F> {
     /// Tokens to take.
     pub(crate) len: usize,
+    /// Of how many of the last of them the output is wanted.
+    pub(crate) wanted: usize,
     pub(crate) heads: Heads,
     pub(crate) rule: Rule,
     /// Rotated queries; head g of the group begins at column g*D.
