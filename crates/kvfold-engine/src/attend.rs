@@ -16,14 +16,12 @@ pub struct Member<'a> {
     pub full: bool,
     /// Where decisions are noted, if anywhere.
     pub trace: Option<&'a mut Trace>,
-    /// Of how many of its last tokens the last block's output is wanted; of all, where absent.
-    pub wanted: Option<usize>,
 }
 
 impl<'a> Member<'a> {
     /// A sequence that does what the model decides.
     pub fn of(cache: &'a mut SequenceCache) -> Self {
-        Self { cache, full: false, trace: None, wanted: None }
+        Self { cache, full: false, trace: None }
     }
 }
 
@@ -71,7 +69,7 @@ impl<O: CacheOps> CachedAttend<'_, O> {
 
 impl<O: CacheOps> Attend<O> for CachedAttend<'_, O> {
     fn attend(&mut self, layer: usize, pass: &Pass<'_, O>, p: Projected<O::Tensor>) -> O::Tensor {
-        let Pass { ops, shape, angles, spans } = *pass;
+        let Pass { ops, shape, angles, spans, .. } = *pass;
         let (q, k, v, logit, ahead, omega) = match self.policy.decisions() {
             None => (ops.rope(&p.q, angles, spans), p.k, p.v, None, None, None),
             Some(dmc) => {
@@ -84,10 +82,6 @@ impl<O: CacheOps> Attend<O> for CachedAttend<'_, O> {
         for (member, span) in self.members.iter_mut().zip(spans) {
             self.pool.reserve(ops, member.cache, (layer, span.len));
         }
-        let wanted: Option<Vec<usize>> = (layer + 1 == shape.layers).then(|| {
-            let members = self.members.iter().zip(spans);
-            members.map(|(member, span)| member.wanted.unwrap_or(span.len)).collect()
-        });
         let out = ops.cached_attention(CachedAttention {
             q: &q,
             k: &k,
@@ -104,7 +98,7 @@ impl<O: CacheOps> Attend<O> for CachedAttend<'_, O> {
             rings: self.pool.rings(),
             states: self.pool.states(),
             tables: self.members.iter_mut().map(|member| member.cache.layer_mut(layer)).collect(),
-            wanted: wanted.as_deref(),
+            wanted: pass.wanted.filter(|_| layer + 1 == shape.layers),
         });
         for member in &mut self.members {
             self.pool.trim(member.cache, layer);

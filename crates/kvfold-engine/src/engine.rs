@@ -8,6 +8,7 @@ use kvfold_cache::{
 use kvfold_kernels::CacheOps;
 use kvfold_kernels::ops::Spans;
 use kvfold_kernels::paged::CacheDType;
+use kvfold_model::block::Pass;
 use kvfold_model::shape::Shape;
 use kvfold_model::{Checkpoint, Loaded};
 use std::sync::OnceLock;
@@ -127,7 +128,7 @@ pub struct Engine<O: CacheOps> {
 const CHUNK: usize = 128;
 /// Tokens of a pass that few long sequences share: reading the weights costs little beside multiplying by them, and threads wait
 /// for each other seldom.
-const ROWS: usize = 4096;
+const ROWS: usize = 2048;
 
 impl<O: CacheOps> Engine<O> {
     /// An engine for a checkpoint, folding or evicting if the model was taught to.
@@ -351,17 +352,17 @@ impl<O: CacheOps> Engine<O> {
     fn step(&mut self, batch: Vec<(&mut Sequence, &[u32], usize)>) -> (Spans, O::Tensor) {
         let spans = Spans::of_chunks(batch.iter().map(|(sequence, tokens, _)| (tokens.len(), sequence.tokens())));
         let ids: Vec<u32> = batch.iter().flat_map(|(_, tokens, _)| tokens.iter().copied()).collect();
-        let ends = spans.iter().map(|span| span.start + span.len).zip(batch.iter().map(|&(_, _, wanted)| wanted));
-        let rows: Vec<u32> = ends.flat_map(|(end, wanted)| (end - wanted) as u32..end as u32).collect();
-        let members = batch.into_iter().map(|(Sequence { cache, full, trace }, _, wanted)| Member {
+        let wanted: Vec<usize> = batch.iter().map(|&(_, _, wanted)| wanted).collect();
+        let all = batch.iter().all(|&(_, tokens, wanted)| wanted == tokens.len());
+        let members = batch.into_iter().map(|(Sequence { cache, full, trace }, ..)| Member {
             cache,
             full: *full,
             trace: trace.as_mut(),
-            wanted: Some(wanted),
         });
         let members = members.collect();
         let mut attend = CachedAttend { policy: &*self.policy, pool: &mut self.pool, members };
-        let x = self.model.pass(&spans).hidden_rows(&self.model.weights, &ids, &rows, &mut attend);
+        let pass = Pass { wanted: (!all).then_some(&wanted[..]), ..self.model.pass(&spans) };
+        let x = pass.hidden(&self.model.weights, &ids, &mut attend);
         (spans, x)
     }
 }

@@ -85,7 +85,7 @@ pub trait KernelSet<F: Real>: Copy + std::fmt::Debug + Send + Sync + 'static {
     /// The exponentials of scores of rows `[panels][rows][32]` beside the rows' maxima, as words `[panels][rows][16]`; they are
     /// added, lane by lane, to the rows' totals.
     fn weigh(self, scores: &[F], tops: &[F], totals: &mut [[F; LANES]], weights: &mut [u32]) {
-        paged::weigh::<F, Self, pack::Plain>(scores, tops, totals, weights);
+        paged::weigh::<F, Self>(scores, tops, totals, weights);
     }
 
     /// Adds weighted pages of values, in words, to rows of outputs. `near` is room for some of the pages.
@@ -241,7 +241,11 @@ impl KernelSet<f32> for Fast {
     }
 
     fn weigh(self, scores: &[f32], tops: &[f32], totals: &mut [[f32; LANES]], weights: &mut [u32]) {
-        paged::weigh_at(self.0, scores, tops, totals, weights);
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Level::AmxBf16 => paged::weigh_on_amx(scores, tops, totals, weights),
+            _ => paged::weigh::<f32, Self>(scores, tops, totals, weights),
+        }
     }
 
     fn value_pages(self, product: ValuePages<'_>, near: &mut Aligned<u32>, out: &mut [f32]) {

@@ -71,6 +71,13 @@ impl Spans {
     pub fn rows(&self) -> usize {
         self.rows
     }
+
+    /// The rows of so many of each sequence's last tokens.
+    pub fn last_rows(&self, wanted: &[usize]) -> Vec<u32> {
+        let last = self.spans.iter().zip(wanted);
+        last.flat_map(|(span, wanted)| (span.start + span.len - wanted) as u32..(span.start + span.len) as u32)
+            .collect()
+    }
 }
 
 impl<'a> IntoIterator for &'a Spans {
@@ -789,7 +796,7 @@ pub struct CachedAttention<'a, O: CacheOps> {
     pub states: &'a O::Arena,
     /// Per sequence, its G heads of this layer, with pages enough for the worst case.
     pub tables: Vec<&'a mut [HeadTable]>,
-    /// Per sequence, of how many of its last tokens the output is wanted: rows of others hold anything. All, where absent.
+    /// Per sequence, of how many of its last tokens the output is wanted: it has no rows of others. All, where absent.
     pub wanted: Option<&'a [usize]>,
 }
 

@@ -469,11 +469,26 @@ fn products_are_their_definition_across_the_borders_of_tasks() {
 /// their parts are one by one: for every precision, also where weights differ in it, and wherever tasks meet.
 #[test]
 fn fused_products_are_their_parts() {
+    for threads in [1, 3] {
+        Arc::new(Team::new(threads).expect("threads")).install(compare_fused_products);
+    }
+}
+
+fn compare_fused_products() {
     use Precision::{Bf16, F32, Q8};
     let numbers =
         |seed: u64, len: usize| (0..len as u64).map(|i| unit(hash(&[seed, i])) as f32 - 0.5).collect::<Vec<_>>();
     let bits = |x: Vec<f32>| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-    let sizes = [[1, 7, 33], [2, 64, 192], [5, 40, 1], [63, 33, 65], [64, 33, 65], [600, 70, 129], [1101, 5, 41]];
+    let sizes = [
+        [1, 7, 33],
+        [2, 64, 192],
+        [5, 40, 1],
+        [63, 33, 65],
+        [64, 33, 65],
+        [600, 70, 129],
+        [1101, 5, 41],
+        [200, 33, 2113],
+    ];
     let precisions = [[F32; 3], [Bf16; 3], [Q8; 3], [Bf16, F32, Q8], [Q8, Bf16, Bf16]];
     for level in Level::available() {
         let ops = FastCpu::at_level(level);

@@ -17,7 +17,7 @@ pub struct Plain;
 
 impl<O: Ops> Attend<O> for Plain {
     fn attend(&mut self, _: usize, pass: &Pass<'_, O>, p: Projected<O::Tensor>) -> O::Tensor {
-        let Pass { ops, shape, angles, spans } = *pass;
+        let Pass { ops, shape, angles, spans, .. } = *pass;
         let q = ops.rope(&p.q, angles, spans);
         let exact = Some(Keys { k: ops.rope(&p.k, angles, spans), v: p.v, mass: None });
         ops.attention(&q, &Visible { exact, pooled: None, delay: 0, precision: p.precision }, spans, shape.heads)
@@ -53,7 +53,7 @@ fn fade_keys<O: Ops>(pass: &Pass<'_, O>, Fading { borrows, factor }: Fading, k: 
 
 impl<O: Ops> Attend<O> for Fading {
     fn attend(&mut self, _: usize, pass: &Pass<'_, O>, p: Projected<O::Tensor>) -> O::Tensor {
-        let Pass { ops, shape, angles, spans } = *pass;
+        let Pass { ops, shape, angles, spans, .. } = *pass;
         let turn = |x: &O::Tensor| ops.rope(x, angles, spans);
         let q = fade_queries(pass, *self, turn(&fade_queries(pass, *self, p.q)));
         let k = fade_keys(pass, *self, turn(&fade_keys(pass, *self, p.k)));
@@ -186,7 +186,7 @@ impl<T> Folding<T> {
 
 impl<O: Ops> Attend<O> for Folding<O::Tensor> {
     fn attend(&mut self, layer: usize, pass: &Pass<'_, O>, p: Projected<O::Tensor>) -> O::Tensor {
-        let Pass { ops, shape, angles, spans } = *pass;
+        let Pass { ops, shape, angles, spans, .. } = *pass;
         let precision = p.precision;
         let Gated { q, k, v, logit, ahead, omega } = gated(pass, &self.dmc, p);
         let logit = ahead.into_iter().fold(logit, |logit, ahead| ops.add_ahead(&logit, &ahead, spans));

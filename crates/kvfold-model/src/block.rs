@@ -19,6 +19,8 @@ pub struct Pass<'a, O: Ops> {
     pub angles: &'a O::Tensor,
     /// The batch's sequences.
     pub spans: &'a Spans,
+    /// Per sequence, of how many of its last tokens the last block's output is wanted; of all, where absent.
+    pub wanted: Option<&'a [usize]>,
 }
 
 /// The projections of one layer, before rotation.
@@ -40,7 +42,7 @@ pub struct Projected<T> {
 
 /// What the queries of a layer attend to, and how: the only difference between training and serving.
 pub trait Attend<O: Ops> {
-    /// Attention's output `[N, H*D]` for one layer's projections.
+    /// Attention's output `[N, H*D]` for one layer's projections; in the last layer, of the rows that the pass wants.
     fn attend(&mut self, layer: usize, pass: &Pass<'_, O>, projected: Projected<O::Tensor>) -> O::Tensor;
 }
 
@@ -110,34 +112,22 @@ impl<O: Ops> Pass<'_, O> {
         self.ops.linear(&self.normed(weights, x), weights.unembed())
     }
 
-    /// The residual stream `[N, C]` after the last block.
+    /// The residual stream after the last block, of the rows that the pass wants `[rows, C]`: once it has attended, the last block
+    /// computes no others.
     pub fn hidden(&self, weights: &Weights<O::Tensor>, ids: &[u32], attend: &mut impl Attend<O>) -> O::Tensor {
-        let mut x = self.ops.embed(ids, &weights.embed);
+        let mut x = self.ops.embed(ids, &weights.embed); // [N, C]
+        let last = weights.blocks.len() - 1;
         for (layer, block) in weights.blocks.iter().enumerate() {
-            x = self.block(layer, block, &x, attend);
+            let y = attend.attend(layer, self, self.projected(block, &x)); // [N, H*D]
+            if let (true, Some(wanted)) = (layer == last, self.wanted) {
+                x = self.ops.embed(&self.spans.last_rows(wanted), &x); // [rows, C]
+                if self.ops.shape(&x)[0] == 0 {
+                    return x;
+                }
+            }
+            x = self.after_attention(block, &x, &y);
         }
         x
-    }
-
-    /// Some rows of [`Pass::hidden`], `[rows, C]`: the last block computes no others, once it has attended.
-    pub fn hidden_rows(
-        &self,
-        weights: &Weights<O::Tensor>,
-        ids: &[u32],
-        rows: &[u32],
-        attend: &mut impl Attend<O>,
-    ) -> O::Tensor {
-        let (last, before) = weights.blocks.split_last().expect("a model has blocks");
-        let mut x = self.ops.embed(ids, &weights.embed);
-        for (layer, block) in before.iter().enumerate() {
-            x = self.block(layer, block, &x, attend);
-        }
-        let y = attend.attend(before.len(), self, self.projected(last, &x)); // [N, H*D]
-        if rows.len() == ids.len() {
-            return self.after_attention(last, &x, &y);
-        }
-        let x = self.ops.embed(rows, &x); // [rows, C]
-        if rows.is_empty() { x } else { self.after_attention(last, &x, &self.ops.embed(rows, &y)) }
     }
 
     /// Logits `[N, V]` of token ids.

@@ -45,6 +45,6 @@ impl<O: Ops> Loaded<O> {
 
     /// A pass over a batch.
     pub fn pass<'a>(&'a self, spans: &'a Spans) -> Pass<'a, O> {
-        Pass { ops: &self.ops, shape: &self.shape, angles: &self.angles, spans }
+        Pass { ops: &self.ops, shape: &self.shape, angles: &self.angles, spans, wanted: None }
     }
 }

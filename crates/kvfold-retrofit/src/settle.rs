@@ -45,7 +45,7 @@ impl Taken {
         let mut taken = vec![vec![Vec::new(); shape.heads.kv]; shape.layers];
         for &n in sequences {
             let spans = Spans::of_lengths(&corpus.lengths(n).collect::<Vec<_>>());
-            let pass = Pass { ops, shape, angles, spans: &spans };
+            let pass = Pass { ops, shape, angles, spans: &spans, wanted: None };
             let mut x = ops.embed(corpus.sequence(n), &weights.embed);
             for (layer, (block, heads)) in weights.blocks.iter().zip(&mut taken).enumerate() {
                 let mut attend = Folding::new(dmc, Mode::Hard);

@@ -99,7 +99,12 @@ impl<T: Clone + std::fmt::Debug + 'static> Frame<T> {
         x: &Var<T>,
     ) -> Vec<Var<T>> {
         let angles = Var::constant(self.angles.clone());
-        self.block_of(&Pass { ops: tape, shape: &self.shape, angles: &angles, spans: &self.spans }, layer, block, x)
+        self.block_of(
+            &Pass { ops: tape, shape: &self.shape, angles: &angles, spans: &self.spans, wanted: None },
+            layer,
+            block,
+            x,
+        )
     }
 
     /// The same on any backend.
@@ -415,7 +420,8 @@ where
     /// Fold rates of a part by layer, from a forward pass alone.
     fn rates_ahead(&self, part: &Part<O::Tensor>) -> Vec<O::Tensor> {
         let frame = &part.frame;
-        let pass = Pass { ops: &self.ops, shape: &frame.shape, angles: &frame.angles, spans: &frame.spans };
+        let pass =
+            Pass { ops: &self.ops, shape: &frame.shape, angles: &frame.angles, spans: &frame.spans, wanted: None };
         let mut x = self.ops.embed(&part.ids, &self.weights.embed);
         let mut rates = Vec::new();
         for (layer, block) in self.weights.blocks.iter().enumerate() {
@@ -471,7 +477,7 @@ where
             rates.extend(outs);
         }
         let angles = Var::constant(frame.angles.clone());
-        let pass = Pass { ops: tape, shape: &frame.shape, angles: &angles, spans: &frame.spans };
+        let pass = Pass { ops: tape, shape: &frame.shape, angles: &angles, spans: &frame.spans, wanted: None };
         (pass.normed(vars, &x), rates)
     }
 
@@ -484,7 +490,13 @@ where
     ) -> Var<O::Tensor> {
         match (self.settings.loss, &self.teacher) {
             (Loss::Distill { direction }, Some(teacher)) => {
-                let pass = Pass { ops: &self.ops, shape: &teacher.shape, angles: &frame.angles, spans: &frame.spans };
+                let pass = Pass {
+                    ops: &self.ops,
+                    shape: &teacher.shape,
+                    angles: &frame.angles,
+                    spans: &frame.spans,
+                    wanted: None,
+                };
                 let hidden = pass.hidden(&teacher.weights, ids, &mut Plain);
                 let x = Var::constant(pass.normed(&teacher.weights, &hidden));
                 let w = Var::constant(teacher.weights.unembed().clone());

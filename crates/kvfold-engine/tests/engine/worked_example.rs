@@ -172,7 +172,7 @@ impl Scene {
         let held = |tokens: usize| -> Vec<usize> { (0..kv).map(|g| want(g, tokens - 1).len()).collect() };
 
         let spans = Spans::of_lengths(&[len]);
-        let pass = Pass { ops: &ops, shape: &shape, angles: &angles, spans: &spans };
+        let pass = Pass { ops: &ops, shape: &shape, angles: &angles, spans: &spans, wanted: None };
         let mut training = Folding::new(&self.dmc, Mode::Hard);
         let out = training.attend(0, &pass, self.projected(&ops, 0..len));
         assert!(worst(out.data(), &expected) < 1e-12, "training sees something else, {self:?}");
@@ -191,7 +191,7 @@ impl Scene {
             let mut out = Vec::new();
             for chunk in cut(len, sizes) {
                 let spans = Spans::of_chunks([(chunk.len(), chunk.start)]);
-                let pass = Pass { ops: &ops, shape: &shape, angles: &angles, spans: &spans };
+                let pass = Pass { ops: &ops, shape: &shape, angles: &angles, spans: &spans, wanted: None };
                 let projected = self.projected(&ops, chunk);
                 let mut serving =
                     CachedAttend { policy: &policy, pool: &mut pool, members: vec![Member::of(&mut cache)] };
@@ -199,6 +199,19 @@ impl Scene {
                 assert_eq!(cache.held().slots, [held(cache.tokens())], "after {} tokens, {self:?}", cache.tokens());
             }
             assert!(worst(&out, &expected) < 1e-12, "chunks of {sizes:?} see something else, {self:?}");
+        }
+
+        // Of as many of the last tokens as are wanted.
+        for wanted in 0..=len {
+            let shape_of_cache = CacheShape { layers: 1, heads, rule: policy.rule(), dtype: CacheDType::F32 };
+            let mut pool = PagePool::new(&ops, shape_of_cache, usize::MAX);
+            let mut cache = pool.sequence();
+            let pass = Pass { ops: &ops, shape: &shape, angles: &angles, spans: &spans, wanted: Some(&[wanted]) };
+            let mut serving = CachedAttend { policy: &policy, pool: &mut pool, members: vec![Member::of(&mut cache)] };
+            let out = serving.attend(0, &pass, self.projected(&ops, 0..len));
+            let tail = &expected[expected.len() / len * (len - wanted)..];
+            assert_eq!(out.data().len(), tail.len(), "rows of {wanted} tokens, {self:?}");
+            assert!(worst(out.data(), tail) < 1e-12, "the last {wanted} tokens see something else, {self:?}");
         }
     }
 }

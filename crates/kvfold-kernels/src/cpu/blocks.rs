@@ -11,10 +11,11 @@ use std::ops::Range;
 
 /// Rows of a block: several register tiles, few enough to stay in cache beside a panel.
 pub(super) const ROWS: usize = 128;
-/// Rows and panels that are gated at once: what they make stays in the first-level cache, and weights in the second-level one.
+/// Panels of a product that are gated or added to a sum at once: their weights stay in the second-level cache.
+const NEAR_PANELS: usize = 4;
+/// Rows of them that are gated at once: what they make stays in the first-level cache.
 const GATED_ROWS: usize = 64;
-const GATED_PANELS: usize = 4;
-/// Rows of a product that it is added to while they are near, `GATED_PANELS` at a time.
+/// Rows of them that are added to a sum at once.
 const ONTO_ROWS: usize = 32;
 /// Multiplications that are worth a task.
 const TASK: usize = 64 * 1024;
@@ -37,6 +38,9 @@ impl Sizes {
 
 /// A product whose right factor lies in panels of 32 columns.
 pub(super) trait Product<F>: Sync {
+    /// Whether smaller blocks cost nothing: else a block prepares its factors first.
+    const SMALL_BLOCKS: bool;
+
     fn sizes(&self) -> Sizes;
 
     /// Computes some rows of some panels' columns; the output's rows are `row` apart.
@@ -54,11 +58,17 @@ struct Onto<'a, F, K, P> {
 }
 
 impl<F: Real, K: KernelSet<F>, P: Product<F>> Product<F> for Onto<'_, F, K, P> {
+    const SMALL_BLOCKS: bool = P::SMALL_BLOCKS;
+
     fn sizes(&self) -> Sizes {
         self.product.sizes()
     }
 
     unsafe fn block(&self, rows: Range<usize>, panels: Range<usize>, to: *mut F, row: usize) {
+        if !P::SMALL_BLOCKS {
+            // SAFETY: the caller's.
+            return unsafe { self.piece(rows, panels, to, row) };
+        }
         for (some, few) in pieces(panels.clone(), rows.clone(), ONTO_ROWS) {
             let to = to.wrapping_add((few.start - rows.start) * row + (some.start - panels.start) * PANEL);
             // SAFETY: the caller's.
@@ -95,7 +105,7 @@ fn pieces(
 ) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
     let cut =
         |range: Range<usize>, step| range.clone().step_by(step).map(move |first| first..range.end.min(first + step));
-    cut(panels, GATED_PANELS).flat_map(move |some| cut(rows.clone(), height).map(move |few| (some.clone(), few)))
+    cut(panels, NEAR_PANELS).flat_map(move |some| cut(rows.clone(), height).map(move |few| (some.clone(), few)))
 }
 
 /// An output whose blocks threads write side by side.
@@ -105,7 +115,7 @@ pub(super) struct Output<'a, T> {
     data: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: `blocks` hands every thread columns and rows of its own.
+// SAFETY: whoever divides an output hands every thread columns or rows of its own.
 unsafe impl<T: Send> Sync for Output<'_, T> {}
 
 impl<'a, T> Output<'a, T> {
@@ -115,6 +125,7 @@ impl<'a, T> Output<'a, T> {
 
     /// Where an element is.
     pub(super) fn at(&self, index: usize) -> *mut T {
+        assert!(index < self.len, "element {index} of {}", self.len);
         self.first.wrapping_add(index)
     }
 }
@@ -195,7 +206,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         mut place: impl FnMut(Range<usize>, Range<usize>, &[F]),
     ) {
         let outputs = gate.sizes().outputs;
-        let [mut gated, mut other] = [(); 2].map(|()| self.buffer(GATED_ROWS * GATED_PANELS * PANEL));
+        let [mut gated, mut other] = [(); 2].map(|()| self.buffer(GATED_ROWS * NEAR_PANELS * PANEL));
         for (some, few) in pieces(panels, rows, GATED_ROWS) {
             let columns = some.start * PANEL..outputs.min(some.end * PANEL);
             let [gated, other] = [&mut gated, &mut other].map(|buffer| &mut buffer[..few.len() * columns.len()]);

@@ -13,8 +13,11 @@ use crate::simd::PANEL;
 use crate::team;
 use std::ops::{Range, RangeInclusive};
 
-/// Rows of a task: fewer read the weights too often, and what more leave between products does not stay in the second-level cache.
+/// Rows of a task, about: fewer read the weights too often, and what more leave between products does not stay in the second-level
+/// cache.
 const ROWS: RangeInclusive<usize> = 64..=128;
+/// Rows that tiles are filled by.
+const TILE: usize = 16;
 /// Rows that are normed before they are packed: they stay in the first-level cache.
 const NORMED: usize = 8;
 
@@ -27,6 +30,7 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         weights: &[&Array<F>],
     ) -> Option<Vec<Array<F>>> {
         let (n, terms) = x.matrix();
+        assert_eq!(norm.gain.shape(), [terms], "a gain for {:?}", x.shape());
         let tasks = self.tasks(n)?;
         let factors: Vec<_> = weights.iter().map(|w| self.factor(x, w)).collect();
         let mut outputs: Vec<_> = factors.iter().map(|&(_, outputs)| self.buffer(n * outputs)).collect();
@@ -62,8 +66,11 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         norm: Norm<'_, Array<F>>,
         [gate, up, down]: [&Array<F>; 3],
     ) -> Option<Array<F>> {
-        let ((n, terms), (inner, _), (outputs, _)) = (x.matrix(), gate.matrix(), down.matrix());
-        let [gate, up, down] = [gate, up, down].map(|w| self.packed_panels_of_rows(w));
+        let ((n, terms), (outputs, width)) = (x.matrix(), down.matrix());
+        let [(gate, inner), (up, others)] = [gate, up].map(|w| self.factor(x, w));
+        assert_eq!(norm.gain.shape(), [terms], "a gain for {:?}", x.shape());
+        assert!(inner == others && inner == width, "{inner} gates, {others} gated, and {width} columns for them");
+        let down = self.packed_panels_of_rows(down);
         self.sum_by_rows(x, outputs, n, |rows, base, to| {
             let (count, row) = (rows.len(), words(inner));
             let a = self.normed_words(base, norm);
@@ -94,12 +101,16 @@ impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
         Some(self.array_of(base.shape(), sum))
     }
 
-    /// The rows of tasks; nothing where there are too few for every thread to have some, or where they are multiplied as floats.
+    /// The rows of tasks, about as many for each thread; nothing where there are too few, or where they are multiplied as floats.
     fn tasks(&self, n: usize) -> Option<impl Iterator<Item = Range<usize>>> {
-        let even = n.div_ceil(4 * team::threads()).next_multiple_of(PANEL);
-        let rows = even.clamp(*ROWS.start(), *ROWS.end());
-        let tasks = (0..n).step_by(rows).map(move |first| first..n.min(first + rows));
-        (n >= team::threads() * ROWS.start() && self.multiplies_words(n)).then_some(tasks)
+        let threads = team::threads();
+        let wanted = n.div_ceil(*ROWS.end()).max(4 * threads).min(n / ROWS.start());
+        let even = wanted / threads * threads;
+        if even == 0 || !self.multiplies_words(n) {
+            return None;
+        }
+        let rows = n.div_ceil(even).next_multiple_of(TILE);
+        Some((0..n).step_by(rows).map(move |first| first..n.min(first + rows)))
     }
 
     /// The words of normed rows.

@@ -99,6 +99,7 @@ impl<F: Real, K: KernelSet<F>> CacheOps for Cpu<F, K> {
         let heads_of = spans.iter().zip(step.tables).enumerate().flat_map(|(n, (span, tables))| {
             assert_eq!(tables.len(), kv, "one table per KV head");
             let wanted = step.wanted.map_or(span.len, |wanted| wanted[n]);
+            assert!(wanted <= span.len, "{wanted} outputs of {} tokens", span.len);
             tables.iter_mut().enumerate().map(move |(g, table)| (span, wanted, g, table))
         });
         for ((span, wanted, g, table), out) in heads_of.zip(outs) {
@@ -140,7 +141,11 @@ impl<F: Real, K: KernelSet<F>> CacheOps for Cpu<F, K> {
         self.each(parallel, blocks, cost, |(head, tokens, out), scratch| {
             paged::block(set, head, tokens, scratch, out);
         });
-        self.to_rows(&out, spans, JobLayout { kv, parts: 1, width: group * dim })
+        let layout = JobLayout { kv, parts: 1, width: group * dim };
+        match step.wanted {
+            None => self.to_rows(&out, spans, layout),
+            Some(wanted) => self.to_last_rows(&out, spans, wanted, layout),
+        }
     }
 }
 

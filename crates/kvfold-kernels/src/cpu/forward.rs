@@ -89,9 +89,16 @@ impl<F: Real, K: KernelSet<F>> Ops for Cpu<F, K> {
     }
 
     fn normed_linears(&self, x: &Array<F>, norm: Norm<'_, Array<F>>, weights: &[&Array<F>]) -> Vec<Array<F>> {
-        let words = weights.iter().all(|w| w.precision() == Precision::Bf16);
-        let by_rows = words.then(|| self.normed_linears_by_rows(x, norm, weights)).flatten();
-        by_rows.unwrap_or_else(|| self.linears(&self.rms_norm(x, norm.gain, norm.eps), weights))
+        let normed = || self.rms_norm(x, norm.gain, norm.eps);
+        let in_words = |w: &&&Array<F>| w.precision() == Precision::Bf16;
+        let (bf16, others): (Vec<_>, Vec<_>) = weights.iter().partition(in_words);
+        let by_rows = if bf16.is_empty() { None } else { self.normed_linears_by_rows(x, norm, &bf16) };
+        let Some(by_rows) = by_rows else { return self.linears(&normed(), weights) };
+        // Decision heads are floats.
+        let others = if others.is_empty() { Vec::new() } else { self.linears(&normed(), &others) };
+        let (mut by_rows, mut others) = (by_rows.into_iter(), others.into_iter());
+        let next = |w: &&Array<F>| if in_words(&w) { by_rows.next() } else { others.next() };
+        weights.iter().map(next).map(|y| y.expect("as many outputs as weights")).collect()
     }
 
     fn linear_onto(&self, base: &Array<F>, x: &Array<F>, w: &Array<F>) -> Array<F> {

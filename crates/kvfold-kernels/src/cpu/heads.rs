@@ -51,20 +51,26 @@ pub(super) struct JobLayout {
 impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     /// Jobs of `parts x [T, width]` as `[N, kv * parts * width]`.
     pub(super) fn to_rows(&self, jobs: &[F], spans: &Spans, layout: JobLayout) -> Array<F> {
+        let all: Vec<usize> = spans.iter().map(|span| span.len).collect();
+        self.to_last_rows(jobs, spans, &all, layout)
+    }
+
+    /// The same of so many of each span's last tokens.
+    pub(super) fn to_last_rows(&self, jobs: &[F], spans: &Spans, wanted: &[usize], layout: JobLayout) -> Array<F> {
         let JobLayout { kv, parts, width } = layout;
         let cols = kv * parts * width;
-        let mut rows = self.buffer(spans.rows() * cols);
-        let span_of: Vec<&Span> = spans.iter().flat_map(|span| std::iter::repeat_n(span, span.len)).collect();
+        let last = spans.iter().zip(wanted);
+        let places: Vec<(&Span, usize)> =
+            last.flat_map(|(span, wanted)| (span.len - wanted..span.len).map(move |t| (span, t))).collect();
+        let mut rows = self.buffer(places.len() * cols);
         for_rows(&mut rows, cols, |first, block| {
-            for (row, to) in block.chunks_exact_mut(cols).enumerate() {
-                let span = span_of[first + row];
-                let t = first + row - span.start;
+            for (to, &(span, t)) in block.chunks_exact_mut(cols).zip(&places[first..]) {
                 for (part, to) in to.chunks_exact_mut(width).enumerate() {
                     let from = span.start * cols + (part * span.len + t) * width;
                     to.copy_from_slice(&jobs[from..][..width]);
                 }
             }
         });
-        self.array_of(&[spans.rows(), cols], rows)
+        self.array_of(&[places.len(), cols], rows)
     }
 }

@@ -59,6 +59,8 @@ pub(super) struct Words<'a, K> {
 }
 
 impl<F: Real, K: KernelSet<F>> Product<F> for Words<'_, K> {
+    const SMALL_BLOCKS: bool = true;
+
     fn sizes(&self) -> Sizes {
         self.sizes
     }
@@ -94,6 +96,8 @@ struct Widened<'a, F: Real, K> {
 }
 
 impl<F: Real, K: KernelSet<F>> Product<F> for Widened<'_, F, K> {
+    const SMALL_BLOCKS: bool = false;
+
     fn sizes(&self) -> Sizes {
         self.sizes
     }

@@ -18,6 +18,8 @@ struct Quantised<'a, K> {
 }
 
 impl<F: Real, K: KernelSet<F>> Product<F> for Quantised<'_, K> {
+    const SMALL_BLOCKS: bool = true;
+
     fn sizes(&self) -> Sizes {
         self.sizes
     }

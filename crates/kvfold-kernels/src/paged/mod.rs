@@ -34,8 +34,10 @@ pub use page::{CacheDType, PageLayout};
 pub(crate) use page::{bytes, bytes_mut};
 pub(crate) use page_kernel::Plain;
 pub(crate) use prefill::{Prepared, block, prepare};
+#[cfg(target_arch = "x86_64")]
+pub(crate) use words::weigh_on_amx;
 pub use words::{KeyPages, ValuePages};
-pub(crate) use words::{PANEL_WORDS, decode as decode_words, in_words, weigh, weigh_at};
+pub(crate) use words::{PANEL_WORDS, decode as decode_words, in_words, weigh};
 
 use crate::attention::View;
 use crate::ops::Heads;

@@ -518,12 +518,13 @@ fn raise<F: Real>(scores: &[F], tops: &mut [[F; LANES]]) {
 /// The exponentials of scores `[panels][rows][32]` beside their rows' maxima, as words; they are added to the rows' totals before
 /// they are rounded.
 #[inline(always)]
-pub(crate) fn weigh<F: Real, K: KernelSet<F>, P: Packer<F>>(
+fn weigh_by<F: Real, K: KernelSet<F>, P: Packer<F>>(
     scores: &[F],
     tops: &[F],
     totals: &mut [[F; LANES]],
     weights: &mut [u32],
 ) {
+    assert_eq!(scores.len(), 2 * weights.len(), "words of scores");
     let panel = tops.len() * PANEL;
     for (row, (&top, total)) in tops.iter().zip(totals).enumerate() {
         let mut lanes = *total;
@@ -542,23 +543,47 @@ pub(crate) fn weigh<F: Real, K: KernelSet<F>, P: Packer<F>>(
     }
 }
 
-/// The same on a machine that rounds by itself.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-fn weigh_avx512_bf16(scores: &[f32], tops: &[f32], totals: &mut [[f32; LANES]], weights: &mut [u32]) {
-    weigh::<f32, Fast, Avx512Bf16>(scores, tops, totals, weights);
+/// The definition of [`KernelSet::weigh`].
+pub(crate) fn weigh<F: Real, K: KernelSet<F>>(
+    scores: &[F],
+    tops: &[F],
+    totals: &mut [[F; LANES]],
+    weights: &mut [u32],
+) {
+    weigh_by::<F, K, Plain>(scores, tops, totals, weights);
 }
 
-/// [`weigh`] in the vectors of an instruction set.
-pub(crate) fn weigh_at(level: Level, scores: &[f32], tops: &[f32], totals: &mut [[f32; LANES]], weights: &mut [u32]) {
-    assert!(level <= Level::detect(), "{level:?} is not available on this machine");
-    match level {
-        // SAFETY: the machine has the level's instruction set.
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx512Bf16 | Level::AmxBf16 => unsafe { weigh_avx512_bf16(scores, tops, totals, weights) },
-        _ => level.run(
-            #[inline(always)]
-            || weigh::<f32, Fast, Plain>(scores, tops, totals, weights),
-        ),
+/// The same on a machine that has tiles, and rounds by itself.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn weigh_on_amx(scores: &[f32], tops: &[f32], totals: &mut [[f32; LANES]], weights: &mut [u32]) {
+    #[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+    fn compiled(scores: &[f32], tops: &[f32], totals: &mut [[f32; LANES]], weights: &mut [u32]) {
+        weigh_by::<f32, Fast, Avx512Bf16>(scores, tops, totals, weights);
+    }
+    assert!(Level::detect() >= Level::AmxBf16, "this machine has no tiles");
+    // SAFETY: machines with tiles have these.
+    unsafe { compiled(scores, tops, totals, weights) }
+}
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use super::*;
+    use crate::noise::{hash, unit};
+
+    /// Words and totals are those of the definition, for any number of rows and panels.
+    #[test]
+    fn weights_on_amx_are_the_definition() {
+        if Level::detect() < Level::AmxBf16 {
+            return;
+        }
+        for (rows, panels) in [(1, 1), (3, 7), (17, 2), (96, 5)] {
+            let scores: Vec<f32> = (0..panels * rows * PANEL).map(|i| unit(hash(&[i as u64])) as f32 * -20.0).collect();
+            let tops: Vec<f32> = (0..rows).map(|row| unit(hash(&[1, row as u64])) as f32).collect();
+            let room = || (vec![[0.5; LANES]; rows], vec![0; scores.len() / 2]);
+            let (mut found, mut wanted) = (room(), room());
+            weigh_on_amx(&scores, &tops, &mut found.0, &mut found.1);
+            weigh::<f32, Fast>(&scores, &tops, &mut wanted.0, &mut wanted.1);
+            assert!(found == wanted, "{rows} rows, {panels} panels");
+        }
     }
 }

@@ -133,7 +133,7 @@ fn dmc_case(name: &str) {
     };
 
     // Evaluation: hard decisions, no noise.
-    let pass = Pass { ops: &ops, shape: &shape, angles: &angles, spans: &spans };
+    let pass = Pass { ops: &ops, shape: &shape, angles: &angles, spans: &spans, wanted: None };
     let mut hard = Folding::new(&dmc, Mode::Hard);
     let logits = pass.forward(&weights, &ids, &mut hard);
     check("eval_logits", logits.data(), &floats(&file, "eval_logits"), 1e-10);
@@ -156,7 +156,7 @@ fn dmc_case(name: &str) {
     let noise =
         noise.chunks(ids.len() * kv).map(|n| kvfold_autograd::Var::constant(ops.array(&[ids.len(), kv], n.to_vec())));
     let mode = Mode::Soft { temperature: case.tau, noise: Noise::Given(noise.collect()) };
-    let pass = Pass { ops: &tape, shape: &shape, angles: &angles, spans: &spans };
+    let pass = Pass { ops: &tape, shape: &shape, angles: &angles, spans: &spans, wanted: None };
     let mut soft = Folding::new(&dmc, mode);
     let x = pass.hidden(&vars, &ids, &mut soft);
     let logits = pass.logits(&vars, &x);

@@ -30,7 +30,7 @@ impl<T> Reading<T> {
 
 impl<O: Grad> Attend<O> for Reading<O::Tensor> {
     fn attend(&mut self, _: usize, pass: &Pass<'_, O>, p: Projected<O::Tensor>) -> O::Tensor {
-        let Pass { ops, shape, angles, spans } = *pass;
+        let Pass { ops, shape, angles, spans, .. } = *pass;
         let q = ops.rope(&p.q, angles, spans);
         let exact = Some(Keys { k: ops.rope(&p.k, angles, spans), v: p.v.clone(), mass: None });
         let visible = Visible { exact, pooled: None, delay: 0, precision: p.precision };
@@ -210,7 +210,7 @@ mod tests {
         let reader = Reader { ops: &ops, shape: &shape, angles: &angles, weights: &weights };
         let ids: Vec<u32> = (0..spans.rows() as u32).map(|n| 3 + n * 37 % 500).collect();
         let (x, block) = (ops.embed(&ids, &weights.embed), &weights.blocks[0]);
-        let pass = Pass { ops: &ops, shape: &shape, angles: &angles, spans: &spans };
+        let pass = Pass { ops: &ops, shape: &shape, angles: &angles, spans: &spans, wanted: None };
         let y = ops.rms_norm(&x, &block.input_norm, shape.norm_eps);
         let turned = |w| ops.to_host(&ops.rope(&ops.linear(&y, w), &angles, &spans));
         let (q, k) = (turned(&block.q), turned(&block.k));

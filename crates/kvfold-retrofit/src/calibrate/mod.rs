@@ -138,7 +138,7 @@ pub(crate) fn fit<O: Grad>(
         let (mut learned, mut checked) = (empty(), empty());
         for passage in &mut passages {
             let Passage { spans, known, held_out, x } = passage;
-            let pass = Pass { ops, shape, angles, spans };
+            let pass = Pass { ops, shape, angles, spans, wanted: None };
             let mut reading = Reading::of(dmc);
             let next = pass.block(layer, block, x, &mut reading);
             let (reads, v) = reading.seen.expect("a block attends");
