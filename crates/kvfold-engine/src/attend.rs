@@ -4,7 +4,7 @@ use crate::trace::Trace;
 use kvfold_cache::{CachePolicy, PagePool, SequenceCache};
 use kvfold_kernels::CacheOps;
 use kvfold_kernels::ops::{CachedAttention, Spans};
-use kvfold_model::attend::{Gated, gated, rotated_query};
+use kvfold_model::attend::{Gated, gated, lost_by_queries};
 use kvfold_model::block::{Attend, Pass, Projected};
 
 /// One sequence of a batch.
@@ -70,13 +70,14 @@ impl<O: CacheOps> CachedAttend<'_, O> {
 impl<O: CacheOps> Attend<O> for CachedAttend<'_, O> {
     fn attend(&mut self, layer: usize, pass: &Pass<'_, O>, p: Projected<O::Tensor>) -> O::Tensor {
         let Pass { ops, shape, angles, spans, .. } = *pass;
-        let (q, k, v, logit, ahead, omega) = match self.policy.decisions() {
-            None => (ops.rope(&p.q, angles, spans), p.k, p.v, None, None, None),
+        let decisions = self.policy.decisions();
+        let (q, k, v, logit, ahead, omega) = match decisions {
+            None => (p.q, p.k, p.v, None, None, None),
             Some(dmc) => {
                 let Gated { q, k, v, logit, ahead, omega } = gated(pass, dmc, p);
                 let logit = self.kept(ops, logit, spans, shape.heads.kv);
                 self.note(ops, layer, spans, (&logit, ahead.as_ref()));
-                (rotated_query(pass, dmc, &q), k, v, Some(logit), ahead, omega)
+                (q, k, v, Some(logit), ahead, omega)
             }
         };
         for (member, span) in self.members.iter_mut().zip(spans) {
@@ -84,6 +85,7 @@ impl<O: CacheOps> Attend<O> for CachedAttend<'_, O> {
         }
         let out = ops.cached_attention(CachedAttention {
             q: &q,
+            zeroed: decisions.and_then(|dmc| lost_by_queries(dmc.borrows(), shape.heads)),
             k: &k,
             v: &v,
             logit: logit.as_ref(),

@@ -15,7 +15,7 @@ pub(crate) const HUGE_PAGE: usize = 2 << 20;
 
 /// A vector that begins at a cache line, and at a huge page where it is made with room for one.
 #[derive(Debug)]
-pub struct Aligned<T>(AVec<T, RuntimeAlign>);
+pub(crate) struct Aligned<T>(AVec<T, RuntimeAlign>);
 
 impl<T: Clone + Default> Aligned<T> {
     /// `len` numbers of their type's default, 0.

@@ -7,15 +7,16 @@
 //! on how many rows or columns are computed beside it (promise I3). The instruction takes numbers below the smallest
 //! normal one for zero.
 //!
-//! Tile registers belong to the thread: [`Tiles`] are set up for the blocks of one size and given back after them. Nothing
-//! else of this process uses them, so they stay as they are from one `asm!` to the next.
+//! Tile registers belong to the thread: [`Tiles`] are set up for blocks of one size after the other and given back after them.
+//! Nothing else of this process uses them, so they stay as they are from one `asm!` to the next.
 
-use crate::aligned::Aligned;
 use crate::bf16::GemmBf16;
-use crate::paged::{KeyPages, PAGE_SLOTS, PANEL_WORDS, ValuePages};
-use crate::simd::{Level, PANEL, prefetch};
+use crate::paged::{KeyPanels, PAGE_SLOTS, PANEL_WORDS, ValuePanels};
+use crate::simd::{Level, PANEL};
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
+use std::cell::Cell;
+use std::marker::PhantomData;
 
 /// Rows of a tile, and words of its rows.
 const TILE: usize = 16;
@@ -82,12 +83,13 @@ fn permitted() -> bool {
 /// [`detect`] must have said yes. `g` must pass its check, and `c` must be valid for rows of `g.n` elements, `g.c_row`
 /// apart.
 pub(crate) unsafe fn gemm(g: GemmBf16<'_>, c: *mut f32) {
+    let mut tiles = Tiles::default();
     for (first, words, steps) in parts(g.words, TILE) {
         for (col, cols, panels) in parts(g.n, PANEL) {
             let strip = (STRIP / (g.words * PANEL)).max(1);
             for (row, rows, blocks) in parts(g.m, 2 * TILE) {
                 // SAFETY: the machine has tiles, and these sizes fit them.
-                let tiles = unsafe { Tiles::new(rows, cols, words) };
+                unsafe { tiles.fit(rows, cols, words) };
                 // A block's outputs are written side by side, from panels that are near.
                 let places = (0..panels).step_by(strip).flat_map(|first| {
                     let strip = first..panels.min(first + strip);
@@ -99,13 +101,16 @@ pub(crate) unsafe fn gemm(g: GemmBf16<'_>, c: *mut f32) {
                         steps,
                         a: g.a[row * g.a_row + first..].as_ptr(),
                         a_row: g.a_row * BYTES,
-                        right: Right::Panel(g.b[col / PANEL * g.b_panel + first * PANEL..].as_ptr()),
+                        a_next: TILE * BYTES,
+                        b: g.b[col / PANEL * g.b_panel + first * PANEL..].as_ptr(),
+                        b_second: TILE * BYTES,
+                        b_row: PANEL * BYTES,
                         c: c.wrapping_add(row * g.c_row + col),
                         c_row: g.c_row * BYTES,
                         accumulate: g.accumulate || first > 0,
                     };
                     // SAFETY: the block lies inside the product and is of the tiles' sizes.
-                    unsafe { block.sum((rows, cols), &tiles) };
+                    unsafe { block.sum::<FAR>((rows, cols), &mut tiles) };
                 }
             }
         }
@@ -113,73 +118,61 @@ pub(crate) unsafe fn gemm(g: GemmBf16<'_>, c: *mut f32) {
 }
 
 /// Scores, each summed as the module says, on a machine that has tiles.
-pub(crate) fn key_pages(product: KeyPages<'_>, scores: &mut [f32]) {
+pub(crate) fn key_panels(tiles: &mut Tiles, product: KeyPanels<'_>, scores: &mut [f32]) {
     assert!(Level::detect() >= Level::AmxBf16, "this machine has no tiles");
     let queries = product.check(scores.len());
-    let (KeyPages { q, words, keys }, c) = (product, scores.as_mut_ptr());
+    let (KeyPanels { q, words, keys }, c) = (product, scores.as_mut_ptr());
     for (first, part, steps) in parts(words, TILE) {
         for (query, rows, blocks) in parts(queries, 2 * TILE) {
             // SAFETY: the machine has tiles, and these sizes fit them.
-            let tiles = unsafe { Tiles::new(rows, PANEL, part) };
-            for (n, two) in keys.chunks(2).enumerate() {
-                if blocks == 1 {
-                    // A page is too short for the machine to see by itself where reading goes next.
-                    keys.iter().skip((n + 1) * 2).take(2).for_each(|page| prefetch(page));
-                }
-                let pages = [0, 1].map(|half| two[half][first * PAGE_SLOTS..].as_ptr());
+            unsafe { tiles.fit(rows, PANEL, part) };
+            for (n, keys) in keys.chunks_exact(words * PANEL).enumerate() {
                 for query in (0..blocks).map(|b| query + b * 2 * TILE) {
                     let block = Block {
                         steps,
                         a: q[query * words + first..].as_ptr(),
                         a_row: words * BYTES,
-                        right: Right::Pages(pages),
+                        a_next: TILE * BYTES,
+                        b: keys[first * PAGE_SLOTS..].as_ptr(),
+                        b_second: words * PAGE_SLOTS * BYTES,
+                        b_row: PAGE_SLOTS * BYTES,
                         c: c.wrapping_add((n * queries + query) * PANEL),
                         c_row: PANEL * BYTES,
                         accumulate: first > 0,
                     };
                     // SAFETY: the block lies inside the product and is of the tiles' sizes.
-                    unsafe { block.sum((rows, PANEL), &tiles) };
+                    unsafe { block.sum::<NEAR>((rows, PANEL), tiles) };
                 }
             }
         }
     }
 }
 
-/// Pages of values that are brought together at a time while many rows of weights pass by: they stay in the first-level cache.
-const TOGETHER: usize = 8;
-/// The same for few rows, which wait for memory: a long copy keeps more lines on their way than lines asked for by hand
-/// (measured: pages in any order are read half as fast again as eight at a time with the next eight asked for).
-const TOGETHER_FOR_FEW: usize = 32;
-
-/// Adds weighted values, a step of each sum per two pages, on a machine that has tiles. The pages are copied to `near`, since
-/// two of them fill a tile.
-pub(crate) fn value_pages(product: ValuePages<'_>, near: &mut Aligned<u32>, out: &mut [f32]) {
+/// Adds weighted values, a step of each sum per panel, on a machine that has tiles.
+pub(crate) fn value_panels(tiles: &mut Tiles, product: ValuePanels<'_>, out: &mut [f32]) {
     assert!(Level::detect() >= Level::AmxBf16, "this machine has no tiles");
     let queries = product.check(out.len());
-    let (ValuePages { weights, values, dim }, c) = (product, out.as_mut_ptr());
-    let together = if queries > 2 * TILE { TOGETHER } else { TOGETHER_FOR_FEW };
-    for (n, pages) in values.chunks(together).enumerate() {
-        near.clear();
-        pages.iter().for_each(|page| near.extend_from_slice(page));
-        let weights = &weights[n * together / 2 * queries * PANEL_WORDS..];
-        for (col, cols, panels) in parts(dim, PANEL) {
-            for (query, rows, blocks) in parts(queries, 2 * TILE) {
-                // SAFETY: the machine has tiles, and these sizes fit them.
-                let tiles = unsafe { Tiles::new(rows, cols, PANEL_WORDS) };
-                for col in (0..panels).map(|p| col + p * PANEL) {
-                    for query in (0..blocks).map(|b| query + b * 2 * TILE) {
-                        let block = Block {
-                            steps: pages.len() / 2,
-                            a: weights[query * PANEL_WORDS..].as_ptr(),
-                            a_row: PANEL_WORDS * BYTES,
-                            right: Right::Rows { first: near[col..].as_ptr(), row: dim, left: queries * PANEL_WORDS },
-                            c: c.wrapping_add(query * dim + col),
-                            c_row: dim * BYTES,
-                            accumulate: true,
-                        };
-                        // SAFETY: the block lies inside the product and is of the tiles' sizes.
-                        unsafe { block.sum((rows, cols), &tiles) };
-                    }
+    let (ValuePanels { weights, values, dim }, c) = (product, out.as_mut_ptr());
+    for (col, cols, panels) in parts(dim, PANEL) {
+        for (query, rows, blocks) in parts(queries, 2 * TILE) {
+            // SAFETY: the machine has tiles, and these sizes fit them.
+            unsafe { tiles.fit(rows, cols, PANEL_WORDS) };
+            for col in (0..panels).map(|p| col + p * PANEL) {
+                for query in (0..blocks).map(|b| query + b * 2 * TILE) {
+                    let block = Block {
+                        steps: values.len() / (PANEL_WORDS * dim),
+                        a: weights[query * PANEL_WORDS..].as_ptr(),
+                        a_row: PANEL_WORDS * BYTES,
+                        a_next: queries * PANEL_WORDS * BYTES,
+                        b: values[col..].as_ptr(),
+                        b_second: TILE * BYTES,
+                        b_row: dim * BYTES,
+                        c: c.wrapping_add(query * dim + col),
+                        c_row: dim * BYTES,
+                        accumulate: true,
+                    };
+                    // SAFETY: the block lies inside the product and is of the tiles' sizes.
+                    unsafe { block.sum::<NEAR>((rows, cols), tiles) };
                 }
             }
         }
@@ -204,16 +197,37 @@ struct Config {
     rows: [u8; 16],
 }
 
-/// The thread's tile registers, set up for blocks of one size; given back when dropped.
+thread_local! {
+    /// Whether somebody has the thread's tile registers.
+    static TAKEN: Cell<bool> = const { Cell::new(false) };
+}
+
+/// The thread's tile registers, set up for blocks of the size that was last asked for; given back when dropped.
 ///
 /// Tiles 0 to 3 are the output's, 4 and 5 the left factor's, 6 and 7 the right one's. One that is not in use has no rows and
 /// must not be named.
-struct Tiles(());
+#[derive(Debug)]
+pub struct Tiles {
+    size: Option<[usize; 3]>,
+    /// They stay on their thread.
+    thread: PhantomData<*const ()>,
+}
+
+impl Default for Tiles {
+    /// Those of this thread, not set up; panics if somebody has them.
+    fn default() -> Self {
+        assert!(!TAKEN.replace(true), "somebody else has this thread's tile registers");
+        Self { size: None, thread: PhantomData }
+    }
+}
 
 impl Tiles {
     /// # Safety
-    /// [`detect`] must have said yes; 1 to 32 rows and columns, 1 to 16 words. The thread must have no other.
-    unsafe fn new(rows: usize, cols: usize, words: usize) -> Self {
+    /// [`detect`] must have said yes; 1 to 32 rows and columns, 1 to 16 words.
+    unsafe fn fit(&mut self, rows: usize, cols: usize, words: usize) {
+        if self.size == Some([rows, cols, words]) {
+            return;
+        }
         let mut config = Config { palette: 1, ..Config::default() };
         let part = |of: usize, second: usize| if second == 0 { of.min(TILE) } else { of.saturating_sub(TILE) };
         let output = |tile: usize| (tile, part(rows, tile / 2), part(cols, tile % 2));
@@ -227,14 +241,17 @@ impl Tiles {
         }
         // SAFETY: the caller's; a tile is no larger than 16 rows of 64 bytes.
         unsafe { asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, readonly)) };
-        Self(())
+        self.size = Some([rows, cols, words]);
     }
 }
 
 impl Drop for Tiles {
     fn drop(&mut self) {
-        // SAFETY: whoever made it has a machine with tiles.
-        unsafe { asm!("tilerelease", options(nostack, nomem)) };
+        if self.size.is_some() {
+            // SAFETY: whoever set them up has a machine with tiles.
+            unsafe { asm!("tilerelease", options(nostack, nomem)) };
+        }
+        TAKEN.set(false);
     }
 }
 
@@ -243,87 +260,60 @@ impl Drop for Tiles {
 macro_rules! between {
     ($eighth:literal) => {
         concat!(
-            ".rept {pace}\nnop\n.endr\n.if {ahead}\n.irp line, 0, 1, 2, 3\nprefetcht0 [{b} + {panel_step} + {panel_step} / 8 * ",
+            ".rept {pace}\nnop\n.endr\n.if {far}\n.irp line, 0, 1, 2, 3\nprefetcht0 [{b} + {panel_step} + {panel_step} / 8 * ",
             $eighth,
             " + 64 * \\line]\n.endr\n.endif"
         )
     };
 }
 
-/// Up to two tiles of rows by two of columns, over the steps of a sum.
+/// Up to two tiles of rows by two of columns, over the steps of a sum, each of up to 16 words. Distances are in bytes.
 struct Block {
     steps: usize,
     a: *const u32,
-    /// Bytes between the rows of the left factor.
+    /// Between rows of the left factor.
     a_row: usize,
-    right: Right,
+    /// To its next step.
+    a_next: usize,
+    b: *const u32,
+    /// To the second tile's columns.
+    b_second: usize,
+    /// Between rows of the right factor, of which the next step's are below.
+    b_row: usize,
     c: *mut f32,
-    /// Bytes between the rows of the output.
+    /// Between rows of the output.
     c_row: usize,
     accumulate: bool,
 }
 
-/// Where the tiles of a right factor are.
-enum Right {
-    /// A panel, which goes on below itself: steps of 16 words.
-    Panel(*const u32),
-    /// Two pages of keys, each of which goes on below itself: steps of 16 words.
-    Pages([*const u32; 2]),
-    /// Rows so many words apart, which go on below: steps of 16 words. Those of the left factor are so many words apart, and its
-    /// rows 16.
-    Rows { first: *const u32, row: usize, left: usize },
-}
-
-/// Which of [`Right`] a block has, where the compiler is to know.
-const OF_PANEL: usize = 0;
-const OF_PAGES: usize = 1;
-const OF_ROWS: usize = 2;
+/// Whether the right factor, then a panel, and the output are worth asking for before they are used.
+const NEAR: usize = 0;
+const FAR: usize = 1;
 
 impl Block {
     /// Computes a block of so many rows and columns.
     ///
     /// # Safety
-    /// As [`gemm`], for a block that the tiles are set up for or of a tile of columns less. There must be a step.
-    unsafe fn sum(self, size: (usize, usize), tiles: &Tiles) {
-        // SAFETY: the caller's.
-        unsafe {
-            match self.right {
-                Right::Panel(_) => self.sum_of::<OF_PANEL>(size, tiles),
-                Right::Pages(_) => self.sum_of::<OF_PAGES>(size, tiles),
-                Right::Rows { .. } => self.sum_of::<OF_ROWS>(size, tiles),
-            }
-        }
-    }
-
-    /// # Safety
-    /// As [`Block::sum`], with a right factor of the kind `OF`.
-    unsafe fn sum_of<const OF: usize>(self, (rows, cols): (usize, usize), tiles: &Tiles) {
+    /// As [`gemm`], for a block that the tiles are set up for. There must be a step.
+    unsafe fn sum<const FROM: usize>(self, (rows, cols): (usize, usize), tiles: &mut Tiles) {
         // SAFETY: the caller's.
         unsafe {
             match (rows > TILE, cols > TILE) {
-                (false, false) => self.sum_with::<0, 0, OF>(tiles),
-                (false, true) => self.sum_with::<0, 1, OF>(tiles),
-                (true, false) => self.sum_with::<1, 0, OF>(tiles),
-                (true, true) => self.sum_with::<1, 1, OF>(tiles),
+                (false, false) => self.sum_of::<0, 0, FROM>(tiles),
+                (false, true) => self.sum_of::<0, 1, FROM>(tiles),
+                (true, false) => self.sum_of::<1, 0, FROM>(tiles),
+                (true, true) => self.sum_of::<1, 1, FROM>(tiles),
             }
         }
     }
 
     /// # Safety
-    /// As [`Block::sum_of`]; `TALL` is 1 where the block has more than 16 rows, and `WIDE` where it has more columns.
-    unsafe fn sum_with<const TALL: usize, const WIDE: usize, const OF: usize>(self, _: &Tiles) {
-        let step = |rows: usize| TILE * rows * BYTES;
-        // Where the right factor's tiles are, the distance of their rows in words, and bytes to the next step. Only pages have a
-        // second tile that is not beside the first one; of rows, `right_b` is bytes to the left factor's next step.
-        let (b, right_b, b_row, next) = match self.right {
-            Right::Panel(panel) => (panel, panel, PANEL, step(PANEL)),
-            Right::Pages([left, right]) => (left, right, PAGE_SLOTS, step(PAGE_SLOTS)),
-            Right::Rows { first, row, left } => (first, std::ptr::null::<u32>().wrapping_add(left), row, step(row)),
-        };
+    /// As [`Block::sum`]; `TALL` is 1 where the block has more than 16 rows, and `WIDE` where it has more columns.
+    unsafe fn sum_of<const TALL: usize, const WIDE: usize, const FROM: usize>(self, _: &mut Tiles) {
         // SAFETY: the tiles are no larger than what is left of the product, so every access is inside it.
         unsafe {
             asm!(
-                "test {accumulate:e}, {accumulate:e}",
+                "test {line:e}, {line:e}",
                 "jz 2f",
                 "tileloadd tmm0, [{c} + {c_row}]",
                 ".if {wide}",
@@ -359,31 +349,19 @@ impl Block {
                 "tileloadd tmm4, [{a} + {a_row}]",
                 "tileloadd tmm6, [{b} + {b_row}]",
                 ".if {wide}",
-                ".if {pages}",
                 "tileloadd tmm7, [{right_b} + {b_row}]",
-                ".else",
-                "tileloadd tmm7, [{b} + {b_row} + 64]",
-                ".endif",
                 ".endif",
                 ".if {tall}",
-                ".if {rows}",
-                "tileloadd tmm5, [{a} + {a_row} + {tile_of_rows}]",
-                ".else",
                 "tileloadd tmm5, [{lower_a} + {a_row}]",
-                ".endif",
                 ".endif",
                 "dec {steps}",
                 "jz 5f",
                 // Each tile is loaded again as soon as the products that read it are under way.
                 "4:",
-                "add {b}, {next}",
-                ".if {rows}",
-                "add {a}, {right_b}",
-                ".else",
-                "add {a}, {a_step}",
-                "add {lower_a}, {a_step}",
-                "add {right_b}, {next}",
-                ".endif",
+                "add {b}, {b_next}",
+                "add {right_b}, {b_next}",
+                "add {a}, {a_next}",
+                "add {lower_a}, {a_next}",
                 "tdpbf16ps tmm0, tmm4, tmm6",
                 between!(0),
                 ".if {wide}",
@@ -403,27 +381,19 @@ impl Block {
                 "tdpbf16ps tmm3, tmm5, tmm7",
                 between!(5),
                 ".endif",
-                ".if {pages}",
                 "tileloadd tmm7, [{right_b} + {b_row}]",
-                ".else",
-                "tileloadd tmm7, [{b} + {b_row} + 64]",
-                ".endif",
                 between!(6),
                 ".endif",
                 ".if {tall}",
-                ".if {rows}",
-                "tileloadd tmm5, [{a} + {a_row} + {tile_of_rows}]",
-                ".else",
                 "tileloadd tmm5, [{lower_a} + {a_row}]",
-                ".endif",
                 between!(7),
                 ".endif",
                 "dec {steps}",
                 "jnz 4b",
                 "5:",
                 // Lines beyond a panel are those of the next one.
-                ".if {ahead}",
-                "add {b}, {next}",
+                ".if {far}",
+                "add {b}, {b_next}",
                 ".endif",
                 "tdpbf16ps tmm0, tmm4, tmm6",
                 between!(0),
@@ -453,30 +423,26 @@ impl Block {
                 "tilestored [{lower_c} + {c_row} + 64], tmm3",
                 ".endif",
                 ".endif",
-                accumulate = in(reg) u32::from(self.accumulate),
+                line = inout(reg) u64::from(self.accumulate) => _,
                 c = in(reg) self.c,
                 lower_c = in(reg) self.c.wrapping_byte_add(TILE * self.c_row),
                 c_row = in(reg) self.c_row,
                 a = inout(reg) self.a => _,
                 lower_a = inout(reg) self.a.wrapping_byte_add(TILE * self.a_row) => _,
                 a_row = in(reg) self.a_row,
-                b = inout(reg) b => _,
-                right_b = inout(reg) right_b => _,
-                b_row = in(reg) b_row * BYTES,
-                next = in(reg) next,
+                a_next = in(reg) self.a_next,
+                b = inout(reg) self.b => _,
+                right_b = inout(reg) self.b.wrapping_byte_add(self.b_second) => _,
+                b_row = in(reg) self.b_row,
+                b_next = in(reg) TILE * self.b_row,
                 steps = inout(reg) self.steps => _,
-                a_step = const TILE * BYTES,
-                tile_of_rows = const TILE * PANEL_WORDS * BYTES,
                 panel_step = const TILE * PANEL * BYTES,
                 tall = const TALL,
                 wide = const WIDE,
-                rows = const (OF == OF_ROWS) as usize,
-                pages = const (OF == OF_PAGES) as usize,
-                ahead = const (OF == OF_PANEL) as usize,
-                whole = const (OF != OF_ROWS && TALL == 1 && WIDE == 1) as usize,
+                far = const FROM,
+                whole = const TALL * WIDE * FROM,
                 tile = const TILE,
                 pace = const PACE,
-                line = out(reg) _,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack)
@@ -492,7 +458,8 @@ impl Block {
 pub(crate) unsafe fn products(steps: usize) -> usize {
     // SAFETY: the caller's, and whole tiles are set up.
     unsafe {
-        let _tiles = Tiles::new(2 * TILE, PANEL, TILE);
+        let mut tiles = Tiles::default();
+        tiles.fit(2 * TILE, PANEL, TILE);
         asm!(
             "2:",
             "tdpbf16ps tmm0, tmm4, tmm6",
@@ -512,11 +479,10 @@ pub(crate) unsafe fn products(steps: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::{key_pages, value_pages};
-    use crate::aligned::Aligned;
+    use super::{Tiles, key_panels, value_panels};
     use crate::bf16::{self, GemmBf16, widen, words};
     use crate::pack::{Packing, pack};
-    use crate::paged::{KeyPages, PAGE_SLOTS, PANEL_WORDS, ValuePages};
+    use crate::paged::{KeyPanels, PAGE_SLOTS, PANEL_WORDS, ValuePanels};
     use crate::simd::{Level, PANEL};
     use crate::team::Team;
     use proptest::prelude::*;
@@ -562,38 +528,35 @@ mod tests {
     }
 
     proptest! {
-        /// Pages of keys and of values are multiplied as they lie, for any head dim and number of pages and rows.
+        /// Panels of keys and of values, for any head dim and number of panels and rows.
         #[test]
-        fn pages_are_as_the_manual_says(rows in 1usize..100, half in 1usize..70, panels in 1usize..35, seed: u64) {
+        fn panels_are_as_the_manual_says(rows in 1usize..100, half in 1usize..70, panels in 1usize..9, seed: u64) {
             if !Level::available().contains(&Level::AmxBf16) {
                 return Ok(());
             }
             let (dim, bits) = (2 * half, |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<u32>>());
-            let page = |n: usize| words_of(seed ^ n as u64, half * PAGE_SLOTS);
-            let pages: Vec<Vec<u32>> = (0..2 * panels).map(|n| page(n + 2)).collect();
-            let pages: Vec<&[u32]> = pages.iter().map(|page| &page[..]).collect();
-
-            let q = words_of(seed, rows * half);
+            let panel = half * PANEL;
+            let (q, keys) = (words_of(seed, rows * half), words_of(seed ^ 2, panels * panel));
             let mut scores = vec![0.5; panels * rows * PANEL];
             let mut wanted = scores.clone();
-            key_pages(KeyPages { q: &q, words: half, keys: &pages }, &mut scores);
-            for (two, wanted) in pages.chunks(2).zip(wanted.chunks_exact_mut(rows * PANEL)) {
+            let mut tiles = Tiles::default();
+            key_panels(&mut tiles, KeyPanels { q: &q, words: half, keys: &keys }, &mut scores);
+            for (keys, wanted) in keys.chunks(panel).zip(wanted.chunks_exact_mut(rows * PANEL)) {
                 for (q, wanted) in q.chunks_exact(half).zip(wanted.chunks_exact_mut(PANEL)) {
                     for (n, score) in wanted.iter_mut().enumerate() {
-                        let keys = two[n / PAGE_SLOTS].iter().skip(n % PAGE_SLOTS).step_by(PAGE_SLOTS);
-                        let pairs: Vec<_> = q.iter().zip(keys).collect();
+                        let page = &keys[n / PAGE_SLOTS * half * PAGE_SLOTS..][..half * PAGE_SLOTS];
+                        let pairs: Vec<_> = q.iter().zip(page.iter().skip(n % PAGE_SLOTS).step_by(PAGE_SLOTS)).collect();
                         *score = pairs.chunks(16).fold(0.0, |sum, pairs| sum + step(pairs.iter().copied()));
                     }
                 }
             }
             prop_assert_eq!(bits(&scores), bits(&wanted), "scores");
 
-            let weights = words_of(seed ^ 1, panels * rows * PANEL_WORDS);
+            let (weights, values) = (words_of(seed ^ 1, panels * rows * PANEL_WORDS), words_of(seed ^ 3, panels * panel));
             let mut out: Vec<f32> = (0..rows * dim).map(|i| noise(!seed, i)).collect();
             let mut wanted = out.clone();
-            value_pages(ValuePages { weights: &weights, values: &pages, dim }, &mut Aligned::default(), &mut out);
-            for (two, weights) in pages.chunks(2).zip(weights.chunks_exact(rows * PANEL_WORDS)) {
-                let values = two.concat();
+            value_panels(&mut tiles, ValuePanels { weights: &weights, values: &values, dim }, &mut out);
+            for (values, weights) in values.chunks(panel).zip(weights.chunks_exact(rows * PANEL_WORDS)) {
                 for (weights, wanted) in weights.chunks_exact(PANEL_WORDS).zip(wanted.chunks_exact_mut(dim)) {
                     for (d, out) in wanted.iter_mut().enumerate() {
                         *out += step(weights.iter().zip(values.iter().skip(d).step_by(dim)));
@@ -680,6 +643,15 @@ mod tests {
                 assert!(tiles.iter().all(|&x| x == want.to_bits()), "{m} rows of {a:x} by {b:x}: {tiles:x?}");
             }
         }
+    }
+
+    #[test]
+    fn a_thread_has_one_set_of_tiles_at_a_time() {
+        drop(Tiles::default());
+        let first = Tiles::default();
+        assert!(std::panic::catch_unwind(Tiles::default).is_err(), "a second set");
+        assert!(std::thread::spawn(|| drop(Tiles::default())).join().is_ok(), "another thread's");
+        drop(first);
     }
 
     /// Tiles are a thread's own, and survive its being interrupted.

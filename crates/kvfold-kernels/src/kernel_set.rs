@@ -3,20 +3,22 @@
 //! [`Scalar`] is the reference, generic over the float; its every method is the definition. [`Fast`] is f32 with the
 //! machine's vectors. Tests run both through the same backend and compare.
 
-use crate::aligned::Aligned;
 #[cfg(target_arch = "x86_64")]
 use crate::amx;
 use crate::attention::{self, AttentionJob, AttentionJobGrad};
 use crate::bf16::{self, GemmBf16};
 use crate::ops::{Late, LateReads};
 use crate::pack::{self, Packing};
-use crate::paged::{self, DecodeJob, KeyPages, ValuePages};
+use crate::paged::{self, DecodeJob, KeyPanels, Sums, ValuePanels};
 use crate::q8::{self, GemmQ8};
-use crate::real::{LANES, Real};
+use crate::real::Real;
 use crate::simd::{self, Gemm, Level};
 
 /// The choices of a CPU backend.
 pub trait KernelSet<F: Real>: Copy + std::fmt::Debug + Send + Sync + 'static {
+    /// What a thread keeps set up from one product of panels to the next.
+    type Tiles: Default;
+
     /// Runs an elementwise kernel compiled for this set's instruction set.
     fn run<R>(self, f: impl FnOnce() -> R) -> R;
 
@@ -26,8 +28,8 @@ pub trait KernelSet<F: Real>: Copy + std::fmt::Debug + Send + Sync + 'static {
     /// The exponential of a number that is about 0 or below, whose value counts beside 1.
     fn exp_share(x: F) -> F;
 
-    /// The same where it is rounded to bf16.
-    fn exp_weight(x: F) -> F;
+    /// The power of two of a number that is a little above 0 or below, where it is rounded to bf16.
+    fn exp2_weight(x: F) -> F;
 
     /// A matrix product on one thread.
     fn gemm(self, g: Gemm<'_, F>, c: &mut [F]) {
@@ -77,20 +79,21 @@ pub trait KernelSet<F: Real>: Copy + std::fmt::Debug + Send + Sync + 'static {
     /// One token of a paged cache's head: takes it and attends to what it sees, in floats.
     fn decode(self, job: DecodeJob<'_, F>);
 
-    /// Scores of queries and pages of keys, in words.
-    fn key_pages(self, product: KeyPages<'_>, scores: &mut [F]) {
+    /// Scores of queries and panels of keys, in words.
+    fn key_panels(self, tiles: &mut Self::Tiles, product: KeyPanels<'_>, scores: &mut [F]) {
+        let _ = tiles;
         product.define(scores);
     }
 
-    /// The exponentials of scores of rows `[panels][rows][32]` beside the rows' maxima, as words `[panels][rows][16]`; they are
-    /// added, lane by lane, to the rows' totals.
-    fn weigh(self, scores: &[F], tops: &[F], totals: &mut [[F; LANES]], weights: &mut [u32]) {
-        paged::weigh::<F, Self>(scores, tops, totals, weights);
+    /// Powers of two of scores of rows `[panels][rows][32]` beside their tops, which are raised where they must, as words
+    /// `[panels][rows][16]`; they are added to the rows' totals.
+    fn weigh(self, scores: &[F], sums: Sums<'_, F>, weights: &mut [u32]) {
+        paged::weigh::<F, Self>(scores, sums, weights);
     }
 
-    /// Adds weighted pages of values, in words, to rows of outputs. `near` is room for some of the pages.
-    fn value_pages(self, product: ValuePages<'_>, near: &mut Aligned<u32>, out: &mut [F]) {
-        let _ = near;
+    /// Adds weighted panels of values, in words, to rows of outputs.
+    fn value_panels(self, tiles: &mut Self::Tiles, product: ValuePanels<'_>, out: &mut [F]) {
+        let _ = tiles;
         product.define(out);
     }
 }
@@ -100,6 +103,8 @@ pub trait KernelSet<F: Real>: Copy + std::fmt::Debug + Send + Sync + 'static {
 pub struct Scalar;
 
 impl<F: Real> KernelSet<F> for Scalar {
+    type Tiles = ();
+
     #[inline(always)]
     fn run<R>(self, f: impl FnOnce() -> R) -> R {
         f()
@@ -115,9 +120,8 @@ impl<F: Real> KernelSet<F> for Scalar {
         x.exp()
     }
 
-    #[inline(always)]
-    fn exp_weight(x: F) -> F {
-        x.exp()
+    fn exp2_weight(x: F) -> F {
+        x.exp2()
     }
 
     unsafe fn gemm_at(self, g: Gemm<'_, F>, c: *mut F) {
@@ -169,6 +173,11 @@ impl<F: Real> KernelSet<F> for Scalar {
 pub struct Fast(pub Level);
 
 impl KernelSet<f32> for Fast {
+    #[cfg(target_arch = "x86_64")]
+    type Tiles = amx::Tiles;
+    #[cfg(not(target_arch = "x86_64"))]
+    type Tiles = ();
+
     #[inline(always)]
     fn run<R>(self, f: impl FnOnce() -> R) -> R {
         self.0.run(f)
@@ -184,9 +193,8 @@ impl KernelSet<f32> for Fast {
         simd::exp_share(x)
     }
 
-    #[inline(always)]
-    fn exp_weight(x: f32) -> f32 {
-        simd::exp_weight(x)
+    fn exp2_weight(x: f32) -> f32 {
+        simd::exp2_weight(x)
     }
 
     unsafe fn gemm_at(self, g: Gemm<'_, f32>, c: *mut f32) {
@@ -232,26 +240,26 @@ impl KernelSet<f32> for Fast {
         paged::decode(self.0, job);
     }
 
-    fn key_pages(self, product: KeyPages<'_>, scores: &mut [f32]) {
+    fn key_panels(self, tiles: &mut Self::Tiles, product: KeyPanels<'_>, scores: &mut [f32]) {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
-            Level::AmxBf16 => amx::key_pages(product, scores),
+            Level::AmxBf16 => amx::key_panels(tiles, product, scores),
             _ => product.define(scores),
         }
     }
 
-    fn weigh(self, scores: &[f32], tops: &[f32], totals: &mut [[f32; LANES]], weights: &mut [u32]) {
+    fn weigh(self, scores: &[f32], sums: Sums<'_, f32>, weights: &mut [u32]) {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
-            Level::AmxBf16 => paged::weigh_on_amx(scores, tops, totals, weights),
-            _ => paged::weigh::<f32, Self>(scores, tops, totals, weights),
+            Level::AmxBf16 => paged::weigh_on_amx(scores, sums, weights),
+            _ => paged::weigh::<f32, Self>(scores, sums, weights),
         }
     }
 
-    fn value_pages(self, product: ValuePages<'_>, near: &mut Aligned<u32>, out: &mut [f32]) {
+    fn value_panels(self, tiles: &mut Self::Tiles, product: ValuePanels<'_>, out: &mut [f32]) {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
-            Level::AmxBf16 => amx::value_pages(product, near, out),
+            Level::AmxBf16 => amx::value_panels(tiles, product, out),
             _ => product.define(out),
         }
     }

@@ -766,8 +766,10 @@ pub trait Grad: Ops {
 /// New tokens of a batch for one layer, and the caches they go to.
 #[derive(Debug)]
 pub struct CachedAttention<'a, O: CacheOps> {
-    /// Rotated queries `[N, H*D]`.
+    /// Queries before rotation `[N, H*D]`.
     pub q: &'a O::Tensor,
+    /// The channel of queries that is zero after rotation, where there is one.
+    pub zeroed: Option<Channel>,
     /// Keys before rotation `[N, G*D]`.
     pub k: &'a O::Tensor,
     /// Values `[N, G*D]`.

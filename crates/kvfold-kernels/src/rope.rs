@@ -20,9 +20,10 @@ pub(crate) fn rotate<F: Real>(x: &[F], row: &[F], sign: F, y: &mut [F]) {
     let (cos, sin) = row.split_at(half);
     let (x1, x2) = x.split_at(half);
     let (y1, y2) = y.split_at_mut(half);
-    for d in 0..half {
-        y1[d] = x1[d] * cos[d] - x2[d] * sin[d] * sign;
-        y2[d] = x2[d] * cos[d] + x1[d] * sin[d] * sign;
+    let halves = y1.iter_mut().zip(y2).zip(x1.iter().zip(x2)).zip(cos.iter().zip(sin));
+    for (((y1, y2), (&x1, &x2)), (&cos, &sin)) in halves {
+        *y1 = x1 * cos - x2 * sin * sign;
+        *y2 = x2 * cos + x1 * sin * sign;
     }
 }
 

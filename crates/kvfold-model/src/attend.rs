@@ -1,6 +1,6 @@
 //! Attention over whole sequences: plain, while the borrowed channel fades out, and with folding.
 //!
-//! [`gated`] and [`rotated_query`] are what training, evaluation and the paged cache share: where decisions come from,
+//! [`gated`] and [`lost_by_queries`] are what training, evaluation and the paged cache share: where decisions come from,
 //! and what borrowing a channel does to queries and keys. A borrowed channel is zeroed before rotation in queries and
 //! (DMC) keys, and again after it in queries; that alone keeps it out of every score, since scores are products of the
 //! two (spec 1.3 zeroes it in the keys as well, to the same effect; in DMS, spec 5.2, keys stay whole).
@@ -9,7 +9,7 @@ use crate::block::{Attend, Pass, Projected};
 use kvfold_kernels::Ops;
 use kvfold_kernels::dmc::{Borrows, Decision, Dmc, Method, Share};
 use kvfold_kernels::noise::{self, NoiseKey};
-use kvfold_kernels::ops::{Borrowed, Channel, Gate, Keys, PoolInput, PoolShape, Pooled, Visible};
+use kvfold_kernels::ops::{Borrowed, Channel, Gate, Heads, Keys, PoolInput, PoolShape, Pooled, Visible};
 
 /// Plain causal attention: the original model.
 #[derive(Clone, Copy, Debug, Default)]
@@ -33,14 +33,19 @@ pub struct Fading {
     pub factor: f64,
 }
 
+/// The channel of queries that is borrowed, where one is.
+pub fn lost_by_queries(borrows: Borrows, heads: Heads) -> Option<Channel> {
+    match borrows {
+        Borrows::Nothing => None,
+        Borrows::KeysAndQueries => Some(Channel::last(heads.dim)),
+        Borrows::FirstQueries => Some(Channel::last_of_first_query(heads)),
+    }
+}
+
 /// Queries with `factor` left of what is borrowed from them.
 fn fade_queries<O: Ops>(pass: &Pass<'_, O>, Fading { borrows, factor }: Fading, q: O::Tensor) -> O::Tensor {
-    let heads = pass.shape.heads;
-    match borrows {
-        Borrows::Nothing => q,
-        Borrows::KeysAndQueries => pass.ops.scale_channel(&q, Channel::last(heads.dim), factor),
-        Borrows::FirstQueries => pass.ops.scale_channel(&q, Channel::last_of_first_query(heads), factor),
-    }
+    let lost = lost_by_queries(borrows, pass.shape.heads);
+    lost.into_iter().fold(q, |q, channel| pass.ops.scale_channel(&q, channel, factor))
 }
 
 /// Keys with `factor` left of what is borrowed from them.
@@ -111,7 +116,7 @@ pub fn gated<O: Ops>(pass: &Pass<'_, O>, dmc: &Dmc, p: Projected<O::Tensor>) -> 
 }
 
 /// Queries as scores need them: rotated, and without the borrowed channels.
-pub fn rotated_query<O: Ops>(pass: &Pass<'_, O>, dmc: &Dmc, q: &O::Tensor) -> O::Tensor {
+fn rotated_query<O: Ops>(pass: &Pass<'_, O>, dmc: &Dmc, q: &O::Tensor) -> O::Tensor {
     fade_queries(pass, Fading { borrows: dmc.borrows(), factor: 0.0 }, pass.ops.rope(q, pass.angles, pass.spans))
 }
 

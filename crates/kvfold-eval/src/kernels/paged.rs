@@ -57,6 +57,7 @@ impl Layer {
         }
         drop(ops.cached_attention(CachedAttention {
             q: &self.q,
+            zeroed: None,
             k: &self.k,
             v: &self.v,
             logit: Some(&self.logit),

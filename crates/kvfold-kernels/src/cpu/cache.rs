@@ -1,6 +1,6 @@
 //! [`CacheOps`] on the CPU.
 
-use super::heads::{JobLayout, split_jobs, view};
+use super::heads::{split_rows, view};
 use super::{Array, Cpu};
 use crate::kernel_set::KernelSet;
 use crate::ops::{CacheOps, CachedAttention};
@@ -8,7 +8,6 @@ use crate::paged::{self, Arena, Block, DecodeJob, HeadInput, HeadTable, PageLayo
 use crate::real::Real;
 use crate::team;
 use std::cmp::Reverse;
-use std::ops::Range;
 
 /// Products of a query and a slot below which a step stays on the calling thread.
 const SERIAL: usize = 64 * 1024;
@@ -17,7 +16,8 @@ const SERIAL: usize = 64 * 1024;
 struct Head<'a, F> {
     input: HeadInput<'a, F>,
     table: &'a mut HeadTable,
-    out: &'a mut [F],
+    /// Of wanted tokens, `[group][D]` each.
+    out: Vec<&'a mut [F]>,
 }
 
 /// A head that has taken several tokens, which are to be attended to in blocks.
@@ -25,7 +25,7 @@ struct Chunk<'a, F> {
     input: HeadInput<'a, F>,
     table: &'a HeadTable,
     prepared: Prepared<F>,
-    out: &'a mut [F],
+    out: Vec<&'a mut [F]>,
 }
 
 impl<'a, F: Real> Head<'a, F> {
@@ -37,8 +37,8 @@ impl<'a, F: Real> Head<'a, F> {
 
     /// Takes the tokens; a single one is done with that.
     fn take<K: KernelSet<F>>(self, set: K, scratch: &mut Scratch<F>) -> Option<Chunk<'a, F>> {
-        let Self { input, table, out } = self;
-        if input.len == 1 {
+        let Self { input, table, mut out } = self;
+        if let (1, [out]) = (input.len, &mut out[..]) {
             let job = DecodeJob { input: &input, table, scratch, out };
             match paged::in_words(set, input.dtype) {
                 true => paged::decode_words(set, job),
@@ -93,23 +93,29 @@ impl<F: Real, K: KernelSet<F>> CacheOps for Cpu<F, K> {
         let (kv, dim, group) = (heads.kv, heads.dim, heads.group());
         assert_eq!(step.tables.len(), spans.len(), "one set of heads per sequence");
         assert!(step.wanted.is_none_or(|wanted| wanted.len() == spans.len()), "one number of outputs per sequence");
-        let mut out = self.buffer(spans.rows() * heads.query * dim);
-        let mut work = Vec::with_capacity(spans.len() * kv);
-        let outs = split_jobs(&mut out, spans, kv, group * dim);
-        let heads_of = spans.iter().zip(step.tables).enumerate().flat_map(|(n, (span, tables))| {
+        let wanted: Vec<usize> = match step.wanted {
+            Some(wanted) => wanted.to_vec(),
+            None => spans.iter().map(|span| span.len).collect(),
+        };
+        let rows = wanted.iter().sum::<usize>();
+        let mut out = self.buffer(rows * heads.query * dim);
+        let outs = split_rows(&mut out, &wanted, kv, group * dim);
+        let heads_of = spans.iter().zip(wanted).zip(step.tables).flat_map(|((span, wanted), tables)| {
             assert_eq!(tables.len(), kv, "one table per KV head");
-            let wanted = step.wanted.map_or(span.len, |wanted| wanted[n]);
             assert!(wanted <= span.len, "{wanted} outputs of {} tokens", span.len);
             tables.iter_mut().enumerate().map(move |(g, table)| (span, wanted, g, table))
         });
+        let mut work = Vec::with_capacity(spans.len() * kv);
         for ((span, wanted, g, table), out) in heads_of.zip(outs) {
             assert_eq!(span.position, table.tokens, "a span begins where its cache ends");
             let input = HeadInput {
+                start: span.position,
                 len: span.len,
                 wanted,
                 heads,
                 rule,
                 q: view(q, span, g, group * dim),
+                zeroed: step.zeroed,
                 k: view(k, span, g, dim),
                 v: view(v, span, g, dim),
                 logit: logit.map(|logit| view(logit, span, g, 1)),
@@ -125,45 +131,37 @@ impl<F: Real, K: KernelSet<F>> CacheOps for Cpu<F, K> {
         }
         let set = self.set;
         let parallel = work.iter().map(Head::cost).sum::<usize>() >= SERIAL;
-        let mut chunks = self.each(parallel, work, Head::cost, |head, scratch| head.take(set, scratch));
+        // A thread that is done with a head takes the next largest, so that no long one is left for last.
+        work.sort_by_key(|head| Reverse(head.cost()));
+        let mut chunks = self.each(parallel, work, |head, scratch| head.take(set, scratch));
         let mut blocks = Vec::new();
         for Chunk { input, table, prepared, out } in chunks.iter_mut().flatten() {
-            let mut rest: &mut [F] = out;
-            for tokens in prepared.blocks(rule.delay(), group) {
-                let (block, after) = rest.split_at_mut(tokens.len() * group * dim);
-                if tokens.end + input.wanted > input.len {
-                    blocks.push(((&*input, &**table, &*prepared), tokens, block));
-                }
+            let (mut rest, of_head) = (&mut out[..], blocks.len());
+            for tokens in prepared.blocks(input) {
+                let (block, after) = rest.split_at_mut(tokens.len());
+                blocks.push(((&*input, &**table, &*prepared), tokens, block));
                 rest = after;
             }
+            // What one head holds stays near while all of its blocks read it; the shortest come last.
+            blocks[of_head..].reverse();
         }
-        let cost = |(_, tokens, _): &(_, Range<usize>, _)| tokens.end;
-        self.each(parallel, blocks, cost, |(head, tokens, out), scratch| {
-            paged::block(set, head, tokens, scratch, out);
-        });
-        let layout = JobLayout { kv, parts: 1, width: group * dim };
-        match step.wanted {
-            None => self.to_rows(&out, spans, layout),
-            Some(wanted) => self.to_last_rows(&out, spans, wanted, layout),
-        }
+        self.each(parallel, blocks, |(head, tokens, out), scratch| paged::block(set, head, tokens, scratch, out));
+        self.array_of(&[rows, heads.query * dim], out)
     }
 }
 
 impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
-    /// Carries out work with a thread's scratch. A thread that is done with an item takes the next largest, so that no long
-    /// head is left for last.
+    /// Carries out work, with a thread's scratch.
     fn each<W: Send, R: Send>(
         &self,
         parallel: bool,
-        mut work: Vec<W>,
-        cost: impl Fn(&W) -> usize,
+        work: Vec<W>,
         f: impl Fn(W, &mut Scratch<F>) -> R + Sync,
     ) -> Vec<R> {
         let scratch = &self.home.scratch;
-        if !parallel {
-            return scratch.with(|scratch| work.into_iter().map(|item| f(item, scratch)).collect());
+        match parallel {
+            true => team::map(work, |item| scratch.with(|scratch| f(item, scratch))),
+            false => scratch.with(|scratch| work.into_iter().map(|item| f(item, scratch)).collect()),
         }
-        work.sort_by_key(|item| Reverse(cost(item)));
-        team::map(work, |item| scratch.with(|scratch| f(item, scratch)))
     }
 }

@@ -37,6 +37,23 @@ pub(super) fn split_jobs<'a, F>(mut data: &'a mut [F], spans: &Spans, kv: usize,
     jobs
 }
 
+/// Splits token-major rows of `kv * per_token` elements, so many of each sequence, into the tokens' parts of every job.
+pub(super) fn split_rows<'a, F>(
+    rows: &'a mut [F],
+    lens: &[usize],
+    kv: usize,
+    per_token: usize,
+) -> Vec<Vec<&'a mut [F]>> {
+    let mut jobs: Vec<Vec<&mut [F]>> =
+        lens.iter().flat_map(|&len| (0..kv).map(move |_| Vec::with_capacity(len))).collect();
+    let mut parts = rows.chunks_exact_mut(per_token);
+    for (jobs, &len) in jobs.chunks_exact_mut(kv).zip(lens) {
+        let of_sequence = parts.by_ref().take(len * kv);
+        of_sequence.enumerate().for_each(|(n, part)| jobs[n % kv].push(part));
+    }
+    jobs
+}
+
 /// Where a job keeps the elements of one token.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct JobLayout {
@@ -51,17 +68,9 @@ pub(super) struct JobLayout {
 impl<F: Real, K: KernelSet<F>> Cpu<F, K> {
     /// Jobs of `parts x [T, width]` as `[N, kv * parts * width]`.
     pub(super) fn to_rows(&self, jobs: &[F], spans: &Spans, layout: JobLayout) -> Array<F> {
-        let all: Vec<usize> = spans.iter().map(|span| span.len).collect();
-        self.to_last_rows(jobs, spans, &all, layout)
-    }
-
-    /// The same of so many of each span's last tokens.
-    pub(super) fn to_last_rows(&self, jobs: &[F], spans: &Spans, wanted: &[usize], layout: JobLayout) -> Array<F> {
         let JobLayout { kv, parts, width } = layout;
         let cols = kv * parts * width;
-        let last = spans.iter().zip(wanted);
-        let places: Vec<(&Span, usize)> =
-            last.flat_map(|(span, wanted)| (span.len - wanted..span.len).map(move |t| (span, t))).collect();
+        let places: Vec<(&Span, usize)> = spans.iter().flat_map(|span| (0..span.len).map(move |t| (span, t))).collect();
         let mut rows = self.buffer(places.len() * cols);
         for_rows(&mut rows, cols, |first, block| {
             for (to, &(span, t)) in block.chunks_exact_mut(cols).zip(&places[first..]) {

@@ -15,6 +15,7 @@ use super::{HeadInput, HeadTable, PAGE_SLOTS};
 use crate::aligned::Aligned;
 use crate::kernel_set::{Fast, KernelSet};
 use crate::real::{self, LANES, Real};
+use crate::rope::rotate_row;
 use crate::simd::Level;
 use std::ops::Range;
 
@@ -22,38 +23,42 @@ use std::ops::Range;
 #[derive(Debug, Default)]
 pub(crate) struct Scratch<F> {
     pub(super) moving: Moving<F>,
-    /// Queries times 1/sqrt(D), `[rows][D]`.
+    /// Turned queries, `[rows][D]`.
     pub(super) q: Aligned<F>,
-    /// Scores, then weights, `[rows][slots, ring]`.
+    /// Scores, then weights, `[rows][slots, ring]`; in words, of some panels of some rows.
     pub(super) scores: Aligned<F>,
     /// What makes a row's weights probabilities, `[rows]`.
     pub(super) shares: Vec<F>,
     /// Half a page, widened.
     pub(super) page: Aligned<F>,
+    /// Outputs `[rows][D]`, before they are shared out.
+    pub(super) sums: Aligned<F>,
     /// Queries as words.
     pub(super) words: Aligned<u32>,
-    /// Maxima of a row's scores, then sums of its exponentials, lane by lane.
-    pub(super) lanes: Vec<[F; LANES]>,
-    /// The largest score of a row.
+    /// What exponentials of rows are taken beside, and their sums, lane by lane.
     pub(super) tops: Vec<F>,
+    pub(super) totals: Vec<[F; LANES]>,
     /// Exponentials of some panels, as words.
     pub(super) weights: Aligned<u32>,
-    /// A page that nobody sees.
-    pub(super) nothing: Aligned<u32>,
-    /// Pages of values that are multiplied.
-    pub(super) near: Aligned<u32>,
+    /// Panels that are multiplied: keys and values.
+    pub(super) keys: Aligned<u32>,
+    pub(super) values: Aligned<u32>,
     /// The open slot as a page.
     pub(super) open: OpenSlots<F>,
 }
 
-/// Queries of tokens, `[tokens * group][D]`, times 1/sqrt(D).
+/// Queries of tokens as scores need them, `[tokens * group][D]`: rotated, and times `unit / sqrt(D)`.
 #[inline(always)]
-pub(super) fn scale_queries<F: Real>(input: &HeadInput<'_, F>, tokens: Range<usize>, q: &mut Aligned<F>) {
+pub(super) fn turn_queries<F: Real>(input: &HeadInput<'_, F>, tokens: Range<usize>, unit: F, q: &mut Aligned<F>) {
     let row = input.heads.group() * input.heads.dim;
-    let scale = F::one() / F::of(input.heads.dim as f64).sqrt();
+    let scale = unit / F::of(input.heads.dim as f64).sqrt();
     q.resize(tokens.len() * row, F::zero());
     for (t, to) in tokens.zip(q.chunks_exact_mut(row)) {
-        to.iter_mut().zip(input.q.row(t, 0, row)).for_each(|(to, &q)| *to = q * scale);
+        rotate_row(input.q.row(t, 0, row), input.angles(input.start + t), F::one(), to);
+        to.iter_mut().for_each(|q| *q *= scale);
+        if let Some(channel) = input.zeroed {
+            to.chunks_exact_mut(channel.every).for_each(|to| to[channel.at] = F::zero());
+        }
     }
 }
 
@@ -135,7 +140,7 @@ pub(crate) fn one<F: Real, K: KernelSet<F>, P: PageKernel<F>>(job: DecodeJob<'_,
     scratch.moving.resize(dim);
     take(input, table, 0, &mut scratch.moving);
     let Scratch { q, scores, shares, .. } = scratch;
-    scale_queries(input, 0..1, q);
+    turn_queries(input, 0..1, F::one(), q);
     let (closed, seats) = (table.closed(input.rule), table.exact(input.rule));
     let open = (closed < table.slots).then(|| input.open_slot(&table.state));
     let ring = table.slots.next_multiple_of(PAGE_SLOTS);
@@ -147,7 +152,7 @@ pub(crate) fn one<F: Real, K: KernelSet<F>, P: PageKernel<F>>(job: DecodeJob<'_,
     };
     for (at, (page, _)) in fetched(&pages, Half::Keys) {
         P::scores(&page, dim, q, (&mut scores[at..], stride));
-        add_masses(&mut scores[at..], stride, page.mass);
+        add_masses(&mut scores[at..], stride, (page.mass, F::one()));
     }
     for row in scores.chunks_exact_mut(stride) {
         row[closed..ring].fill(F::neg_infinity());
@@ -174,10 +179,11 @@ pub(crate) fn one<F: Real, K: KernelSet<F>, P: PageKernel<F>>(job: DecodeJob<'_,
     out.chunks_exact_mut(dim).zip(shares).for_each(|(out, share)| out.iter_mut().for_each(|o| *o *= *share));
 }
 
-/// Adds the log masses of a page's slots, when there are any, to rows of scores.
+/// Adds so many times the log masses of a page's slots, when there are any, to rows of scores.
 #[inline(always)]
-pub(super) fn add_masses<F: Real>(scores: &mut [F], stride: usize, mass: &[F]) {
+pub(super) fn add_masses<F: Real>(scores: &mut [F], stride: usize, (mass, times): (&[F], F)) {
     if !mass.is_empty() {
-        scores.chunks_mut(stride).for_each(|row| row.iter_mut().zip(mass).for_each(|(score, &mass)| *score += mass));
+        let add = |(score, &mass): (&mut F, &F)| *score += mass * times;
+        scores.chunks_mut(stride).for_each(|row| row.iter_mut().zip(mass).for_each(add));
     }
 }

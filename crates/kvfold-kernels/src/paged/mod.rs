@@ -23,6 +23,7 @@ mod evict;
 mod load;
 mod page;
 mod page_kernel;
+mod panels;
 mod prefill;
 mod take;
 mod words;
@@ -33,14 +34,15 @@ use page::Page;
 pub use page::{CacheDType, PageLayout};
 pub(crate) use page::{bytes, bytes_mut};
 pub(crate) use page_kernel::Plain;
-pub(crate) use prefill::{Prepared, block, prepare};
 #[cfg(target_arch = "x86_64")]
-pub(crate) use words::weigh_on_amx;
-pub use words::{KeyPages, ValuePages};
-pub(crate) use words::{PANEL_WORDS, decode as decode_words, in_words, weigh};
+pub(crate) use panels::weigh_on_amx;
+pub use panels::{KeyPanels, Sums, ValuePanels};
+pub(crate) use panels::{PANEL_WORDS, weigh};
+pub(crate) use prefill::{Prepared, block, prepare};
+pub(crate) use words::{decode as decode_words, in_words};
 
 use crate::attention::View;
-use crate::ops::Heads;
+use crate::ops::{Channel, Heads};
 use crate::real::Real;
 
 /// Slots of a page.
@@ -178,14 +180,18 @@ impl HeadTable {
 /// One head's new tokens and where everything is.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct HeadInput<'a, F> {
+    /// Position of the first token.
+    pub(crate) start: usize,
     /// Tokens to take.
     pub(crate) len: usize,
     /// Of how many of the last of them the output is wanted.
     pub(crate) wanted: usize,
     pub(crate) heads: Heads,
     pub(crate) rule: Rule,
-    /// Rotated queries; head g of the group begins at column g*D.
+    /// Queries before rotation; head g of the group begins at column g*D.
     pub(crate) q: View<'a, F>,
+    /// The channel of queries that is zero after rotation, where there is one.
+    pub(crate) zeroed: Option<Channel>,
     /// Keys before rotation.
     pub(crate) k: View<'a, F>,
     pub(crate) v: View<'a, F>,

@@ -6,7 +6,7 @@
 //! What a query of a chunk sees of the past differs from the cache as it is after the chunk in two places only: the open
 //! slot, which later tokens fold into or take, and the ring. [`Prepared`] keeps both as they were.
 
-use super::attend::{Scratch, add_masses, exponentials, scale_queries};
+use super::attend::{Scratch, add_masses, exponentials, turn_queries};
 use super::page::{Half, Page};
 use super::take::take;
 use super::words::{self, OpenSlots, Turns, in_words};
@@ -20,7 +20,7 @@ use std::ops::Range;
 /// Tokens of a block.
 const TOKENS: usize = 16;
 /// Rows, one per query head of a token, of a block in words: whole pairs of tiles, where heads are few enough.
-const ROWS: usize = 96;
+const ROWS: usize = 192;
 
 /// `c [m,n] (+)= a [m,k] . b [k,n]` with rows of `a` and `b` adjacent to columns.
 fn product<'a, F>([m, n, k]: [usize; 3], (a, a_row): (&'a [F], usize), (b, b_row): (&'a [F], usize)) -> Gemm<'a, F> {
@@ -80,8 +80,6 @@ impl<F: Real> Rows<F> {
 /// A head that has taken a chunk, with what its queries saw and later tokens changed.
 #[derive(Debug)]
 pub(crate) struct Prepared<F> {
-    /// Position of the chunk's first token.
-    pub(super) start: usize,
     /// Slots after each token.
     pub(super) slots: Vec<usize>,
     kept: Kept<F>,
@@ -118,7 +116,7 @@ pub(crate) fn prepare<F: Real, K: KernelSet<F>>(
     scratch: &mut Scratch<F>,
 ) -> Prepared<F> {
     scratch.moving.resize(input.heads.dim);
-    let (start, mut slots) = (table.tokens, Vec::with_capacity(input.len));
+    let mut slots = Vec::with_capacity(input.len);
     let mut taken = |table: &mut HeadTable, t: usize| {
         take(input, table, t, &mut scratch.moving);
         slots.push(table.slots);
@@ -126,7 +124,7 @@ pub(crate) fn prepare<F: Real, K: KernelSet<F>>(
     let kept = match in_words(set, input.dtype) {
         true => {
             let mut open = OpenSlots::default();
-            open.clear(start);
+            open.clear(input.start);
             let mut turns = (input.rule.delay() > 0).then(|| Turns::new(input, table));
             set.run(
                 #[inline(always)]
@@ -146,7 +144,7 @@ pub(crate) fn prepare<F: Real, K: KernelSet<F>>(
         }
         false => Kept::Floats(prepare_floats(set, input, table, taken)),
     };
-    Prepared { start, slots, kept }
+    Prepared { slots, kept }
 }
 
 /// Takes all tokens with `take`.
@@ -157,7 +155,7 @@ fn prepare_floats<F: Real, K: KernelSet<F>>(
     mut take: impl FnMut(&mut HeadTable, usize),
 ) -> Exact<F> {
     let dim = input.heads.dim;
-    let (start, delay) = (table.tokens, input.rule.delay());
+    let (start, delay) = (input.start, input.rule.delay());
     let first = start - table.exact(input.rule);
     let (mut exact, mut open) = (Rows::default(), Rows::default());
     set.run(
@@ -184,16 +182,17 @@ fn prepare_floats<F: Real, K: KernelSet<F>>(
 }
 
 impl<F: Real> Prepared<F> {
-    /// The chunk's tokens in blocks, none of which crosses a turn of the ring; a token has `group` queries.
-    pub(crate) fn blocks(&self, delay: usize, group: usize) -> Vec<Range<usize>> {
+    /// The chunk's wanted tokens in blocks, none of which crosses a turn of the ring.
+    pub(crate) fn blocks(&self, input: &HeadInput<'_, F>) -> Vec<Range<usize>> {
+        let delay = input.rule.delay();
         let most = match self.kept {
             Kept::Floats(_) => TOKENS,
-            Kept::Words { .. } => (ROWS / group).clamp(TOKENS, 2 * TOKENS),
+            Kept::Words { .. } => (ROWS / input.heads.group()).clamp(TOKENS, 4 * TOKENS),
         };
-        let (mut blocks, mut from) = (Vec::new(), 0);
-        while from < self.slots.len() {
-            let turn = if delay > 0 { delay - (self.start + from) % delay } else { usize::MAX };
-            let to = self.slots.len().min(from + most.min(turn));
+        let (mut blocks, mut from) = (Vec::new(), input.len - input.wanted);
+        while from < input.len {
+            let turn = if delay > 0 { delay - (input.start + from) % delay } else { usize::MAX };
+            let to = input.len.min(from + most.min(turn));
             blocks.push(from..to);
             from = to;
         }
@@ -219,13 +218,13 @@ struct Queries<'a, 'b, F> {
     turn: usize,
 }
 
-/// Outputs `[tokens][group][D]` of a block of a chunk's tokens.
+/// Outputs of a block of a chunk's tokens, `[group][D]` each.
 pub(crate) fn block<F: Real, K: KernelSet<F>>(
     set: K,
     (input, table, prepared): (&HeadInput<'_, F>, &HeadTable, &Prepared<F>),
     tokens: Range<usize>,
     scratch: &mut Scratch<F>,
-    out: &mut [F],
+    out: &mut [&mut [F]],
 ) {
     let exact = match &prepared.kept {
         Kept::Floats(exact) => exact,
@@ -234,7 +233,7 @@ pub(crate) fn block<F: Real, K: KernelSet<F>>(
         }
     };
     let delay = input.rule.delay();
-    let last = prepared.start + tokens.end - 1;
+    let last = input.start + tokens.end - 1;
     let ring = prepared.slots[tokens.end - 1].next_multiple_of(PAGE_SLOTS);
     let stride = ring + delay.next_multiple_of(PAGE_SLOTS);
     let turn = if delay > 0 { last - last % delay } else { last };
@@ -244,15 +243,21 @@ pub(crate) fn block<F: Real, K: KernelSet<F>>(
         #[inline(always)]
         || exponentials::<F, K>(&mut scratch.scores, stride, &mut scratch.shares),
     );
-    queries.values(set, scratch, out);
-    let rows = out.chunks_exact_mut(input.heads.dim).zip(&scratch.shares);
-    rows.for_each(|(out, &share)| out.iter_mut().for_each(|o| *o *= share));
+    let (dim, mut sums) = (input.heads.dim, std::mem::take(&mut scratch.sums));
+    sums.clear();
+    sums.resize(out.len() * input.heads.group() * dim, F::zero());
+    queries.values(set, scratch, &mut sums);
+    let rows = out.iter_mut().flat_map(|out| out.chunks_exact_mut(dim)).zip(sums.chunks_exact(dim));
+    for ((out, sums), &share) in rows.zip(&scratch.shares) {
+        out.iter_mut().zip(sums).for_each(|(out, &sum)| *out = sum * share);
+    }
+    scratch.sums = sums;
 }
 
 impl<F: Real> Queries<'_, '_, F> {
     /// The seat of a token.
     fn seat(&self, t: usize) -> usize {
-        self.prepared.start + t - self.turn
+        self.input.start + t - self.turn
     }
 
     /// First row of a token.
@@ -280,7 +285,7 @@ impl<F: Real> Queries<'_, '_, F> {
         let Self { input, prepared, exact, stride, ring, .. } = *self;
         let (dim, group, delay) = (input.heads.dim, input.heads.group(), input.rule.delay());
         let Scratch { q, scores, page: buffer, .. } = scratch;
-        scale_queries(input, self.tokens.clone(), q);
+        turn_queries(input, self.tokens.clone(), F::one(), q);
         let rows = q.len() / dim;
         scores.clear();
         scores.resize(rows * stride, F::neg_infinity());
@@ -291,7 +296,7 @@ impl<F: Real> Queries<'_, '_, F> {
             if let Some(scales) = page.numbers.key_scales() {
                 scores.chunks_mut(stride).for_each(|row| scale(row, &scales));
             }
-            add_masses(scores, stride, page.mass);
+            add_masses(scores, stride, (page.mass, F::one()));
         }
         for t in self.tokens.clone() {
             let (seen, closed) = (prepared.slots[t], self.closed(t));
@@ -322,7 +327,7 @@ impl<F: Real> Queries<'_, '_, F> {
             let to = &mut to[seats.start..];
             set.gemm(scores, to);
             if input.rule.has_mass() {
-                add_masses(to, to_row, &exact.exact.mass[first..][..seats.len()]);
+                add_masses(to, to_row, (&exact.exact.mass[first..][..seats.len()], F::one()));
             }
         };
         part(self.turn, 0..self.seat(self.tokens.end - 1) + 1, &mut scores[ring..], stride);
@@ -337,7 +342,7 @@ impl<F: Real> Queries<'_, '_, F> {
         }
     }
 
-    /// Adds up values in decode's order. What only some of the queries see is added for those alone: 0 times infinity is not
+    /// Adds up values in decode's order, to zeros. What only some of the queries see is added for those alone: 0 times infinity is not
     /// 0, and a token must not touch those before it, whatever it holds.
     fn values<K: KernelSet<F>>(&self, set: K, scratch: &mut Scratch<F>, out: &mut [F]) {
         let Self { input, prepared, exact, stride, ring, .. } = *self;
@@ -349,7 +354,6 @@ impl<F: Real> Queries<'_, '_, F> {
                 set.gemm(Gemm { c_row: dim, accumulate: true, ..sum }, out);
             }
         };
-        out.fill(F::zero());
         let (of_all, of_last) = (self.closed(self.tokens.start), self.closed(self.tokens.end - 1));
         for (n, (page, used)) in input.slot_pages(self.table, of_last).enumerate() {
             let at = n * PAGE_SLOTS;

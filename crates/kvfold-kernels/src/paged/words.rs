@@ -2,109 +2,35 @@
 //!
 //! Queries and weights are rounded to bf16, sums are floats. One token and a block of them are the same function: what
 //! differs is where the pages of [`Seen`] come from. Pages stand in one order: slots, open slots, the ring's seats since its
-//! last turn, and those before it. Per query: scores; their maximum; the exponentials, added up lane by lane in the order of
-//! pages; and the output, of which two pages are a step of 32 terms. What a query does not see of a page has the exponential 0,
-//! and a sum begins at +0, so it makes no difference which pages others of the block see (promise I3), as long as what is not
-//! seen is finite; what is not is left out of a copy ([`Seen::outputs_of_one`]).
-//!
-//! Two pages of a part are a panel of 32 lanes, filled up with a page that nobody sees, and rows of a panel lie side by side, so
-//! that scores are written, looked at and read again in the order of memory, some panels at a time while they are near.
+//! last turn, and those before it. Two pages of a part are a panel of 32 lanes, filled up with nothing, and some panels of a part a
+//! group. Group by group, per query: scores; the exponentials beside a top, added up lane by lane in the order of pages; and the
+//! output, of which a panel is a step of 32 terms ([`panels`](super::panels)). What is near stays near: panels are copied together,
+//! and scores are used up before those of the next group are computed. What a query does not see of a page has the exponential 0
+//! and raises no top, so it makes no difference which pages others of the block see (promise I3), as long as what is not seen is
+//! finite; what is not is left out of a copy ([`Seen::outputs_of_one`]).
 
-use super::attend::{DecodeJob, Scratch, add_masses, scale_queries};
+use super::attend::{DecodeJob, Scratch, add_masses, turn_queries};
 use super::page::{Page, place_pairs};
+use super::panels::{KeyPanels, PANEL_WORDS, Sums, ValuePanels};
 use super::prefill::Prepared;
 use super::take::take;
 use super::{CacheDType, HeadInput, HeadTable, PAGE_SLOTS};
 use crate::aligned::Aligned;
 use crate::bf16;
-use crate::kernel_set::{Fast, KernelSet};
-#[cfg(target_arch = "x86_64")]
-use crate::pack::Avx512Bf16;
-use crate::pack::{Packer, Packing, Plain};
+use crate::kernel_set::KernelSet;
+use crate::pack::Packing;
 use crate::real::{self, LANES, Real};
-use crate::simd::{Level, PANEL};
+use crate::simd::PANEL;
 use std::ops::Range;
 
 /// Words of a channel of a page's values.
-pub(crate) const PAGE_WORDS: usize = PAGE_SLOTS / 2;
-/// Words of a row of weights of a panel.
-pub(crate) const PANEL_WORDS: usize = PANEL / 2;
-/// Scores of panels that are written, or read, at a time: they stay in the first-level cache.
-const NEAR: usize = 12 * 1024;
-
-/// Scores of packed queries and pages of keys.
-#[derive(Clone, Copy, Debug)]
-pub struct KeyPages<'a> {
-    /// Queries `[rows][words]`.
-    pub q: &'a [u32],
-    /// Words of a query, D/2.
-    pub words: usize,
-    /// Pages `[words][16]`, two of each panel.
-    pub keys: &'a [&'a [u32]],
-}
-
-impl KeyPages<'_> {
-    /// Panics unless every page is whole and an output of this length has room for the scores; returns the rows.
-    pub(crate) fn check(&self, len: usize) -> usize {
-        assert!(self.q.len().is_multiple_of(self.words) && !self.q.is_empty(), "queries of {} words", self.words);
-        assert!(self.keys.iter().all(|page| page.len() == self.words * PAGE_SLOTS), "pages of {} words", self.words);
-        let rows = self.q.len() / self.words;
-        assert!(self.keys.len().is_multiple_of(2), "{} pages of keys", self.keys.len());
-        assert_eq!(self.keys.len() / 2 * rows * PANEL, len, "scores of {rows} rows");
-        rows
-    }
-
-    /// The definition: scores `[panels][rows][16 of each of two pages]`.
-    pub(crate) fn define<F: Real>(self, scores: &mut [F]) {
-        let rows = self.check(scores.len());
-        for (two, panel) in self.keys.chunks(2).zip(scores.chunks_exact_mut(rows * PANEL)) {
-            for (q, scores) in self.q.chunks_exact(self.words).zip(panel.chunks_exact_mut(PANEL)) {
-                for (keys, scores) in two.iter().zip(scores.chunks_exact_mut(PAGE_SLOTS)) {
-                    for (lane, score) in scores.iter_mut().enumerate() {
-                        let pairs = q.iter().zip(keys.iter().skip(lane).step_by(PAGE_SLOTS));
-                        *score = pairs.fold(F::zero(), |sum, (&q, &k)| bf16::add_pair(sum, q, k));
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// Sums of packed weights and pages of values.
-#[derive(Clone, Copy, Debug)]
-pub struct ValuePages<'a> {
-    /// Weights `[panels][rows][8 of each of two pages]`.
-    pub weights: &'a [u32],
-    /// Pages `[8][D]`, two of each panel.
-    pub values: &'a [&'a [u32]],
-    /// Head dim D.
-    pub dim: usize,
-}
-
-impl ValuePages<'_> {
-    /// Panics unless every page is whole and there are weights for the rows of an output of this length; returns the rows.
-    pub(crate) fn check(&self, len: usize) -> usize {
-        assert!(self.values.iter().all(|page| page.len() == PAGE_WORDS * self.dim), "pages of {} channels", self.dim);
-        let rows = len / self.dim;
-        let words = self.values.len() / 2 * rows * PANEL_WORDS;
-        assert!(rows * self.dim == len && self.weights.len() == words && words > 0, "{rows} rows of outputs");
-        assert!(self.values.len().is_multiple_of(2), "{} pages of values", self.values.len());
-        rows
-    }
-
-    /// The definition: adds to outputs `[rows][D]`.
-    pub(crate) fn define<F: Real>(self, out: &mut [F]) {
-        let rows = self.check(out.len());
-        for (n, values) in self.values.iter().enumerate() {
-            let weights = self.weights[n / 2 * rows * PANEL_WORDS + n % 2 * PAGE_WORDS..].chunks(PANEL_WORDS);
-            for (weights, out) in weights.zip(out.chunks_exact_mut(self.dim)) {
-                for (&weight, values) in weights.iter().zip(values.chunks_exact(self.dim)).take(PAGE_WORDS) {
-                    out.iter_mut().zip(values).for_each(|(out, &v)| *out = bf16::add_pair(*out, weight, v));
-                }
-            }
-        }
-    }
-}
+const PAGE_WORDS: usize = PAGE_SLOTS / 2;
+/// Panels whose scores are computed, weighed, and multiplied by values before those of the next: they stay in the first-level cache.
+const GROUP: usize = 4;
+/// Rows that go through a group at a time.
+const UNIT: usize = 32;
+/// Groups that are brought at a time for few rows, which wait for memory: a long copy keeps many lines on their way.
+const BROUGHT: usize = 4;
 
 /// Whether a cache of a type is attended to in words.
 pub(crate) fn in_words<F: Real, K: KernelSet<F>>(set: K, dtype: CacheDType) -> bool {
@@ -270,7 +196,7 @@ pub(crate) fn decode<F: Real, K: KernelSet<F>>(set: K, job: DecodeJob<'_, F>) {
             if input.rule.has_open_slot() {
                 open.push(input, table);
             }
-            scale_queries(input, 0..1, &mut scratch.q);
+            turn_queries(input, 0..1, log2_e(), &mut scratch.q);
         },
     );
     let (closed, delay, last) = (table.closed(input.rule), input.rule.delay(), table.tokens - 1);
@@ -291,21 +217,21 @@ pub(crate) fn decode<F: Real, K: KernelSet<F>>(set: K, job: DecodeJob<'_, F>) {
         older_page,
         delay,
     };
-    seen.attend(set, dim, scratch, out);
+    seen.attend(set, dim, scratch, &mut [out]);
     scratch.open = open;
 }
 
-/// Outputs `[tokens][group][D]` of a block of a chunk's tokens.
+/// Outputs of a block of a chunk's tokens, `[group][D]` each.
 pub(super) fn block<F: Real, K: KernelSet<F>>(
     set: K,
     (input, table, prepared): (&HeadInput<'_, F>, &HeadTable, &Prepared<F>),
     (open, turns): (&OpenSlots<F>, &Option<Turns<F>>),
     tokens: Range<usize>,
     scratch: &mut Scratch<F>,
-    out: &mut [F],
+    out: &mut [&mut [F]],
 ) {
     let (dim, delay) = (input.heads.dim, input.rule.delay());
-    let position = |t: usize| prepared.start + t;
+    let position = |t: usize| input.start + t;
     let seat = |t: usize| position(t) % delay.max(1);
     let sight = |t: usize| Sight {
         closed: input.rule.closed(prepared.slots[t]),
@@ -331,7 +257,7 @@ pub(super) fn block<F: Real, K: KernelSet<F>>(
     };
     set.run(
         #[inline(always)]
-        || scale_queries(input, tokens, &mut scratch.q),
+        || turn_queries(input, tokens, log2_e(), &mut scratch.q),
     );
     seen.attend(set, dim, scratch, out);
 }
@@ -370,7 +296,7 @@ impl<F: Real> Seen<'_, F> {
     }
 
     /// Outputs of all tokens for the scratch's queries.
-    fn attend<K: KernelSet<F>>(&self, set: K, dim: usize, scratch: &mut Scratch<F>, out: &mut [F]) {
+    fn attend<K: KernelSet<F>>(&self, set: K, dim: usize, scratch: &mut Scratch<F>, out: &mut [&mut [F]]) {
         let finite = set.run(
             #[inline(always)]
             || self.rest_is_finite(),
@@ -379,8 +305,7 @@ impl<F: Real> Seen<'_, F> {
             return self.outputs(set, dim, scratch, out);
         }
         let queries = std::mem::take(&mut scratch.q);
-        let (of_token, row) = (out.len() / self.sights.len(), self.sights.len());
-        for (t, (q, out)) in queries.chunks(queries.len() / row).zip(out.chunks_mut(of_token)).enumerate() {
+        for (t, (q, out)) in queries.chunks(queries.len() / self.sights.len()).zip(out).enumerate() {
             scratch.q.clear();
             scratch.q.extend_from_slice(q);
             self.outputs_of_one(set, t, dim, scratch, out);
@@ -404,92 +329,122 @@ impl<F: Real> Seen<'_, F> {
         }
         let Self { open_lane, older_page, delay, .. } = *self;
         let one = Seen { sights: vec![self.sights[t]], pages, open_lane: open_lane + t, older_page, delay };
-        one.outputs(set, dim, scratch, out);
+        one.outputs(set, dim, scratch, &mut [out]);
     }
 
-    /// The pages of panels: of every part, those at even places begin one. Where there is none, a panel is filled up.
-    fn panels(&self) -> Vec<Option<(Part, usize, &Page<'_, F>)>> {
+    /// All panels, in their order.
+    fn panels(&self) -> Vec<Panel<'_, F>> {
         let mut panels = Vec::new();
-        for (part, pages) in PARTS.into_iter().zip(&self.pages) {
-            // A seat has its lane whichever pages are seen before it.
-            let before = if part == Part::Older { self.older_page % 2 } else { 0 };
-            if !pages.is_empty() {
-                panels.extend(std::iter::repeat_n(None, before));
-            }
-            panels.extend(pages.iter().enumerate().map(|(n, page)| Some((part, n, page))));
-            panels.extend(std::iter::repeat_n(None, panels.len() % 2));
+        for (part, pages) in PARTS.into_iter().zip(&self.pages).filter(|(_, pages)| !pages.is_empty()) {
+            // A seat has its lane, and its group, whichever pages are seen before it.
+            let before = if part == Part::Older { self.older_page } else { 0 };
+            let page = |at: usize| {
+                let n = at.checked_sub(before)?;
+                Some(Placed { page: pages.get(n)?, n, whole: self.seen_by_all(part, n) })
+            };
+            let of_part = before / 2..(before + pages.len()).div_ceil(2);
+            panels
+                .extend(of_part.map(|at| Panel { group: (part, at / GROUP), pages: [page(2 * at), page(2 * at + 1)] }));
         }
         panels
     }
 
-    /// Outputs `[tokens][group][D]`.
-    fn outputs<K: KernelSet<F>>(&self, set: K, dim: usize, scratch: &mut Scratch<F>, out: &mut [F]) {
-        let Scratch { q, words, scores, lanes, tops, weights, nothing, near, .. } = scratch;
+    /// Outputs of all tokens, `[group][D]` each.
+    fn outputs<K: KernelSet<F>>(&self, set: K, dim: usize, scratch: &mut Scratch<F>, out: &mut [&mut [F]]) {
+        let Scratch { q, words, scores, tops, totals, weights, keys, values, sums, .. } = scratch;
         let rows = q.len() / dim;
         words.resize(q.len() / 2, 0);
         set.pack(Packing::rows(q, dim), words);
-
-        nothing.resize(dim * PAGE_WORDS, 0);
-        let pages = self.panels();
-        let keys: Vec<&[u32]> = pages.iter().map(|page| page.map_or(&nothing[..], |(.., page)| page.keys())).collect();
-        let values: Vec<&[u32]> =
-            pages.iter().map(|page| page.map_or(&nothing[..], |(.., page)| page.values())).collect();
-        let panel = rows * PANEL;
-        let some = (NEAR / panel).max(1);
-        scores.resize(pages.len() / 2 * panel, F::zero());
-        lanes.clear();
-        lanes.resize(rows, [F::neg_infinity(); LANES]);
-        let parts = pages.chunks(2 * some).zip(keys.chunks(2 * some)).zip(scores.chunks_mut(some * panel));
-        for ((pages, keys), scores) in parts {
-            set.key_pages(KeyPages { q: words, words: dim / 2, keys }, scores);
-            set.run(
-                #[inline(always)]
-                || {
-                    let panels = pages.as_chunks().0.iter().zip(scores.chunks_exact_mut(panel));
-                    panels.for_each(|(two, panel)| self.leave_seen(two, panel));
-                    raise(scores, lanes);
-                },
-            );
-        }
         tops.clear();
-        tops.extend(lanes.iter().map(|lanes| real::max(lanes)));
+        tops.resize(rows, F::min_value());
+        totals.clear();
+        totals.resize(rows, [F::zero(); LANES]);
+        sums.clear();
+        sums.resize(rows * dim, F::zero());
+        let unit = rows.min(UNIT);
+        scores.resize(GROUP * unit * PANEL, F::zero());
+        weights.resize(GROUP * unit * PANEL_WORDS, 0);
 
-        out.fill(F::zero());
-        lanes.fill([F::zero(); LANES]);
-        weights.resize(some * panel / 2, 0);
-        for (values, scores) in values.chunks(2 * some).zip(scores.chunks(some * panel)) {
-            let weights = &mut weights[..scores.len() / 2];
-            set.weigh(scores, tops, lanes, weights);
-            set.value_pages(ValuePages { weights, values, dim }, near, out);
+        let (panels, mut tiles) = (self.panels(), K::Tiles::default());
+        let groups: Vec<&[Panel<'_, F>]> = panels.chunk_by(|a, b| a.group == b.group).collect();
+        for groups in groups.chunks(if rows <= UNIT { BROUGHT } else { 1 }) {
+            bring(groups, dim, keys, values);
+            let mut at = 0;
+            for group in groups {
+                let words_of_group = at..at + group.len() * PANEL_WORDS * dim;
+                at = words_of_group.end;
+                for first in (0..rows).step_by(UNIT) {
+                    let of_unit = first..rows.min(first + UNIT);
+                    if !self.sees(group, (&of_unit, rows)) {
+                        continue;
+                    }
+                    let scores = &mut scores[..group.len() * of_unit.len() * PANEL];
+                    let weights = &mut weights[..group.len() * of_unit.len() * PANEL_WORDS];
+                    let q = &words[of_unit.start * dim / 2..of_unit.end * dim / 2];
+                    set.key_panels(
+                        &mut tiles,
+                        KeyPanels { q, words: dim / 2, keys: &keys[words_of_group.clone()] },
+                        scores,
+                    );
+                    set.run(
+                        #[inline(always)]
+                        || self.leave_seen(group, (of_unit.clone(), rows), scores),
+                    );
+                    let out = &mut sums[of_unit.start * dim..of_unit.end * dim];
+                    let (tops, totals) = (&mut tops[of_unit.clone()], &mut totals[of_unit]);
+                    set.weigh(scores, Sums { tops, totals, out: &mut *out }, weights);
+                    set.value_panels(
+                        &mut tiles,
+                        ValuePanels { weights, values: &values[words_of_group.clone()], dim },
+                        out,
+                    );
+                }
+            }
         }
-        for (out, &lanes) in out.chunks_exact_mut(dim).zip(&*lanes) {
-            let share = F::one() / real::fold_lanes(lanes);
-            out.iter_mut().for_each(|o| *o *= share);
-        }
+        set.run(
+            #[inline(always)]
+            || {
+                let heads = out.iter_mut().flat_map(|out| out.chunks_exact_mut(dim));
+                for ((out, sums), &totals) in heads.zip(sums.chunks_exact(dim)).zip(&*totals) {
+                    let share = F::one() / real::fold_lanes(totals);
+                    out.iter_mut().zip(sums).for_each(|(out, &sum)| *out = sum * share);
+                }
+            },
+        );
     }
 
-    /// Adds log masses to scores of two pages, `[rows][32]`, and makes minus infinity of what a query does not see.
+    /// Whether some of a unit of so many rows see something of panels of a part.
+    fn sees(&self, panels: &[Panel<'_, F>], (unit, rows): (&Range<usize>, usize)) -> bool {
+        let (group, (part, _)) = (rows / self.sights.len(), panels[0].group);
+        let tokens = unit.start / group..(unit.end - 1) / group + 1;
+        let mut pages = panels.iter().flat_map(|panel| &panel.pages).flatten();
+        pages.any(|page| page.whole || tokens.clone().any(|t| !self.lanes(part, page.n, t).is_empty()))
+    }
+
+    /// Adds log masses to scores of panels, `[panels][unit][32]`, and makes minus infinity of what a query does not see; the unit are
+    /// some of so many rows.
     #[inline(always)]
-    fn leave_seen(&self, pages: &[Option<(Part, usize, &Page<'_, F>)>; 2], panel: &mut [F]) {
-        let group = panel.len() / PANEL / self.sights.len();
-        for (half, page) in pages.iter().enumerate() {
-            let lanes = half * PAGE_SLOTS..(half + 1) * PAGE_SLOTS;
-            let &Some((part, n, page)) = page else {
-                panel.chunks_exact_mut(PANEL).for_each(|row| row[lanes.clone()].fill(F::neg_infinity()));
-                continue;
-            };
-            add_masses(&mut panel[lanes.start..], PANEL, page.mass);
-            if self.seen_by_all(part, n) {
-                continue;
-            }
-            for (t, of_token) in panel.chunks_exact_mut(group * PANEL).enumerate() {
-                let seen = self.lanes(part, n, t);
-                for row in of_token.chunks_exact_mut(PANEL) {
-                    let scores = &mut row[lanes.clone()];
+    fn leave_seen(&self, panels: &[Panel<'_, F>], (unit, rows): (Range<usize>, usize), scores: &mut [F]) {
+        let group = rows / self.sights.len();
+        for (panel, scores) in panels.iter().zip(scores.chunks_exact_mut(unit.len() * PANEL)) {
+            for (half, page) in panel.pages.iter().enumerate() {
+                let lanes = half * PAGE_SLOTS..(half + 1) * PAGE_SLOTS;
+                let &Some(Placed { page, n, whole }) = page else {
+                    scores.chunks_exact_mut(PANEL).for_each(|row| row[lanes.clone()].fill(F::neg_infinity()));
+                    continue;
+                };
+                let (part, _) = panel.group;
+                add_masses(&mut scores[lanes.start..], PANEL, (page.mass, log2_e()));
+                if whole {
+                    continue;
+                }
+                for (row, scores) in unit.clone().zip(scores.chunks_exact_mut(PANEL)) {
+                    let t = row / group;
+                    let (seen, scores) = (self.lanes(part, n, t), &mut scores[lanes.clone()]);
                     scores[..seen.start].fill(F::neg_infinity());
                     scores[seen.end..].fill(F::neg_infinity());
                     if let (Part::Open, Some(mass)) = (part, self.sights[t].open) {
-                        scores[seen.clone()].iter_mut().for_each(|score| *score += mass);
+                        scores[seen].iter_mut().for_each(|score| *score += mass * log2_e());
                     }
                 }
             }
@@ -497,93 +452,43 @@ impl<F: Real> Seen<'_, F> {
     }
 }
 
-/// Raises the rows' maxima, lane by lane, to scores `[panels][rows][32]`.
-#[inline(always)]
-fn raise<F: Real>(scores: &[F], tops: &mut [[F; LANES]]) {
-    let panel = tops.len() * PANEL;
-    // Row by row: lanes that are carried from panel to panel stay in registers, and the compiler leaves rows apart.
-    for (row, top) in tops.iter_mut().enumerate() {
-        let mut lanes = *top;
-        for panel in scores.chunks_exact(panel) {
-            for scores in panel[row * PANEL..][..PANEL].as_chunks::<LANES>().0 {
-                for l in 0..LANES {
-                    lanes[l] = if scores[l] > lanes[l] { scores[l] } else { lanes[l] };
-                }
+/// Two pages side by side, either of which may be missing.
+#[derive(Debug)]
+struct Panel<'a, F> {
+    /// Of panels that go together.
+    group: (Part, usize),
+    pages: [Option<Placed<'a, F>>; 2],
+}
+
+/// A page at its place in its part.
+#[derive(Debug)]
+struct Placed<'a, F> {
+    page: &'a Page<'a, F>,
+    n: usize,
+    /// Whether all tokens see all of it.
+    whole: bool,
+}
+
+/// Copies panels, their keys `[2][D/2][16]` and their values `[16][D]`.
+fn bring<F: Real>(groups: &[&[Panel<'_, F>]], dim: usize, keys: &mut Aligned<u32>, values: &mut Aligned<u32>) {
+    keys.clear();
+    values.clear();
+    for page in groups.iter().copied().flatten().flat_map(|panel| &panel.pages) {
+        match page {
+            Some(Placed { page, .. }) => {
+                keys.extend_from_slice(page.keys());
+                values.extend_from_slice(page.values());
+            }
+            None => {
+                let words = keys.len() + PAGE_WORDS * dim;
+                keys.resize(words, 0);
+                values.resize(words, 0);
             }
         }
-        *top = lanes;
     }
 }
 
-/// The exponentials of scores `[panels][rows][32]` beside their rows' maxima, as words; they are added to the rows' totals before
-/// they are rounded.
-#[inline(always)]
-fn weigh_by<F: Real, K: KernelSet<F>, P: Packer<F>>(
-    scores: &[F],
-    tops: &[F],
-    totals: &mut [[F; LANES]],
-    weights: &mut [u32],
-) {
-    assert_eq!(scores.len(), 2 * weights.len(), "words of scores");
-    let panel = tops.len() * PANEL;
-    for (row, (&top, total)) in tops.iter().zip(totals).enumerate() {
-        let mut lanes = *total;
-        for (scores, weights) in scores.chunks_exact(panel).zip(weights.chunks_exact_mut(panel / 2)) {
-            let mut exps = [F::zero(); PANEL];
-            let scores = scores[row * PANEL..][..PANEL].as_chunks::<LANES>().0;
-            for (scores, exps) in scores.iter().zip(exps.as_chunks_mut::<LANES>().0) {
-                for l in 0..LANES {
-                    exps[l] = K::exp_weight(scores[l] - top);
-                    lanes[l] += exps[l];
-                }
-            }
-            weights[row * PANEL_WORDS..][..PANEL_WORDS].copy_from_slice(&P::neighbours(&exps));
-        }
-        *total = lanes;
-    }
-}
-
-/// The definition of [`KernelSet::weigh`].
-pub(crate) fn weigh<F: Real, K: KernelSet<F>>(
-    scores: &[F],
-    tops: &[F],
-    totals: &mut [[F; LANES]],
-    weights: &mut [u32],
-) {
-    weigh_by::<F, K, Plain>(scores, tops, totals, weights);
-}
-
-/// The same on a machine that has tiles, and rounds by itself.
-#[cfg(target_arch = "x86_64")]
-pub(crate) fn weigh_on_amx(scores: &[f32], tops: &[f32], totals: &mut [[f32; LANES]], weights: &mut [u32]) {
-    #[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-    fn compiled(scores: &[f32], tops: &[f32], totals: &mut [[f32; LANES]], weights: &mut [u32]) {
-        weigh_by::<f32, Fast, Avx512Bf16>(scores, tops, totals, weights);
-    }
-    assert!(Level::detect() >= Level::AmxBf16, "this machine has no tiles");
-    // SAFETY: machines with tiles have these.
-    unsafe { compiled(scores, tops, totals, weights) }
-}
-
-#[cfg(all(test, target_arch = "x86_64"))]
-mod tests {
-    use super::*;
-    use crate::noise::{hash, unit};
-
-    /// Words and totals are those of the definition, for any number of rows and panels.
-    #[test]
-    fn weights_on_amx_are_the_definition() {
-        if Level::detect() < Level::AmxBf16 {
-            return;
-        }
-        for (rows, panels) in [(1, 1), (3, 7), (17, 2), (96, 5)] {
-            let scores: Vec<f32> = (0..panels * rows * PANEL).map(|i| unit(hash(&[i as u64])) as f32 * -20.0).collect();
-            let tops: Vec<f32> = (0..rows).map(|row| unit(hash(&[1, row as u64])) as f32).collect();
-            let room = || (vec![[0.5; LANES]; rows], vec![0; scores.len() / 2]);
-            let (mut found, mut wanted) = (room(), room());
-            weigh_on_amx(&scores, &tops, &mut found.0, &mut found.1);
-            weigh::<f32, Fast>(&scores, &tops, &mut wanted.0, &mut wanted.1);
-            assert!(found == wanted, "{rows} rows, {panels} panels");
-        }
-    }
+/// What scores are multiplied by for powers of two.
+fn log2_e<F: Real>() -> F {
+    F::of(std::f64::consts::LOG2_E)
 }
